@@ -1,0 +1,52 @@
+"""Checks that need two groups or the number of ranks. They run before anything is created; each names the key to change."""
+
+from __future__ import annotations
+
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.errors import ConfigError
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise ConfigError for a combination that cannot be trained on `world_size` ranks."""
+    _check_heads(config)
+    _check_ranks(config, world_size)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that work on different packs: dp_replicate x dp_shard, here always the whole world."""
+    parallelism = config.parallelism
+    shard = world_size // parallelism.dp_replicate if parallelism.dp_shard == -1 else parallelism.dp_shard
+    return parallelism.dp_replicate * shard
+
+
+def _check_heads(config: Config) -> None:
+    model = config.model
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise ConfigError(
+            "model.num_attention_heads",
+            model.num_attention_heads,
+            f"not divisible by model.num_key_value_heads={model.num_key_value_heads}; every key-value head serves equally many query heads",
+        )
+    if model.head_dim % 2:
+        raise ConfigError("model.head_dim", model.head_dim, "must be even; rotary embeddings turn pairs of numbers")
+    if config.data.pack_max_length > model.max_position_embeddings:
+        raise ConfigError(
+            "data.pack_max_length", config.data.pack_max_length, f"longer than model.max_position_embeddings={model.max_position_embeddings}"
+        )
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    parallelism, batch = config.parallelism, config.trainer.global_batch_size
+    dp_size = data_parallel_size(config, world_size)
+    if dp_size != world_size:
+        raise ConfigError(
+            "parallelism.dp_shard" if parallelism.dp_shard != -1 else "parallelism.dp_replicate",
+            parallelism.dp_shard if parallelism.dp_shard != -1 else parallelism.dp_replicate,
+            f"dp_replicate x dp_shard must be the number of ranks, {world_size}"
+            " (parallelism.nproc_per_node, or what torchrun starts); dp_shard=-1 takes what is left",
+        )
+    if batch is not None and batch % dp_size:
+        raise ConfigError(
+            "trainer.global_batch_size", batch, f"not divisible by the {dp_size} data-parallel ranks; take a multiple of {dp_size}, or null for one pack a rank"
+        )
+

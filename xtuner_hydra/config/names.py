@@ -1,0 +1,36 @@
+"""Names of runs and jobs: short, safe in a path and on a command line, made from the chosen options and what was overridden."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+MAX_LENGTH = 80  # of a name; a path component may have 255 bytes, and a time or a number stands before it
+
+
+def run_name(choices: Mapping[str, str | None], overrides: Sequence[str]) -> str:
+    """`qwen3_tiny-openai_sft-lr1e-4` from Hydra's choices of groups and the overrides typed (`optimizer.lr=1e-4`)."""
+    groups = {override.split("=")[0].lstrip("+") for override in overrides if "." not in override.split("=")[0]}
+    parts = [choices.get("experiment") or f"{choices.get('model')}-{choices.get('data')}"]
+    parts += [str(choices[group]) for group in ("debug", *sorted(groups)) if choices.get(group) and group not in ("model", "data", "experiment")]
+    return _safe("-".join(dict.fromkeys(parts)) + _values(overrides))
+
+
+def job_name(number: int, overrides: Sequence[str]) -> str:
+    """`3_lr6e-05-pack_max_length1024`: a sweep's job by its number and what sets it apart."""
+    return _safe(f"{number}_" + _values(overrides).lstrip("-")).rstrip("_")
+
+
+def _values(overrides: Sequence[str]) -> str:
+    """`-lr1e-4` for every key that is overridden; paths and directories say little and are left out."""
+    text = ""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if "." in key and not key.startswith(("hydra.", "tracking.")) and "/" not in value:
+            text += f"-{key.rpartition('.')[2]}{'' if re.match(r'[0-9.-]', value) else '_'}{value}"
+    return text
+
+
+def _safe(name: str) -> str:
+    """`name` in letters, digits and `._-` only (`=` and `,` would need quoting in a later override), at most MAX_LENGTH long."""
+    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")[:MAX_LENGTH].rstrip("._-")

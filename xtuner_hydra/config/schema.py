@@ -1,0 +1,334 @@
+"""The config's types, defaults and meaning: one dataclass a group, one field a key. The YAML files under conf/ hold the same
+keys with the same defaults (tests/unit/config/test_schema.py keeps the two in step).
+
+`__post_init__` refuses what a group can see is impossible; what needs two groups or the machine is in `checks.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from xtuner_hydra.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    family: str = "qwen3"
+    """Architecture; `hf` reads it and every other shape below from `pretrained`/config.json."""
+    vocab_size: int = MISSING
+    """Rows of the embedding and of the LM head."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    intermediate_size: int = MISSING
+    """Inner width of the SwiGLU MLP."""
+    num_hidden_layers: int = MISSING
+    """Decoder layers."""
+    num_attention_heads: int = MISSING
+    """Query heads."""
+    num_key_value_heads: int = MISSING
+    """Key and value heads; divides num_attention_heads."""
+    head_dim: int = MISSING
+    """Width of a head (need not be hidden_size / num_attention_heads)."""
+    max_position_embeddings: int = 40960
+    """Longest sequence the positions are meant for."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    rope_theta: float = 1e6
+    """Base of the rotary position embedding."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as LM head too."""
+    attention_bias: bool = False
+    """Biases on the q, k, v and o projections."""
+    qk_norm: bool = True
+    """RMSNorm on every head's queries and keys (Qwen3)."""
+    pretrained: str | None = None
+    """Hugging Face directory to read weights from; null = random weights from trainer.seed."""
+    tokenizer: str | None = None
+    """`byte`; null = the one in `pretrained`."""
+    chat_template: str | None = None
+    """How messages become tokens; for the byte tokenizer `chatml` (markers are single tokens; the default) or `xtuner` (all bytes)."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            if (value := getattr(self, name)) != MISSING:  # `model=hf` fills these in from pretrained/config.json
+                _at_least(1, f"model.{name}", value)
+        _positive("model.rms_norm_eps", self.rms_norm_eps)
+        _positive("model.rope_theta", self.rope_theta)
+        _one_of("model.family", self.family, ("qwen3", "hf"))
+        if self.family == "hf" and self.pretrained is None:
+            raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR, a Hugging Face model directory")
+
+
+@dataclass
+class DataConfig:
+    path: Any = MISSING
+    """File, directory (read recursively), glob, or a list of these."""
+    format: str = "openai"
+    """Shape of a line: `openai` = a list of messages, {"messages"} or {"dialogs"}."""
+    sample_ratio: float = 1.0
+    """How often the data counts: the integer part repeats it, the fraction is drawn once with trainer.seed."""
+    max_length: int | None = None
+    """Longest sample in tokens; null = pack_max_length (`hard`: no limit)."""
+    overlong: str = "truncate"
+    """Longer samples: `truncate` (counted and announced), `drop`, `error`."""
+    bad_lines: str = "error"
+    """Lines that cannot be used: `error` stops, `skip` counts and lists them."""
+    pack_strategy: str = "best_fit"
+    """`best_fit` (new packs each epoch, fullest), `soft` (XTuner's: in order, samples whole), `hard` (one stream cut), `none`."""
+    pack_max_length: int = 2048
+    """Tokens in a pack; the longest sequence that the model sees."""
+    shuffle: bool = True
+    """New order each epoch, from trainer.seed; false = the file's order."""
+    cache_dir: str | None = None
+    """Token cache; null = $XDG_CACHE_HOME/xtuner_hydra, or ~/.cache/xtuner_hydra."""
+    num_workers: int | None = None
+    """Processes that tokenise; null = one a core, 0 = none beside this one."""
+    eval_path: Any = None
+    """Held-out data, like `path`; null = no evaluation."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.format", self.format, ("openai",))
+        _one_of("data.overlong", self.overlong, ("truncate", "drop", "error"))
+        _one_of("data.bad_lines", self.bad_lines, ("error", "skip"))
+        _one_of("data.pack_strategy", self.pack_strategy, ("best_fit", "soft", "hard", "none"))
+        _positive("data.sample_ratio", self.sample_ratio)
+        _at_least(2, "data.pack_max_length", self.pack_max_length)
+        if self.max_length is not None:
+            _at_least(2, "data.max_length", self.max_length)
+            if self.pack_strategy != "hard" and self.max_length > self.pack_max_length:
+                raise ConfigError("data.max_length", self.max_length, f"longer than data.pack_max_length={self.pack_max_length}; raise that, or lower this")
+        if self.num_workers is not None:
+            _at_least(0, "data.num_workers", self.num_workers)
+        _paths("data.path", self.path, required=True)
+        _paths("data.eval_path", self.eval_path, required=False)
+
+
+@dataclass
+class ParallelismConfig:
+    nproc_per_node: int | None = 1
+    """Workers on this machine; null = one a GPU (one without GPUs). Under torchrun its number counts."""
+    dp_shard: int = -1
+    """Ranks that share one copy of the weights (FSDP2); -1 = all that dp_replicate leaves."""
+    dp_replicate: int = 1
+    """Copies of the weights (HSDP)."""
+    param_dtype: str = "auto"
+    """Compute dtype: `bfloat16`, `float32`, `auto` (bfloat16 where the device multiplies it fast). Master weights are float32."""
+    reduce_dtype: str = "float32"
+    """Dtype in which gradients are summed over ranks: `float32`, `bfloat16`."""
+    recompute_ratio: float = 0.0
+    """Share of the decoder layers whose activations are recomputed in the backward pass instead of kept."""
+    reshard_after_forward: bool = False
+    """Free a layer's gathered weights after its forward pass: less memory, one more gather."""
+
+    def __post_init__(self) -> None:
+        if self.nproc_per_node is not None:
+            _at_least(1, "parallelism.nproc_per_node", self.nproc_per_node)
+        if self.dp_shard != -1:
+            _at_least(1, "parallelism.dp_shard", self.dp_shard, "-1 (all), or a number of ranks")
+        _at_least(1, "parallelism.dp_replicate", self.dp_replicate)
+        _one_of("parallelism.param_dtype", self.param_dtype, ("auto", "bfloat16", "float32"))
+        _one_of("parallelism.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
+        _between(0, 1, "parallelism.recompute_ratio", self.recompute_ratio)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    """`adamw`."""
+    lr: float = 6e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled decay."""
+    decay_all: bool = False
+    """Decay norms and biases too (XTuner does)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this (global norm) are scaled down to it."""
+    nonfinite: str = "error"
+    """On a NaN or infinite loss or gradient: `error` stops before the update, `skip` leaves that update out and counts it."""
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("adamw",))
+        _one_of("optimizer.nonfinite", self.nonfinite, ("error", "skip"))
+        _not_negative("optimizer.lr", self.lr)
+        _not_negative("optimizer.weight_decay", self.weight_decay)
+        _positive("optimizer.eps", self.eps)
+        _positive("optimizer.max_grad_norm", self.max_grad_norm)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("optimizer.betas", list(self.betas), "two numbers, each from 0 to below 1")
+
+
+@dataclass
+class SchedulerConfig:
+    name: str = "cosine"
+    """`cosine`, `linear` (both down to lr_min) or `constant`."""
+    lr_min: float = 1e-6
+    """Learning rate at the end."""
+    warmup_ratio: float | None = 0.03
+    """Share of the steps that warm up, rounded down, where warmup_steps is null."""
+    warmup_steps: int | None = None
+    """Steps that warm up: at 0-based step s the rate is lr * (s + 1) / warmup_steps."""
+
+    def __post_init__(self) -> None:
+        _one_of("scheduler.name", self.name, ("cosine", "linear", "constant"))
+        _not_negative("scheduler.lr_min", self.lr_min)
+        if self.warmup_ratio is not None:
+            _between(0, 1, "scheduler.warmup_ratio", self.warmup_ratio)
+        if self.warmup_steps is not None:
+            _at_least(0, "scheduler.warmup_steps", self.warmup_steps)
+
+
+@dataclass
+class TrainerConfig:
+    total_steps: int | None = None
+    """Optimizer steps; xor epochs, total_tokens (all null: one epoch)."""
+    epochs: int | None = None
+    """Passes over the data."""
+    total_tokens: int | None = None
+    """Stop with the step that reaches this many tokens."""
+    global_batch_size: int | None = 1
+    """Packs per optimizer step over all ranks; null = one a data-parallel rank."""
+    seed: int = 42
+    """Decides initial weights and data order."""
+    deterministic: bool = False
+    """Refuse operations whose results vary from run to run (slower on GPUs)."""
+    log_interval: int = 1
+    """Steps between two rows of metrics."""
+    eval_interval: int | None = -1
+    """Steps between evaluations; -1 = at the end only, null = never. Every interval evaluates at the end too."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `auto` (a GPU where there is one)."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "epochs", "total_tokens", "global_batch_size"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(1, f"trainer.{name}", value)
+        _at_least(1, "trainer.log_interval", self.log_interval)
+        _interval("trainer.eval_interval", self.eval_interval)
+        _one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("trainer.seed", self.seed, "a whole number from 0 to 2^63 - 1")
+        durations = [name for name in ("total_steps", "epochs", "total_tokens") if getattr(self, name) is not None]
+        if len(durations) > 1:
+            raise ConfigError(f"trainer.{durations[0]}", getattr(self, durations[0]), f"trainer.{durations[1]} is set too; set one and leave the others null")
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int | None = -1
+    """Steps between checkpoints to resume from; -1 = at the end only, null = never. Every interval saves at the end too."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    asynchronous: bool = False
+    """Write while training goes on."""
+    resume: str = "never"
+    """`never`, `auto` (the newest checkpoint of this run directory, else step 0), or a checkpoint or run directory to continue from in a new one."""
+    hf_interval: int | None = -1
+    """Steps between Hugging Face exports, like `interval`."""
+    hf_keep: int = 1
+    """Newest exports to keep."""
+
+    def __post_init__(self) -> None:
+        _interval("checkpoint.interval", self.interval)
+        _interval("checkpoint.hf_interval", self.hf_interval)
+        _at_least(1, "checkpoint.keep", self.keep)
+        _at_least(1, "checkpoint.hf_keep", self.hf_keep)
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = True
+    """Write a W&B run."""
+    mode: str = "auto"
+    """`online`, `offline`, `auto` (online with an API key, else offline)."""
+    project: str = "xtuner_hydra"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null = the account's default."""
+    group: str | None = None
+    """Runs shown together; null = the sweep's name in a sweep."""
+    name: str | None = None
+    """Run name; null = made from the options and overrides."""
+    tags: list[str] = field(default_factory=list)
+    """Labels."""
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.wandb.mode", self.mode, ("auto", "online", "offline"))
+
+
+@dataclass
+class TrackingConfig:
+    jsonl: bool = True
+    """metrics.jsonl, the truth every other view is made from."""
+    tensorboard: bool = True
+    """TensorBoard event files."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@dataclass
+class Config:
+    """The whole config. Engine, trainer and data code take this or one of its parts, never a DictConfig."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(key, value, f"must be one of {', '.join(choices)}")
+
+
+def _at_least(low: int, key: str, value: int, why: str = "") -> None:
+    if value < low:
+        raise ConfigError(key, value, f"must be {why or f'at least {low}'}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(key, value, "must be a number above 0")
+
+
+def _not_negative(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(key, value, "must be a number, 0 or above")
+
+
+def _between(low: float, high: float, key: str, value: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(key, value, f"must be from {low} to {high}")
+
+
+def _interval(key: str, value: int | None) -> None:
+    if value is not None and value != -1:
+        _at_least(1, key, value, "a number of steps, -1 (at the end only) or null (never)")
+
+
+def _paths(key: str, value: Any, *, required: bool) -> None:
+    paths = value if isinstance(value, list) else [value]
+    if value is None and not required:
+        return
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ConfigError(key, value, "must be a file, a directory, a glob, or a list of these")

@@ -1,0 +1,101 @@
+"""Strictness: an override or a file that names a key nobody knows, or a value of the wrong type, is refused with one sentence.
+
+Hydra's own struct mode lets `+optimizer.lrr=1` and lost group files through, so a composed config passes a second time through the
+dataclasses of schema.py. Nothing here imports Hydra."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.errors import ConfigError, RefusedError
+
+
+def known_keys(schema: type = Config, prefix: str = "") -> dict[str, bool]:
+    """Every dotted key of the schema; True where the key is a group of keys."""
+    keys: dict[str, bool] = {}
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        key, kind = prefix + field.name, hints[field.name]
+        keys[key] = is_dataclass(kind)
+        if is_dataclass(kind):
+            keys |= known_keys(kind, key + ".")  # type: ignore[arg-type]
+    return keys
+
+
+def did_you_mean(word: str, candidates: list[str]) -> str:
+    """` Did you mean X?` for the nearest candidates by spelling (whole keys, then their last part), or an empty string."""
+    by_tail = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.85)
+    close += [by_tail[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(by_tail), n=3, cutoff=0.7)]
+    close = list(dict.fromkeys(close))[:3]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def unknown_key(key: str, where: str = "") -> RefusedError:
+    """The error for a key that the schema does not have."""
+    parent, keys = key.rpartition(".")[0], known_keys()
+    hint = did_you_mean(key, [known for known, is_group in keys.items() if not is_group])
+    if not hint and keys.get(parent):
+        siblings = [known for known in keys if known.rpartition(".")[0] == parent]
+        hint = f" {parent} has {', '.join(known.rpartition('.')[2] for known in siblings)}."
+    return RefusedError(f"{key}: there is no such key{f' (set in {where})' if where else ''}.{hint} All keys: python -m xtuner_hydra --cfg job")
+
+
+def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
+    """The typed, checked Config of a composed `cfg`. `where(key)` says which file or override set a key, for the message.
+
+    Raises RefusedError (unknown key, wrong type, missing value, bad interpolation) or ConfigError (a value out of range)."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        _refuse_missing(merged, where)
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise unknown_key(str(error.full_key), where(str(error.full_key))) from None
+    except ValidationError as error:
+        raise RefusedError(f"{error.full_key}: {_first_line(error)} (set in {where(str(error.full_key))})") from None
+    except ConfigError as error:
+        raise RefusedError(f"{error} (set in {where(error.key)})") from None
+    except MissingMandatoryValue as error:
+        raise RefusedError(f"{error.full_key}: needs a value; set {error.full_key}=...") from None
+    except OmegaConfBaseException as error:
+        raise RefusedError(f"{error.full_key or 'config'}: {_first_line(error)}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def from_yaml(text: str) -> Config:
+    """The Config of a run's config.yaml."""
+    cfg = OmegaConf.create(text)
+    assert isinstance(cfg, DictConfig)
+    return to_config(cfg, lambda key: "config.yaml")
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as YAML, in the order of the schema."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """`config` as plain nested dicts, lists and scalars."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
+    """`???` left in a group is refused by name; `model=hf` has had its open shapes filled in by then."""
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise RefusedError(f"{missing[0]}: needs a value; set {missing[0]}=... (left open in {where(missing[0])})")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
