@@ -1,0 +1,48 @@
+"""Initial weights: a function of the seed and the parameter's name, so the same bits on any number of ranks, mesh or sharding.
+
+A parameter's full value is made on the CPU in blocks, each from a random generator of its own (seed, name, number of the block), so that
+threads can share the work; then every rank keeps its part. Memory: one full parameter at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+STD = 0.02
+_BLOCK = 2**20
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter: matrices and embedding N(0, 0.02), biases 0, norms 1. Plain tensors or DTensors, not on the meta device."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, parameter in model.named_parameters():
+            parameter = parameter.detach()
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                continue
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            in_place = local.shape == parameter.shape and local.device.type == "cpu" and local.dtype == torch.float32
+            value = local if in_place else torch.empty(parameter.shape, dtype=torch.float32)
+            blocks = value.view(-1).split(_BLOCK)
+            list(pool.map(_fill, blocks, [f"{seed}/{name}/{number}" for number in range(len(blocks))]))
+            if not in_place:
+                assign(parameter, value)
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy the full `value` (which every rank holds) into `parameter`, or the part of it that is this rank's."""
+    if isinstance(parameter, DTensor):
+        # every rank has the value: none needs to send it
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        parameter = parameter.to_local()
+    parameter.copy_(value)
+
+
+def _fill(block: Tensor, key: str) -> None:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
+    block.normal_(0.0, STD, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,85 @@
+"""The decoder: embedding, layers, final norm, head. Its modules carry Hugging Face's names, so its state dict is a Qwen3 checkpoint's.
+
+Knows nothing of devices, sharding or files. New parameters hold nothing of worth: `initialise` or `load_pretrained` fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.loss import linear_cross_entropy
+from xtuner_hydra.model.layers import DecoderLayer, RMSNorm, rotary
+
+
+class CausalLM(nn.Module):
+    """A causal language model over packed tokens.
+
+    May be built on the meta device and given memory later with `to_empty`; a tied head stays tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Head(config)
+        self._tie()
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every token, (T, vocab) fp32; or, given `rows` and `targets`, the scalar fp32 sum of -log p(target) over them.
+
+        ids, positions: (T,) int64, positions count from 0 in every document; cu_seqlens: (documents + 1,) int32; max_seqlen: longest document.
+        rows: (N,) int64, the tokens with a label; targets: (N,) int64, their labels. With N = 0 the loss is 0 and every gradient is zero,
+        not missing: under FSDP all ranks must run the same collectives."""
+        hidden = self.model(ids, positions, cu_seqlens, max_seqlen, rows)
+        return self.lm_head(hidden, targets)
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        # `to_empty` replaces parameters module by module, which would give a tied head a weight of its own
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+
+class Decoder(nn.Module):
+    """Everything before the head: ids (T,) -> normed hidden states, (T, hidden), or of `rows` only."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
+        hidden = self.embed_tokens(ids)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen)
+        return self.norm(hidden if rows is None else hidden.index_select(0, rows))
+
+
+class Head(nn.Linear):
+    """hidden (N, hidden) -> logits (N, vocab) fp32, or with targets (N,) the summed loss: here, so that FSDP's hooks see the weight used."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(hidden).float()
+        return linear_cross_entropy(hidden, self.weight, targets)

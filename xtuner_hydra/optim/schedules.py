@@ -1,0 +1,42 @@
+"""Learning rates: pure functions of the 0-based step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from xtuner_hydra.config.schema import SchedulerConfig
+
+
+def cosine(step: int, total: int, lr: float, lr_min: float) -> float:
+    """Learning rate at 0-based `step` of `total`: half a cosine from `lr` down to `lr_min` (Loshchilov & Hutter 2017, eq. 5)."""
+    return lr_min + (lr - lr_min) / 2 * (1 + math.cos(math.pi * step / total))
+
+
+def linear(step: int, total: int, lr: float, lr_min: float) -> float:
+    """A straight line from `lr` at step 0 towards `lr_min` at `total`."""
+    return lr + (lr_min - lr) * step / total
+
+
+def constant(step: int, total: int, lr: float, lr_min: float) -> float:
+    """`lr` throughout."""
+    return lr
+
+
+SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {"cosine": cosine, "linear": linear, "constant": constant}
+
+
+def warmup_steps(config: SchedulerConfig, total: int) -> int:
+    """Steps that warm up: warmup_steps, else warmup_ratio of `total` rounded down; at most all of them."""
+    steps = config.warmup_steps if config.warmup_steps is not None else int((config.warmup_ratio or 0) * total)
+    return min(steps, total)
+
+
+def learning_rate(config: SchedulerConfig, step: int, total: int, lr: float) -> float:
+    """Learning rate at 0-based `step` of `total`: a straight line up to the peak `lr` that starts above 0, then the schedule over the rest.
+
+    Past the planned end the last rate holds."""
+    warmup = warmup_steps(config, total)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return SCHEDULES[config.name](min(step, total) - warmup, max(1, total - warmup), lr, config.lr_min)

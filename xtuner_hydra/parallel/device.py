@@ -1,0 +1,38 @@
+"""Facts of a device that metrics need: memory in use, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the name that torch reports.
+_PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165}
+
+
+def memory_gb(device: torch.device) -> tuple[float, float]:
+    """(peak, now) in GB of 2**30 bytes: what torch allocated and reserved on a GPU; resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.memory_reserved(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return peak / 2**30, now / 2**30
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that `throughput/mfu` divides by: the data sheet's for a GPU it knows, else the best of a few square products measured here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in _PEAK_TFLOPS.items():
+            if part in name and dtype == torch.bfloat16:
+                return tflops * 1e12
+    size = 1536
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(a, a).flatten()[0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

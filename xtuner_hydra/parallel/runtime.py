@@ -1,0 +1,104 @@
+"""What this process runs on: rank, device, process group, data-parallel mesh, compute dtype, threads, seeds.
+
+A worker learns its rank from the variables that torch's elastic launcher sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
+without them it is the only rank and needs no port."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from xtuner_hydra.config.schema import Config, ParallelismConfig
+from xtuner_hydra.errors import ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This rank's place in the run. `mesh` has the dimensions (dp_replicate, dp_shard)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+
+def started_by_torchrun() -> bool:
+    """True where an elastic launcher (torchrun, or ours) has given this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def world_size(parallelism: ParallelismConfig, device: str) -> int:
+    """Ranks that this config runs on: the outer torchrun's, or nproc_per_node (null = one a GPU)."""
+    if started_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    if parallelism.nproc_per_node is not None:
+        return parallelism.nproc_per_node
+    return max(1, torch.cuda.device_count()) if device_type(device) == "cuda" else 1
+
+
+def device_type(device: str) -> str:
+    """`cpu` or `cuda` for trainer.device; raises ConfigError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device", device, "this machine has no GPU that torch can use; see python -m xtuner_hydra doctor")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def param_dtype(name: str, device: str) -> str:
+    """`bfloat16` or `float32` for parallelism.param_dtype; `auto` is bfloat16 where the device has instructions to multiply it."""
+    if name != "auto":
+        return name
+    if device_type(device) == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+
+
+@contextmanager
+def runtime(config: Config) -> Iterator[Runtime]:
+    """Join the process group, and leave it at the end."""
+    kind = device_type(config.trainer.device)
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    _share_cores()
+    _seed(config)
+    # gloo beside NCCL: checkpoints and small agreements travel between CPUs
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, **_rendezvous())
+    try:
+        world = dist.get_world_size()
+        replicate = config.parallelism.dp_replicate
+        mesh = init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
+        yield Runtime(rank, world, device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def _rendezvous() -> dict[str, Any]:
+    return {} if started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+
+
+def _share_cores() -> None:
+    """Ranks on one machine share its cores, unless OMP_NUM_THREADS says otherwise."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def _seed(config: Config) -> None:
+    torch.manual_seed(config.trainer.seed)
+    if config.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+        torch.use_deterministic_algorithms(True)

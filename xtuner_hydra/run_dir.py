@@ -1,0 +1,67 @@
+"""The run directory: what a run leaves, and who may write there. README, "What a run leaves", lists its files.
+
+status.json tells how a run stands: state (running, completed, failed, interrupted), exit_code, error, step, total_steps, metrics, and which
+process wrote it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import from_yaml, to_yaml
+from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.files import write_json, write_text
+
+
+def holds_run(directory: Path) -> bool:
+    """True where a run has been: its config or its status is there."""
+    return any((directory / name).exists() for name in ("config.yaml", "status.json"))
+
+
+def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.dir") -> None:
+    """RefusedError for a directory that cannot be written, or that holds a run which is not being resumed. Creates nothing."""
+    if not resuming and holds_run(directory):
+        raise RefusedError(
+            f"{key}={directory}: holds a run already. Choose another directory, or continue that run with checkpoint.resume=auto"
+        )
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not existing.is_dir():
+        raise RefusedError(f"{key}={directory}: {existing} is a file, not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RefusedError(f"{key}={directory}: {existing} cannot be written. Choose another directory with {key}=DIR")
+
+
+def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any]) -> None:
+    """Make the run directory and write what is known before training. A resumed run's files are replaced."""
+    try:
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        write_text(directory / "config.yaml", to_yaml(config))
+        write_text(directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n")
+        write_json(directory / "environment.json", environment)
+        write_status(directory, "running", step=0)
+    except OSError as error:
+        raise RefusedError(f"hydra.run.dir={directory}: {error.strerror}: {error.filename}") from None
+
+
+def read_config(directory: Path) -> Config:
+    """The resolved config of a run."""
+    return from_yaml((directory / "config.yaml").read_text(encoding="utf-8"))
+
+
+def write_status(directory: Path, state: str, **fields: Any) -> None:
+    """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
+    process = {"host": socket.gethostname(), "pid": os.getpid()}
+    write_json(directory / "status.json", {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": process})
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """status.json, or an empty dict where there is none."""
+    try:
+        return json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
