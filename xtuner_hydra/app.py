@@ -18,6 +18,7 @@ import yaml
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -61,7 +62,8 @@ class App:
         if self.args.config_dir is not None:
             if not Path(self.args.config_dir).is_dir():
                 raise RefusedError(f"--config-dir {self.args.config_dir}: no such directory")
-            search_path.append("command-line", f"file://{Path(self.args.config_dir).resolve()}")
+            # behind our own files and before the schema, which Hydra wants last: Hydra's own --config-dir does the same
+            search_path.prepend("command-line", f"file://{Path(self.args.config_dir).resolve()}", SearchPathQuery(provider="schema"))
         self.hydra = Hydra.create_main_hydra2("xtuner_hydra", search_path)
         return self
 

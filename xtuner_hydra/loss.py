@@ -1,57 +1,90 @@
-"""Cross-entropy at the supervised positions without ever holding all their logits.
+"""Cross-entropy at the supervised positions without ever holding their logits.
 
-Rows are taken in chunks. A chunk's logits are turned into their own gradient in place, which is multiplied into the gradients of hidden
-states and head at once: the forward pass does the work of the backward pass, which only scales. Every sum over chunks is kept in fp32.
-Source: chunked loss as in Liger (Hsu et al. 2024) and Cut Cross-Entropy (Wijmans et al. 2024)."""
+The vocabulary is taken in slices as narrow as a buffer of fixed size asks for. The forward pass keeps one number a row, log sum exp(logits); the
+backward pass computes each slice's logits again, turns them into their gradient in place and multiplies it into the gradients of hidden
+states and head. A slice's head gradient is one product over all rows, summed in fp32 inside it and rounded once: it needs no accumulator,
+and chunks of rows would. That costs one more product than such chunks and saves their passes over the accumulator: on 2 cores with AMX (1,100
+rows, hidden 512, vocab 151,936, bf16) 0.64 s and 0.15 GB, which is the gradient itself, against 0.70 s and 0.6 GB for chunks of 512 rows.
+Source: Cut Cross-Entropy (Wijmans et al. 2024)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK = 512
+CHUNK = 2**22
+_NARROWEST = 64  # a slice of fewer columns makes a slow product
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Sum of -log softmax(hidden weight^T)[label] over the rows: a scalar in fp32 (divide by the global count of supervised tokens).
+    """Sum of -log p(label) over all rows, where p = softmax(hidden weight^T), without ever holding all the logits.
 
-    hidden: (N, hidden) bf16 or fp32; weight: (vocab, hidden) of the same dtype; labels: (N,) int64, every one an id below vocab. N may be 0.
-    Memory: one (chunk, vocab) buffer, and the head's gradient in fp32. Raises ValueError if shapes or dtypes disagree."""
+    hidden: (N, hidden) bf16 or fp32; weight: (vocab, hidden) of the same dtype; labels: (N,) int64, every one from 0 to vocab - 1.
+    Returns a scalar fp32 sum (divide by the global count of supervised tokens); with N = 0 it is 0, and so are the gradients.
+    Sums over rows and vocabulary are fp32; gradients are rounded once to the dtype of their tensor.
+    Memory: `chunk` logits, in fp32 and in the dtype of `hidden`. Raises ValueError if shapes or dtypes disagree."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(f"shapes disagree: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}")
     if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}; they must be one dtype")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}: must be at least 1")
-    # inside a Function grad mode is always off: an evaluation must not pay for gradients
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
+        raise ValueError(f"dtypes disagree: hidden {hidden.dtype}, weight {weight.dtype}")
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_grad: bool) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_grad else None
-        for start in range(0, len(hidden), chunk):
-            rows = hidden[start : start + chunk]
-            target = labels[start : start + chunk, None]
-            logits = (rows @ weight.T).float()
-            log_sum = torch.logsumexp(logits, -1, keepdim=True)
-            loss += (log_sum - logits.gather(1, target)).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                grad = logits.sub_(log_sum).exp_()
-                grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
-                grad = grad.to(hidden.dtype)
-                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
-                grad_weight += grad.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
-        return loss
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        label_logit = torch.zeros(len(hidden), 1, dtype=torch.float32, device=hidden.device)
+        log_sums = []
+        for columns, logits, _ in _slices(hidden, weight, chunk):
+            index, inside = _labels_in(labels, columns)
+            label_logit += logits.gather(1, index) * inside
+            largest = logits.amax(1, keepdim=True)
+            log_sums.append(logits.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest))
+        log_sum = torch.logsumexp(torch.stack(log_sums), 0)
+        ctx.save_for_backward(hidden, weight, labels, log_sum)
+        ctx.chunk = chunk
+        return (log_sum - label_logit).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.dtype), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, labels, log_sum = ctx.saved_tensors
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for columns, logits, product in _slices(hidden, weight, ctx.chunk):
+            index, inside = _labels_in(labels, columns)
+            # d loss / d logits = p - [this column is the label], scaled in fp32
+            logits.sub_(log_sum).exp_().scatter_add_(1, index, -inside).mul_(grad)
+            grad_logits = product.copy_(logits)
+            if grad_hidden is not None:
+                grad_hidden += grad_logits @ weight[columns]
+            if grad_weight is not None:
+                torch.mm(grad_logits.T, hidden, out=grad_weight[columns])
+        return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, None, None
+
+
+def _slices(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(columns, their logits in fp32, the product that gave them in hidden's dtype) for one slice of the vocabulary after another.
+
+    Both tensors are views of buffers that the next slice overwrites (one buffer, where hidden is fp32)."""
+    rows, vocab = len(hidden), len(weight)
+    width = min(vocab, max(_NARROWEST, chunk // max(rows, 1) // _NARROWEST * _NARROWEST))
+    products = hidden.new_empty(rows * width)
+    buffer = products if hidden.dtype == torch.float32 else products.new_empty(rows * width, dtype=torch.float32)
+    for start in range(0, vocab, width):
+        columns = slice(start, min(start + width, vocab))
+        size = columns.stop - start
+        product, logits = (flat[: rows * size].view(rows, size) for flat in (products, buffer))
+        torch.mm(hidden, weight[columns].T, out=product)
+        yield columns, logits if logits.dtype == product.dtype else logits.copy_(product), product
+
+
+def _labels_in(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(N, 1) column of each label counted within `columns`, and 1.0 where it lies there, 0.0 (with a column that is valid) elsewhere."""
+    index = labels[:, None] - columns.start
+    inside = (index >= 0) & (index < columns.stop - columns.start)
+    return index.where(inside, 0), inside.float()

@@ -53,6 +53,12 @@ def read_config(directory: Path) -> Config:
     return from_yaml((directory / "config.yaml").read_text(encoding="utf-8"))
 
 
+def read_overrides(directory: Path) -> list[str]:
+    """What the user typed to start the run."""
+    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
+
+
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     process = {"host": socket.gethostname(), "pid": os.getpid()}

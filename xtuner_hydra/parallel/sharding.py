@@ -12,11 +12,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from xtuner_hydra.config.schema import ParallelismConfig
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime
-from xtuner_hydra.tracking.console import progress
 
 
 def parallelize(model: CausalLM, config: ParallelismConfig, runtime: Runtime) -> None:
@@ -41,7 +41,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, config: ParallelismConfig, *, show_
     groups: list[torch.nn.Module] = list(model.model.layers)
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         groups += [model.model.embed_tokens, model.lm_head]
-    for module in progress(groups, "FSDP sharding", shown=show_progress):
+    for module in tqdm(groups, desc="FSDP sharding", leave=False, disable=None if show_progress else True):  # None: only on a terminal
         # the head's backward pass follows its forward pass at once: freeing its weight between them would only cost a gather
         reshard = config.reshard_after_forward and module is not model.lm_head
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

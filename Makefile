@@ -1,0 +1,28 @@
+# make train [ARGS="optimizer.lr=1e-4"]   make test [ARGS="-k packing"]   make check
+PYTHON ?= python3.11
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test check format
+
+train: $(VENV)/.installed
+	$(BIN)/python -m xtuner_hydra model=qwen3_tiny data=openai_sft $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# What the tests ran with, built on first use and after a change of the pins.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,37 @@
+"""Combinations that cannot be trained are refused before anything is created."""
+
+import pytest
+
+from xtuner_hydra.app import App
+from xtuner_hydra.config.checks import check, data_parallel_size
+from xtuner_hydra.errors import ConfigError
+
+
+def config(*overrides):
+    with App(overrides) as app:
+        return app.compose(list(overrides)).config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "key"),
+    [
+        (["model.num_attention_heads=30"], 1, "model.num_attention_heads"),
+        (["model.head_dim=63"], 1, "model.head_dim"),
+        (["data.pack_max_length=50000"], 1, "data.pack_max_length"),
+        (["trainer.global_batch_size=3"], 2, "trainer.global_batch_size"),
+        ([], 2, "trainer.global_batch_size"),
+        (["parallelism.dp_shard=2", "trainer.global_batch_size=4"], 4, "parallelism.dp_shard"),
+        (["parallelism.dp_replicate=3", "trainer.global_batch_size=4"], 4, "parallelism.dp_replicate"),
+    ],
+)
+def test_impossible_combination_is_refused_by_its_key(overrides, ranks, key):
+    with pytest.raises(ConfigError) as caught:
+        check(config(*overrides), ranks)
+    assert caught.value.key == key
+
+
+def test_fsdp_takes_one_pack_a_rank():
+    chosen = config("parallelism=fsdp")
+    check(chosen, 8)
+    assert chosen.trainer.global_batch_size is None
+    assert data_parallel_size(chosen, 8) == 8

@@ -1,0 +1,24 @@
+"""Names of runs and jobs are short, safe in a path, and need no quoting when typed as an override's value."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xtuner_hydra.config.names import MAX_LENGTH, job_name, run_name
+
+
+def test_name_says_what_was_chosen():
+    choices = {"model": "qwen3_tiny", "data": "openai_sft", "experiment": None, "scheduler": "linear", "debug": "fast"}
+    overrides = ["model=qwen3_tiny", "scheduler=linear", "optimizer.lr=1e-4", "hydra.run.dir=/x", "data.path=/a/b.jsonl", "debug=fast"]
+    assert run_name(choices, overrides) == "qwen3_tiny-openai_sft-fast-linear-lr1e-4"
+
+
+def test_job_name_has_number_and_swept_values():
+    assert job_name(3, ["optimizer.lr=6e-05", "data.pack_strategy=soft"]) == "3_lr6e-05-pack_strategy_soft"
+    assert job_name(0, []) == "0"
+
+
+@given(st.lists(st.text(max_size=300), max_size=20))
+def test_any_override_gives_a_safe_path_component(values):
+    name = job_name(1, [f"data.path={value}" for value in values])
+    assert 0 < len(name) <= MAX_LENGTH
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")

@@ -1,0 +1,93 @@
+"""The YAML groups and the dataclasses hold the same keys, every YAML field has a comment, and every option composes."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from xtuner_hydra.app import App
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import known_keys, to_config, to_yaml
+
+CONF = Path(__file__).parents[3] / "conf"
+GROUPS = [field.name for field in fields(Config)]
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
+REFERENCE = Path(__file__).parent / "default_config.yaml"
+
+
+def compose(*overrides):
+    with App(overrides) as app:
+        return app.compose(list(overrides))
+
+
+def required(group, option):
+    """What an option needs besides its name, because it leaves values open."""
+    return {"openai": ["data.path=x.jsonl"]}.get(option, [])
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in GROUPS])
+def test_yaml_and_dataclass_have_the_same_keys(group, option):
+    loaded = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    assert {group, *flatten(loaded.get(group, loaded), group)} == {key for key in known_keys() if key == group or key.startswith(group + ".")}
+
+
+def flatten(section, prefix):
+    for name, value in section.items():
+        yield f"{prefix}.{name}"
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}.{name}")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_opens_with_its_command_and_group_fields_have_comments(path):
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    assert next(line for line in lines if not line.startswith("# @")).startswith("# python -m xtuner_hydra")
+    if path.parent.name in GROUPS:
+        bare = [line for line in lines if re.match(r"\s*[a-z_]+: \S", line) and "#" not in line]
+        assert bare == []
+
+
+def test_yaml_defaults_are_the_dataclasses_defaults():
+    config = compose().config
+    for group in fields(Config):
+        kind, ours = get_type_hints(Config)[group.name], getattr(config, group.name)
+        if group.name in ("model", "data"):  # these have no default of their own
+            continue
+        plain = {field.name: getattr(kind(), field.name) for field in fields(kind) if not is_dataclass(getattr(ours, field.name))}
+        assert {name: getattr(ours, name) for name in plain} == plain
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] != "hf"])
+def test_every_option_of_every_group_composes(group, option):
+    composition = compose(f"{group}={option}", *required(group, option))
+    assert composition.choices[group] == option
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ("experiment", "debug")])
+def test_values_of_an_experiment_survive(group, option):
+    wanted = OmegaConf.load(CONF / group / f"{option}.yaml")
+    config = OmegaConf.structured(compose(f"{group}={option}").config)
+    for key in known_keys():
+        value = OmegaConf.select(wanted, key)
+        if value is not None and not OmegaConf.is_dict(value):
+            assert OmegaConf.select(config, key) == value, key
+
+
+def test_the_command_line_wins_over_an_experiment():
+    assert compose("debug=fast", "trainer.total_steps=7").config.trainer.total_steps == 7
+
+
+def test_resolved_default_config_is_the_committed_reference():
+    """When this fails on purpose: python -m xtuner_hydra --cfg job --resolve, and write down why in CHANGELOG.md."""
+    text = to_yaml(compose().config)
+    examples = str(CONF.parent / "xtuner_hydra" / "examples")
+    assert text.replace(examples, "<examples>") == REFERENCE.read_text()
+
+
+def test_config_yaml_reads_back_as_the_same_config():
+    config = compose("optimizer.lr=3e-4", "data.path=[a.jsonl,b.jsonl]").config
+    assert to_config(OmegaConf.create(to_yaml(config)), lambda key: "") == config

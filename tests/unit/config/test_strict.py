@@ -1,0 +1,75 @@
+"""Wrong command lines are refused with the full key, where it was set, and what was probably meant."""
+
+import pytest
+
+from xtuner_hydra.app import App
+from xtuner_hydra.errors import ConfigError, RefusedError
+
+
+def refusal(*argv):
+    with pytest.raises(RefusedError) as caught, App(argv) as app:
+        app.compose(app.overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
+    assert "Did you mean optimizer.lr?" in refusal(f"{prefix}optimizer.lrr=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lr=1e-4", "Did you mean optimizer.lr?"),
+        ("modle=qwen3_tiny", "Did you mean model?"),
+        ("model=qwen_tiny", "Did you mean qwen3_tiny?"),
+        ("model=null", "Options of model"),
+        ("data.nothing_like_it=1", "data has path, format"),
+        ("optimizer.lr=fast", "could not be converted to Float (set in the command line: optimizer.lr=fast)"),
+        ("trainer.total_steps=1.5", "could not be converted to Integer"),
+        ("optimizer.lr=-1", "0 or above"),
+        ("optimizer.lr=nan", "0 or above"),
+        ("optimizer.betas=[0.9]", "two numbers"),
+        ("scheduler.name=cosin", "cosine, linear, constant"),
+        ("trainer.device=tpu", "cpu"),
+        ("trainer.log_interval=0", "at least 1"),
+        ("checkpoint.interval=0", "-1 (at the end only)"),
+        ("data.path=${nowhere}", "nowhere"),
+        ("~optimizer.lr", "nothing can be removed"),
+        ("optimizer.lr=1,2", "add -m"),
+        ("optimizer.lr", "KEY=VALUE"),
+        ("hydra.sweeep.dir=x", "hydra.sweeep"),
+        ("data=openai", "data.path: needs a value"),
+        ("model=hf", "model.pretrained"),
+        ("tracking.wandb.mode=on", "online"),
+        ("parallelism.tp=2", "there is no such key"),
+    ],
+)
+def test_refusals_name_culprit_and_remedy(override, words):
+    assert words in refusal(override)
+
+
+def test_two_durations_are_refused():
+    assert "trainer.epochs is set too" in refusal("trainer.total_steps=3", "trainer.epochs=1")
+
+
+def test_a_typo_in_a_users_own_file_names_the_file(tmp_path):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("name: adamw\nlr: 1e-3\nweigth_decay: 0.1\n")
+    message = refusal("--config-dir", str(tmp_path), "optimizer=mine")
+    assert "optimizer.weigth_decay" in message
+    assert "optimizer/mine.yaml" in message
+    assert "Did you mean optimizer.weight_decay?" in message
+
+
+def test_a_users_own_option_is_found(tmp_path):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("name: adamw\nlr: 1e-3\n")
+    argv = ["--config-dir", str(tmp_path), "optimizer=mine"]
+    with App(argv) as app:
+        assert app.compose(app.overrides).config.optimizer.lr == 1e-3
+
+
+def test_config_error_keeps_its_key():
+    error = ConfigError("trainer.seed", None, "why")
+    assert (error.key, str(error), error.exit_code) == ("trainer.seed", "trainer.seed=null: why", 2)

@@ -1,0 +1,96 @@
+"""The command line: `python -m xtuner_hydra [VERB] ...`, also installed as `xtuner-hydra`. Without a verb: train.
+
+Every way out is here: an error that a person can mend is one message and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, TrainingError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's); returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _verb(argv)(argv)
+    except (RefusedError, TrainingError) as error:
+        print(f"xtuner_hydra: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("xtuner_hydra: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    if _rank() == 0 and "RANK" in os.environ:
+        from xtuner_hydra.launch import publish
+
+        publish({"exit_code": code})  # or the other ranks would wait
+    return code
+
+
+def train(argv: list[str]) -> int:
+    """Compose, check, train: one run, or with -m a sweep."""
+    if _rank() > 0:
+        from xtuner_hydra.launch import follow
+
+        return follow()
+    from xtuner_hydra.app import App
+
+    with App(argv) as app:
+        if app.shows_something():
+            return _shown()
+        if app.is_sweep:
+            from xtuner_hydra.sweeps.multirun import sweep
+
+            return sweep(app)
+        composition = app.compose(app.overrides)
+    from xtuner_hydra.launch import run
+
+    return run(composition)
+
+
+def plan(argv: list[str]) -> int:
+    """`plan [overrides]`: say what a run would do, and stop."""
+    from xtuner_hydra.tools.plan import main as plan_main
+
+    return plan_main(argv[1:])
+
+
+def doctor(argv: list[str]) -> int:
+    """`doctor`: check this machine."""
+    from xtuner_hydra.tools.doctor import main as doctor_main
+
+    return doctor_main(argv[1:])
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor}
+
+
+def _verb(argv: list[str]) -> Callable[[list[str]], int]:
+    """The function for the first word; a word that is neither verb, option nor override is refused by name."""
+    if not argv or argv[0].startswith("-") or "=" in argv[0] or argv[0].startswith(("+", "~")):
+        return train
+    if argv[0] in VERBS:
+        return VERBS[argv[0]]
+    from xtuner_hydra.config.strict import did_you_mean
+
+    hint = did_you_mean(argv[0], list(VERBS))
+    raise RefusedError(f"{argv[0]}: no such command (there are {', '.join(VERBS)}), nor an override (KEY=VALUE).{hint} See --help")
+
+
+def _rank() -> int:
+    """Our rank under torchrun, 0 elsewhere."""
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+
+
+def _shown() -> int:
+    if "RANK" in os.environ:
+        from xtuner_hydra.launch import publish
+
+        publish({"exit_code": EXIT_DONE})
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

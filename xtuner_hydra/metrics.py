@@ -1,0 +1,73 @@
+"""A training step as a row of metrics. Names and meanings are fixed: README, "Metrics"."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from xtuner_hydra.checkpoint.state import TrainState
+from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.data.loader import StepBatch
+from xtuner_hydra.engine import StepResult
+from xtuner_hydra.model.flops import training_flops
+from xtuner_hydra.parallel.device import memory_gb, peak_flops
+from xtuner_hydra.parallel.runtime import Runtime
+
+Row = dict[str, float | int | None]
+
+
+class Meter:
+    """Measures steps: call `data_ready` when a batch has come, `row` when its step is done."""
+
+    def __init__(self, runtime: Runtime, model: ModelConfig, dtype: torch.dtype) -> None:
+        self.runtime = runtime
+        self.model = model
+        self.peak_flops = peak_flops(runtime.device, dtype)
+        self.tokens = 0
+        self.started = self.step_started = time.perf_counter()
+        self.data_time = 0.0
+
+    def restart_step(self) -> None:
+        """Time from now on belongs to the next step, not to the evaluation or save that went before."""
+        self.step_started = time.perf_counter()
+
+    def data_ready(self) -> None:
+        """The step's batch is here."""
+        self.data_time = time.perf_counter() - self.step_started
+
+    def count(self, batch: StepBatch) -> None:
+        """A step is done, whether it is logged or not."""
+        self.tokens += batch.tokens
+
+    def row(self, state: TrainState, batch: StepBatch, result: StepResult, lr: float, epoch: float) -> Row:
+        """The step's metrics. Reads the loss back from the device, which waits for the step to end."""
+        loss = float(result.loss)
+        now = time.perf_counter()
+        step_time, world = now - self.step_started, self.runtime.world_size
+        peak, reserved = memory_gb(self.runtime.device)
+        return {
+            "train/step": state.step,
+            "train/epoch": epoch,
+            "train/loss": loss,
+            "train/lr": lr,
+            "train/grad_norm": result.grad_norm,
+            "train/tokens": batch.tokens,
+            "train/supervised_tokens": batch.supervised_tokens,
+            "train/total_tokens": state.tokens,
+            "train/skipped_updates": state.skipped_updates,
+            "throughput/tgs": batch.tokens / step_time / world,
+            "throughput/e2e_tgs": self.tokens / (now - self.started) / world,
+            "throughput/step_time": step_time,
+            "throughput/data_time": self.data_time,
+            "throughput/mfu": self._flops(batch) / step_time / self.peak_flops,
+            "throughput/pack_utilization": batch.utilization,
+            "memory/max_gb": peak,
+            "memory/reserved_gb": reserved,
+        }
+
+    def _flops(self, batch: StepBatch) -> float:
+        """This rank's share of the step."""
+        return sum(
+            training_flops(self.model, micro.cu_seqlens.diff().tolist(), len(micro.targets)) for micro in batch.micro_batches if micro.tokens
+        )

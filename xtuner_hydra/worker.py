@@ -1,0 +1,181 @@
+"""One rank of a run: reads the run directory, builds everything, trains, and says how it ended.
+
+    python -m xtuner_hydra.worker RUN_DIR          (started by launch.py with a rank in the environment)
+
+A worker never sees Hydra. `train` is the same for a rank of its own process and for a single run inside the Hydra process."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import to_dict
+from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.tokenizers import load_tokenizer
+from xtuner_hydra.engine import Engine
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
+from xtuner_hydra.files import write_json
+from xtuner_hydra.metrics import Row
+from xtuner_hydra.model.families import load_pretrained
+from xtuner_hydra.model.init import initialise
+from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.optim.optimizers import build_optimizer
+from xtuner_hydra.parallel.runtime import Runtime, runtime
+from xtuner_hydra.parallel.sharding import parallelize
+from xtuner_hydra.run_dir import read_config, read_overrides, write_status
+from xtuner_hydra.tracking import build_trackers
+from xtuner_hydra.tracking.console import setup_logging
+from xtuner_hydra.trainer import Trainer
+
+log = logging.getLogger("xtuner_hydra")
+
+
+def main() -> int:
+    """Entry of a worker process."""
+    _die_with_parent()
+    return train(Path(sys.argv[1]), traceback_on_screen=False)
+
+
+def train(run_dir: Path, *, traceback_on_screen: bool = True) -> int:
+    """Train the run of `run_dir` on this rank; returns the exit code. The end, good or bad, is written to status.json by the first rank."""
+    rank = int(os.environ.get("RANK", 0))
+    setup_logging(run_dir, rank, terminal=rank == 0)
+    trainer: Trainer | None = None
+    final: dict[str, Any] = {}
+    code = EXIT_FAILED
+    try:
+        config = read_config(run_dir)
+        _interrupt_on_sigterm()
+        with runtime(config) as place:
+            trainer = build(config, run_dir, place)
+            with_trackers(trainer)
+            trainer.fit()
+        code, final = EXIT_DONE, {"state": "completed"}
+    except KeyboardInterrupt:
+        code, final = EXIT_INTERRUPTED, {"state": "interrupted", "error": "interrupted (Ctrl-C or SIGTERM)"}
+        log.warning("interrupted")
+    except RefusedError as error:
+        code, final = EXIT_REFUSED, {"state": "failed", "error": str(error)}
+        _report_failure(run_dir, rank, str(error), details="", on_screen=traceback_on_screen)
+    except Exception as error:
+        text = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
+        final = {"state": "failed", "error": text}
+        details = "" if isinstance(error, TrainingError) else traceback.format_exc()
+        _report_failure(run_dir, rank, text, details, on_screen=traceback_on_screen)
+    finally:
+        if rank == 0:
+            _finish(run_dir, trainer, {"exit_code": code, **(final or {"state": "failed", "error": "stopped"})})
+    return code
+
+
+def build(config: Config, run_dir: Path, place: Runtime) -> Trainer:
+    """Data, model, optimizer and trainer of this rank."""
+    tokenizer = load_tokenizer(config.model)
+    data = PreparedData.load(run_dir, config)
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    parallelize(model, config.parallelism, place)
+    model.to_empty(device=place.device)
+    if config.model.pretrained:
+        load_pretrained(model, config.model.pretrained)
+    else:
+        initialise(model, config.trainer.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine = Engine(
+        model, optimizer, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
+    )
+    trainer = Trainer(config, run_dir, place, data, tokenizer, engine)
+    _tell(trainer)
+    return trainer
+
+
+def with_trackers(trainer: Trainer) -> None:
+    """Resume if the config says so, then open the trackers (on the first rank) at the step where metrics go on."""
+    step = trainer.resume_if_possible()
+    if trainer.runtime.rank == 0:
+        config = trainer.config
+        trainer.trackers = build_trackers(
+            config.tracking,
+            trainer.run_dir,
+            config=to_dict(config),
+            overrides=read_overrides(trainer.run_dir),
+            total_steps=trainer.total_steps,
+            resumed_step=step,
+        )
+
+
+def _tell(trainer: Trainer) -> None:
+    """What is about to be trained, in XTuner's order: data, model, parameters, accumulation."""
+    for line in trainer.data.summary():
+        log.info(line)
+    model = trainer.engine.model
+    log.info(f"model:\n{model}")
+    parameters = dict(model.named_parameters())
+    count = sum(parameter.numel() for parameter in parameters.values())
+    log.info(f"parameters: {count / 1e6:.2f} M, trainable: {count / 1e6:.2f} M")
+    log.info("trainable: " + ", ".join(_ranges(list(parameters))))
+    place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
+    log.info(
+        f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "
+        f"{batch} packs a step, gradient accumulation steps: {batch // place.world_size}; {trainer.total_steps} steps"
+    )
+
+
+def _ranges(names: list[str]) -> list[str]:
+    """Parameter names with the layers' numbers folded: model.layers.[0-2].mlp.up_proj.weight."""
+    folded: dict[str, list[int]] = {}
+    for name in names:
+        numbers = re.findall(r"\.(\d+)\.", name)
+        folded.setdefault(re.sub(r"\.\d+\.", ".[#].", name), []).extend(map(int, numbers))
+    return [name.replace("#", f"{min(numbers)}-{max(numbers)}" if numbers else "") for name, numbers in folded.items()]
+
+
+def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:
+    """The cause first, then the traceback. Where other ranks fail in consequence, the launcher shows the first cause alone."""
+    if not on_screen:
+        write_json(run_dir / "logs" / f"rank{rank}.error.json", {"rank": rank, "time": time.time(), "error": text, "traceback": details})
+    extra = {} if on_screen else {"file_only": True}
+    log.error(f"training failed: {text}", extra=extra)
+    if details:
+        log.error(details, extra=extra)
+
+
+def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> None:
+    """Close the trackers, draw the curve, write the last status."""
+    metrics: Row = trainer.metrics if trainer else {}
+    step, total = (trainer.state.step, trainer.total_steps) if trainer else (0, None)
+    if trainer:
+        trainer.trackers.finish(final["state"], final["exit_code"], dict(metrics))
+    write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
+    log.info(f"{final['state']} at step {step}: {run_dir}")
+
+
+def _interrupt_on_sigterm() -> None:
+    """SIGTERM ends a run as Ctrl-C does: trackers closed, status written."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _die_with_parent() -> None:
+    """Linux: have this worker terminated when the launcher dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())
