@@ -1,10 +1,11 @@
 """Cross-entropy at the supervised positions without ever holding their logits.
 
-The vocabulary is taken in slices as narrow as a buffer of fixed size asks for. The forward pass keeps one number a row, log sum exp(logits); the
-backward pass computes each slice's logits again, turns them into their gradient in place and multiplies it into the gradients of hidden
-states and head. A slice's head gradient is one product over all rows, summed in fp32 inside it and rounded once: it needs no accumulator,
-and chunks of rows would. That costs one more product than such chunks and saves their passes over the accumulator: on 2 cores with AMX (1,100
-rows, hidden 512, vocab 151,936, bf16) 0.64 s and 0.15 GB, which is the gradient itself, against 0.70 s and 0.6 GB for chunks of 512 rows.
+The vocabulary is taken in slices as narrow as a buffer of fixed size asks for. The forward pass keeps one number a row, log sum
+exp(logits); the backward pass computes each slice's logits again, turns them into their gradient in place and multiplies it into the
+gradients of hidden states and head. A slice's head gradient is one product over all rows, summed in fp32 inside it and rounded once: it
+needs no accumulator, as chunks of rows would. That costs one more product and saves the passes over the accumulator: on 2 cores with AMX
+(1,100 rows, hidden 512, vocab 151,936, bf16) 0.64 s and 0.15 GB, the gradient itself, against 0.70 s and 0.6 GB for chunks of 512 rows.
+
 Source: Cut Cross-Entropy (Wijmans et al. 2024)."""
 
 from __future__ import annotations

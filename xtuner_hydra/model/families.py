@@ -1,7 +1,7 @@
 """Hugging Face directories <-> our model: config.json both ways, and reading safetensors.
 
-Our modules carry Hugging Face's names, so the weights need no renaming. What a config asks for and this decoder does not do is refused by name:
-a model that loads must give the numbers it was trained to give."""
+Our modules carry Hugging Face's names, so the weights need no renaming. What a config asks for and this decoder does not do is refused by
+name: a model that loads must give the numbers it was trained to give."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def load_pretrained(model: CausalLM, directory: Path | str) -> None:
 
 
 def pretrained_dtype(directory: Path | str) -> str:
-    """`float32`, `bfloat16` or `float16`: the dtype of the weights in the directory's safetensors (the embedding's, where they are mixed)."""
+    """`float32`, `bfloat16` or `float16`: the dtype of the weights in the directory's safetensors (the embedding's)."""
     for file in _weight_files(Path(directory)):
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118

@@ -20,17 +20,17 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter: matrices and embedding N(0, 0.02), biases 0, norms 1. Plain tensors or DTensors, not on the meta device."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, parameter in model.named_parameters():
-            parameter = parameter.detach()
-            if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            tensor = parameter.detach()
+            if tensor.ndim < 2:
+                tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            in_place = local.shape == parameter.shape and local.device.type == "cpu" and local.dtype == torch.float32
-            value = local if in_place else torch.empty(parameter.shape, dtype=torch.float32)
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            in_place = local.shape == tensor.shape and local.device.type == "cpu" and local.dtype == torch.float32
+            value = local if in_place else torch.empty(tensor.shape, dtype=torch.float32)
             blocks = value.view(-1).split(_BLOCK)
             list(pool.map(_fill, blocks, [f"{seed}/{name}/{number}" for number in range(len(blocks))]))
             if not in_place:
-                assign(parameter, value)
+                assign(tensor, value)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The parts of a decoder layer: RMSNorm, rotary embedding, grouped-query attention, SwiGLU. Shapes have no batch dimension: T tokens are packed.
+"""The parts of the decoder: embedding, RMSNorm, rotary positions, grouped-query attention, SwiGLU. No batch dimension: T tokens are packed.
 
 Norm, rotation and SwiGLU have hand-written backward passes: they keep their inputs only, where autograd would keep an intermediate of each
-operation, several of them in fp32."""
+operation, several of them in fp32. The embedding has one that sums in fp32."""
 
 from __future__ import annotations
 
@@ -10,9 +10,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.model.attention import attention
+
+
+class Embedding(nn.Embedding):
+    """ids (T,) int64 -> (T, hidden). A token's gradients are summed in fp32, then rounded once to the weight's dtype."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _Embedding.apply(self.weight, ids)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, ids)
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, ids = ctx.saved_tensors
+        ordered, order = ids.sort(stable=True)
+        # equal ids share a row of a small fp32 table; no shape depends on values, so that a GPU need not be waited for
+        table_row = torch.cat([ordered.new_zeros(1), (ordered.diff() != 0).long()]).cumsum(0)
+        table = torch.ops.aten.embedding_dense_backward(grad[order].float(), table_row, len(ids), -1, False)
+        grad_weight = torch.zeros_like(weight)
+        grad_weight[ordered] = table[table_row].to(weight.dtype)
+        return grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -39,9 +66,10 @@ class _RMSNorm(torch.autograd.Function):
         return (x32 * scale).to(x.dtype) * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        grad = grads[0].float()
+        grad = grad.float()
         normed = x.float() * scale
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
@@ -67,9 +95,10 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,9 +151,10 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class DecoderLayer(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.loss import linear_cross_entropy
-from xtuner_hydra.model.layers import DecoderLayer, RMSNorm, rotary
+from xtuner_hydra.model.layers import DecoderLayer, Embedding, RMSNorm, rotary
 
 
 class CausalLM(nn.Module):
@@ -38,9 +38,9 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Logits of every token, (T, vocab) fp32; or, given `rows` and `targets`, the scalar fp32 sum of -log p(target) over them.
 
-        ids, positions: (T,) int64, positions count from 0 in every document; cu_seqlens: (documents + 1,) int32; max_seqlen: longest document.
-        rows: (N,) int64, the tokens with a label; targets: (N,) int64, their labels. With N = 0 the loss is 0 and every gradient is zero,
-        not missing: under FSDP all ranks must run the same collectives."""
+        ids, positions: (T,) int64, T at least 1; positions count from 0 in every document. cu_seqlens: (documents + 1,) int32;
+        max_seqlen: length of the longest document. rows: (N,) int64, the tokens with a label; targets: (N,) int64, their labels.
+        With N = 0 the loss is 0 and every gradient zero, not missing: under FSDP all ranks must run the same collectives."""
         hidden = self.model(ids, positions, cu_seqlens, max_seqlen, rows)
         return self.lm_head(hidden, targets)
 
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Linear):
-    """hidden (N, hidden) -> logits (N, vocab) fp32, or with targets (N,) the summed loss: here, so that FSDP's hooks see the weight used."""
+    """hidden (N, hidden) -> logits (N, vocab) fp32, or with targets (N,) the summed loss (here, so that FSDP gathers the weight)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size, bias=False)

@@ -1,0 +1,147 @@
+"""Ours beside a plain transformers loop, on the same packs, in one run: seconds a step, tokens a second, peak memory.
+
+    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2]
+
+The plain loop is what one writes by hand: Qwen3ForCausalLM with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
+contender runs in a process of its own, in turn; the first step of each is left out of the medians."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CONTENDERS = ("ours", "plain")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; the contenders take turns")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="config overrides, e.g. model=qwen3_0p6b")
+    args = parser.parse_args()
+    if args.contender:
+        print(json.dumps(run(args.contender, args.steps, args.threads, args.overrides)))
+        return
+    results: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
+    for number in range(args.rounds):
+        for name in CONTENDERS:
+            results[name].append(in_own_process(name, sys.argv[1:]))
+            print(f"round {number + 1} {name}: {describe(results[name][-1])}", flush=True)
+    report(results)
+
+
+def in_own_process(name: str, argv: list[str]) -> dict:
+    output = subprocess.run([sys.executable, __file__, "--contender", name, *argv], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
+    """Train `steps` steps; the median step's seconds without the first, tokens a second, peak memory, losses."""
+    import torch
+
+    torch.set_num_threads(threads)
+    config, batches = packs(steps, overrides)
+    step = {"ours": ours, "plain": plain}[name](config)
+    seconds, losses = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        losses.append(step(batch))
+        seconds.append(time.perf_counter() - start)
+    tokens = [batch.tokens for batch in batches]
+    return {
+        "step_s": statistics.median(seconds[1:]),
+        "tokens_per_s": sum(tokens[1:]) / sum(seconds[1:]),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "losses": losses,
+    }
+
+
+def packs(steps: int, overrides: list[str]):
+    """The first `steps` packs of the composed config's data."""
+    from xtuner_hydra.app import App
+    from xtuner_hydra.launch import prepare
+    from xtuner_hydra.data.loader import train_batches
+
+    with App([f"trainer.total_steps={steps}", f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
+        prepared = prepare(app.compose(app.overrides), progress=False)
+    batches = [batch.micro_batches[0] for batch in train_batches(prepared.data.plan, start_step=0, dp_rank=0, dp_size=1)]
+    return prepared.config, batches
+
+
+def ours(config) -> Callable:
+    import torch
+
+    from xtuner_hydra.engine import Engine
+    from xtuner_hydra.model.init import initialise
+    from xtuner_hydra.model.transformer import CausalLM
+    from xtuner_hydra.optim.optimizers import build_optimizer
+    from xtuner_hydra.parallel.runtime import runtime
+    from xtuner_hydra.parallel.sharding import parallelize
+
+    place = runtime(config).__enter__()
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    parallelize(model, config.parallelism, place)
+    model.to_empty(device=place.device)
+    initialise(model, config.trainer.seed)
+    engine = Engine(model, build_optimizer(model, config.optimizer), dp_size=1, max_grad_norm=config.optimizer.max_grad_norm, nonfinite="error")
+    return lambda batch: float(engine.train_step([batch], len(batch.targets), config.optimizer.lr).loss)
+
+
+def plain(config) -> Callable:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from xtuner_hydra.model.families import hf_config
+
+    torch.manual_seed(config.trainer.seed)
+    shape = hf_config(config.model, "float32", bos_token_id=None, eos_token_id=257)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape), attn_implementation="sdpa")
+    beta1, beta2 = config.optimizer.betas
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optimizer.lr, betas=(beta1, beta2), weight_decay=config.optimizer.weight_decay, fused=True
+    )
+
+    def step(batch) -> float:
+        # positions that start again at 0 are how transformers knows packed documents apart
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def describe(result: dict) -> str:
+    return (
+        f"{result['step_s']:.2f} s a step (median), {result['tokens_per_s']:.0f} tokens/s, peak {result['peak_gb']:.2f} GB, "
+        f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
+    )
+
+
+def report(results: dict[str, list[dict]]) -> None:
+    ratio = {key: _median(results["ours"], key) / _median(results["plain"], key) for key in ("step_s", "tokens_per_s", "peak_gb")}
+    print(f"ours / plain: step {ratio['step_s']:.2f}, tokens/s {ratio['tokens_per_s']:.2f}, peak memory {ratio['peak_gb']:.2f}")
+
+
+def _median(results: list[dict], key: str) -> float:
+    return statistics.median(result[key] for result in results)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()

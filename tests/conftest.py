@@ -1,0 +1,94 @@
+"""Shared by all tests: the real command line, in a directory, token cache and W&B of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+QUIET = ("tracking=none", "checkpoint=none", "data.eval_path=null")  # for tests that look at something else
+
+
+@dataclass
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self):
+        return self.out + self.err
+
+
+class CommandLine:
+    """`python -m xtuner_hydra` (or another module) in `directory`."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))},
+            "XDG_CACHE_HOME": str(directory / ".cache"),
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(directory),  # no netrc, no W&B settings of the person who runs the tests
+        }
+
+    def __call__(self, *args, module="xtuner_hydra", timeout=180):
+        done = subprocess.run(self._command(args, module), cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def torchrun(self, ranks, *args, timeout=180):
+        return self("--nproc-per-node", str(ranks), "-m", "xtuner_hydra", *args, module="torch.distributed.run", timeout=timeout)
+
+    def start(self, *args, module="xtuner_hydra"):
+        """A process to send signals to; its output goes to a file `output` in the directory."""
+        with (self.directory / "output").open("w") as output:
+            return subprocess.Popen(self._command(args, module), cwd=self.directory, env=self.environment, stdout=output, stderr=output, start_new_session=True)
+
+    def _command(self, args, module):
+        return [sys.executable, "-m", module, *map(str, args)]
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return CommandLine(tmp_path)
+
+
+def read_rows(run_dir):
+    """metrics.jsonl, parsed strictly: NaN and Infinity are no JSON."""
+
+    def refuse(word):
+        raise ValueError(f"not JSON: {word}")
+
+    return [json.loads(line, parse_constant=refuse) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_status(run_dir):
+    return json.loads((Path(run_dir) / "status.json").read_text())
+
+
+def wait_for(condition, process=None, seconds=120):
+    """Wait until `condition()` is true; fails when the process ends before or time runs out."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, "the process ended early"
+        time.sleep(0.05)
+
+
+def stop(process, number=signal.SIGINT, seconds=60):
+    """Signal a process and wait for its exit code."""
+    process.send_signal(number)
+    try:
+        return process.wait(seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)

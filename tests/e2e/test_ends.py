@@ -1,0 +1,48 @@
+"""How runs end: Ctrl-C, a NaN, and a loss that should reach zero."""
+
+import signal
+
+import pytest
+from conftest import QUIET, read_rows, read_status, stop, wait_for
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_marks_the_run_interrupted(cli, number):
+    run = cli.directory / "run"
+    process = cli.start("debug=fast", "trainer.total_steps=100000", "checkpoint=none", "hydra.run.dir=run")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_rows(run)) > 2, process)
+    assert stop(process, number) == 130
+    status = read_status(run)
+    assert (status["state"], status["exit_code"]) == ("interrupted", 130)
+    assert status["step"] > 2
+    assert "Traceback" not in (cli.directory / "output").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_nan_stops_training_before_the_update_with_the_cause_first(cli, ranks):
+    """A rate of 1e30 gives infinite weights after the first step."""
+    done = cli(
+        *("debug=fast", "trainer.total_steps=5", "optimizer.lr=1e30", "trainer.global_batch_size=2", f"parallelism.nproc_per_node={ranks}"),
+        *("hydra.run.dir=run", *QUIET),
+    )
+    assert done.code == 1, done.text
+    assert "optimizer.nonfinite=skip" in done.text
+    assert "Traceback" not in done.text
+    status = read_status(cli.directory / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert "step 2" in status["error"]
+
+
+def test_nonfinite_skip_goes_on_and_counts(cli):
+    done = cli("debug=fast", "trainer.total_steps=4", "optimizer.lr=1e30", "optimizer.nonfinite=skip", "hydra.run.dir=run", *QUIET)
+    assert done.code == 0, done.text
+    assert read_rows(cli.directory / "run")[-1]["train/skipped_updates"] == 3
+    assert "update left out" in done.out
+
+
+def test_overfit_learns_its_few_packs(cli):
+    done = cli("debug=overfit", "tracking=none", "hydra.run.dir=run", timeout=280)
+    assert done.code == 0, done.text
+    losses = [row["train/loss"] for row in read_rows(cli.directory / "run")]
+    assert losses[0] > 4
+    assert losses[-1] < 0.1

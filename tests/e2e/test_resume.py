@@ -1,0 +1,91 @@
+"""A run that is stopped and continued repeats the uninterrupted one, bit for bit."""
+
+import shutil
+
+import pytest
+from conftest import CommandLine, read_rows, read_status
+
+EXACT = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/supervised_tokens", "train/total_tokens", "train/epoch")
+JOB = ("debug=fast", "trainer.total_steps=6", "checkpoint.interval=2", "checkpoint.hf_interval=null", "checkpoint.keep=9", "tracking=none", "data.eval_path=null")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps in one go, with checkpoints after 2, 4 and 6."""
+    cli = CommandLine(tmp_path_factory.mktemp("whole"))
+    done = cli(*JOB, "hydra.run.dir=whole")
+    assert done.code == 0, done.text
+    return cli
+
+
+def trajectory(run_dir):
+    return [[row[name] for name in EXACT] for row in read_rows(run_dir)]
+
+
+def test_auto_resume_drops_later_rows_and_repeats_them_exactly(whole):
+    run = whole.directory / "cut"
+    shutil.copytree(whole.directory / "whole", run)
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step}")
+    (run / "status.json").unlink()
+    done = whole(*JOB, "hydra.run.dir=cut", "checkpoint.resume=auto")
+    assert done.code == 0, done.text
+    assert "step 2/6" in done.out
+    assert trajectory(run) == trajectory(whole.directory / "whole")
+
+
+def test_a_half_written_checkpoint_is_passed_over(whole):
+    run = whole.directory / "damaged"
+    shutil.copytree(whole.directory / "whole", run)
+    shutil.rmtree(run / "checkpoints" / "step-6")
+    (run / "status.json").unlink()
+    shard = next((run / "checkpoints" / "step-4").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = whole(*JOB, "hydra.run.dir=damaged", "checkpoint.resume=auto")
+    assert done.code == 0, done.text
+    assert "step 2/6" in done.out
+    assert trajectory(run) == trajectory(whole.directory / "whole")
+
+
+def test_a_path_continues_in_a_new_directory(whole):
+    done = whole(*JOB, "hydra.run.dir=onwards", "checkpoint.resume=whole/checkpoints/step-4")
+    assert done.code == 0, done.text
+    assert trajectory(whole.directory / "onwards") == trajectory(whole.directory / "whole")[4:]
+
+
+def test_auto_on_a_completed_run_says_so_and_changes_nothing(whole):
+    before = (whole.directory / "whole" / "metrics.jsonl").read_bytes()
+    done = whole(*JOB, "hydra.run.dir=whole", "checkpoint.resume=auto")
+    assert done.code == 0
+    assert "complete" in done.out
+    assert (whole.directory / "whole" / "metrics.jsonl").read_bytes() == before
+
+
+def test_auto_without_a_checkpoint_starts_at_the_beginning(whole):
+    done = whole("debug=fast", "tracking=none", "checkpoint=none", "checkpoint.resume=auto", "data.eval_path=null", "hydra.run.dir=fresh")
+    assert done.code == 0, done.text
+    assert len(trajectory(whole.directory / "fresh")) == 2
+
+
+@pytest.mark.parametrize("change", ["trainer.seed=7", "data.pack_max_length=128", "model.hidden_size=32", "trainer.global_batch_size=2"])
+def test_another_trajectory_is_refused(whole, change):
+    done = whole(*JOB, change, "hydra.run.dir=other", "checkpoint.resume=whole")
+    assert done.code == 2, done.text
+    assert "belongs to a run with another" in done.err
+    assert not (whole.directory / "other").exists()
+
+
+def test_a_path_without_a_checkpoint_is_refused(whole):
+    done = whole(*JOB, "hydra.run.dir=other", "checkpoint.resume=nowhere")
+    assert (done.code, "no such file or directory" in done.err) == (2, True)
+
+
+def test_a_checkpoint_of_one_rank_continues_on_two(whole):
+    job = [*JOB, "trainer.global_batch_size=2"]
+    assert whole(*job, "hydra.run.dir=batch2").code == 0
+    done = whole(*job, "parallelism.nproc_per_node=2", "hydra.run.dir=two", "checkpoint.resume=batch2/checkpoints/step-4")
+    assert done.code == 0, done.text
+    one, two = (read_rows(whole.directory / name) for name in ("batch2", "two"))
+    assert [row["train/loss"] for row in two] == pytest.approx([row["train/loss"] for row in one[4:]], rel=1e-3)
+    assert [row["train/tokens"] for row in two] == [row["train/tokens"] for row in one[4:]]
+    assert read_status(whole.directory / "two")["state"] == "completed"

@@ -1,0 +1,442 @@
+"""Token cache: every sample's ids and supervision, whole and untruncated, made once and memory-mapped from then on.
+
+A cache is a directory named after its fingerprint, a hash of all that decides its content (the files' content, format, tokenizer, ...):
+
+    ids.bin         uint16 or uint32 (tokens,)   token ids, sample after sample
+    supervised.bin  bool (tokens,)               whether the token is to be learnt
+    index.bin       int64 (samples, 3)           length, supervised tokens, line number in its file
+    meta.json       sizes, samples of each file, lines that were skipped; written last
+
+It is written in a staging directory beside its place and renamed, so it is whole or not there. Processes that build the same one at once
+each finish; the first to rename wins. One whose files do not fit meta.json is built again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtuner_hydra.data.formats import FORMATS
+from xtuner_hydra.data.sources import chunks, lines, read_chunk
+from xtuner_hydra.data.tokenizers import Tokenizer
+from xtuner_hydra.errors import ConfigError, DataError, RefusedError
+from xtuner_hydra.files import sync_directory, sync_tree, write_json
+
+VERSION = 1
+"""Raise it when the files of a cache change, or what a format reads from a line."""
+
+BINARIES = ("ids.bin", "supervised.bin", "index.bin")
+
+CHUNK_BYTES = 4 << 20
+SERIAL_BYTES = 32 << 20
+"""Below this many bytes of data, starting processes costs more time than they save."""
+STALE_SECONDS = 24 * 3600
+"""A staging directory untouched for so long was left by a process that was killed."""
+
+log = logging.getLogger("xtuner_hydra")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A line that was left out (data.bad_lines=skip). `kind`: `UTF-8`, `JSON` or `conversation`."""
+
+    file: str
+    line: int
+    kind: str
+    message: str
+
+
+class CacheError(Exception):
+    """A cache that is missing or broken; the message says how."""
+
+
+class TokenCache:
+    """An open cache. lengths, supervised_lengths, lines: int64 (samples,).
+
+    `supervised_lengths` counts the labels of a whole sample. `lines` are line numbers, from 1. `sample_counts`: samples of each file.
+    `built`: made just now, not found."""
+
+    def __init__(self, directory: Path, files: list[Path], meta: dict[str, Any]) -> None:
+        self.directory = directory
+        self.files = files
+        self.built = False
+        self.fingerprint: str = meta["fingerprint"]
+        self.sample_counts: list[int] = meta["sample_counts"]
+        self.skipped = [Skipped(str(files[file]), *rest) for file, *rest in meta["skipped"]]
+        index = np.fromfile(directory / "index.bin", dtype=np.int64).reshape(-1, 3)
+        self.lengths, self.supervised_lengths, self.lines = np.ascontiguousarray(index.T)
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        # plain arrays over the maps: slices of np.memmap are several times slower
+        self._ids = np.asarray(np.memmap(directory / "ids.bin", dtype=meta["dtype"], mode="r"))
+        self._supervised = np.asarray(np.memmap(directory / "supervised.bin", dtype=np.bool_, mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, sample: int) -> NDArray[np.unsignedinteger]:
+        """Token ids of a sample, (tokens,), read-only."""
+        return self._ids[self.offsets[sample] : self.offsets[sample + 1]]
+
+    def supervised(self, sample: int) -> NDArray[np.bool_]:
+        """Which tokens of a sample are labels, (tokens,), read-only. Never the first: no token comes before it to predict it."""
+        return self._supervised[self.offsets[sample] : self.offsets[sample + 1]]
+
+    def locate(self, sample: int) -> tuple[Path, int]:
+        """(file, line number) that a sample was read from."""
+        file = np.searchsorted(np.cumsum(self.sample_counts), sample, side="right")
+        return self.files[file], int(self.lines[sample])
+
+
+def build_cache(
+    files: list[Path],
+    format: str,
+    tokenizer: Tokenizer,
+    *,
+    bad_lines: str,
+    cache_dir: Path,
+    num_workers: int | None,
+    progress: bool,
+    key: str = "data.path",
+) -> TokenCache:
+    """Open the cache of `files`, or make it.
+
+    num_workers: processes that tokenise (None: one a core). progress: show a bar where stderr is a terminal. key: starts the messages.
+    Raises DataError for a line that cannot be used (unless bad_lines is `skip`) and where none can; ConfigError where `cache_dir` cannot be
+    written. Nothing is left behind then."""
+    before = _stamps(files)
+    recipe = _Recipe(format, tokenizer, skip=bad_lines == "skip")
+    fingerprint = _fingerprint(files, recipe)
+    directory = cache_dir / fingerprint
+    if directory.exists():
+        try:
+            return open_cache(directory, files)
+        except CacheError as error:
+            log.warning(f"token cache {directory} is broken ({error}); building it again")
+    with all_or_nothing(cache_dir), _staging(directory) as staging:
+        writer = _Writer(staging, files, recipe, key)
+        with closing(_parts(files, recipe, num_workers, progress)) as parts:
+            writer.write(parts)
+        if _stamps(files) != before:
+            raise DataError(f"{key}: {', '.join(map(str, files))}: changed while being read. Run again")
+        writer.finish(fingerprint)
+        _publish(staging, directory)
+    cache = open_cache(directory, files)
+    cache.built = True
+    return cache
+
+
+def open_cache(directory: Path, files: list[Path]) -> TokenCache:
+    """Open the cache that was built from `files` (only their names are used). Raises CacheError where it is missing or broken."""
+    return TokenCache(directory, files, _valid_meta(directory))
+
+
+@contextmanager
+def all_or_nothing(cache_dir: Path) -> Iterator[list[TokenCache]]:
+    """Where the block refuses its data, take back the caches it put into the list and the directories that were created for them."""
+    missing = [path for path in (cache_dir, *cache_dir.parents) if not path.exists()]
+    built: list[TokenCache] = []
+    try:
+        yield built
+    except BaseException as error:
+        if isinstance(error, RefusedError):
+            for cache in built:
+                shutil.rmtree(cache.directory, ignore_errors=True)
+        for path in missing:
+            with suppress(OSError):  # it holds another cache by now, or was never created
+                path.rmdir()
+        raise
+
+
+def describe_skipped(skipped: list[Skipped], most: int = 3) -> list[str]:
+    """Lines for people: how many lines were left out of each kind, and the first few by name."""
+    if not skipped:
+        return []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line.kind for line in skipped).most_common())
+    return [f"{len(skipped)} lines skipped ({kinds})", *(f"  {line.file} line {line.line}: {line.message}" for line in skipped[:most])]
+
+
+def _valid_meta(directory: Path) -> dict[str, Any]:
+    """meta.json of a cache whose files fit it. The big files are checked by their size, the index by its content."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["version"] != VERSION or meta["fingerprint"] != directory.name:
+            raise CacheError("meta.json belongs to another cache")
+        for name, size in meta["sizes"].items():
+            if (found := (directory / name).stat().st_size) != size:
+                raise CacheError(f"{name} has {found} bytes, not {size}")
+        if _hash_file(directory / "index.bin") != meta["index_hash"]:
+            raise CacheError("the content of index.bin has changed")
+        return meta
+    except FileNotFoundError as error:
+        raise CacheError(f"{Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"meta.json cannot be used ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a worker makes samples of lines. skip: go on after a bad line."""
+
+    format: str
+    tokenizer: Tokenizer
+    skip: bool
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        return np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A byte range of a file, for a worker to tokenise."""
+
+    file_number: int
+    file: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a worker makes of its byte range. index: int64 (samples, 3) as in index.bin; line numbers count from 1 at the range's start."""
+
+    task: _Task
+    ids: NDArray[np.unsignedinteger]
+    supervised: NDArray[np.bool_]
+    index: NDArray[np.int64]
+    bad: list[tuple[int, str, str]]
+    line_count: int
+
+
+class _BadLine(Exception):
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+
+def _tokenize(recipe: _Recipe, task: _Task) -> _Part:
+    """Runs in a worker."""
+    content = read_chunk(task.file, task.start, task.stop)
+    ids, supervised, index, bad = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], [], []
+    for number, line in lines(content):
+        try:
+            sample_ids, sample_supervised = _encode(line, recipe)
+        except _BadLine as error:
+            bad.append((number, error.kind, error.message))
+            if recipe.skip:
+                continue
+            break
+        sample_supervised[0] = False  # no token comes before it, from which to predict it
+        ids.append(sample_ids.astype(recipe.dtype, copy=False))
+        supervised.append(sample_supervised)
+        index.append((len(sample_ids), np.count_nonzero(sample_supervised), number))
+    return _Part(
+        task,
+        ids=np.concatenate(ids),
+        supervised=np.concatenate(supervised),
+        index=np.array(index, dtype=np.int64).reshape(-1, 3),
+        bad=bad,
+        line_count=content.count(b"\n"),
+    )
+
+
+def _encode(line: bytes, recipe: _Recipe) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BadLine("UTF-8", f"not valid UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})") from None
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _BadLine("JSON", f"not valid JSON ({error.msg} at column {error.pos + 1}); a line holds one conversation") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadLine("JSON", f"not usable JSON ({error})") from None
+    try:
+        ids, supervised = recipe.tokenizer.encode(FORMATS[recipe.format](record))
+    except UnicodeEncodeError as error:
+        raise _BadLine(
+            "conversation", f"the text holds half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character"
+        ) from None
+    except ValueError as error:
+        raise _BadLine("conversation", str(error)) from None
+    if not len(ids):
+        raise _BadLine("conversation", "the conversation is empty")
+    return ids, supervised
+
+
+class _Writer:
+    """Writes the files of a cache into `directory`."""
+
+    def __init__(self, directory: Path, files: list[Path], recipe: _Recipe, key: str) -> None:
+        self.directory, self.files, self.recipe, self.key = directory, files, recipe, key
+        self.sample_counts = [0] * len(files)
+        self.skipped: list[tuple[int, int, str, str]] = []
+        self.tokens = 0
+
+    @property
+    def samples(self) -> int:
+        return sum(self.sample_counts)
+
+    def write(self, parts: Iterable[_Part]) -> None:
+        """Write all parts, which come in order. DataError at the first bad line, unless such lines are skipped, and where nothing is left."""
+        lines_before = [0] * len(self.files)
+        with ExitStack() as stack:
+            ids, supervised, index = (stack.enter_context((self.directory / name).open("wb")) for name in BINARIES)
+            for part in parts:
+                number = part.task.file_number
+                for line, kind, message in part.bad:
+                    self._bad_line(number, lines_before[number] + line, kind, message)
+                part.index[:, 2] += lines_before[number]
+                ids.write(part.ids.data)
+                supervised.write(part.supervised.data)
+                index.write(part.index.data)
+                self.sample_counts[number] += len(part.index)
+                self.tokens += len(part.ids)
+                lines_before[number] += part.line_count
+        if not self.samples:
+            first = f" ({len(self.skipped)} skipped; the first, line {self.skipped[0][1]}: {self.skipped[0][3]})" if self.skipped else ""
+            raise DataError(f"{self.key}: no usable line in {', '.join(map(str, self.files))}{first}")
+
+    def finish(self, fingerprint: str) -> None:
+        """Write meta.json."""
+        meta = {
+            "version": VERSION,
+            "fingerprint": fingerprint,
+            "dtype": np.dtype(self.recipe.dtype).name,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "sizes": {name: (self.directory / name).stat().st_size for name in BINARIES},
+            "index_hash": _hash_file(self.directory / "index.bin"),
+            "files": [str(file) for file in self.files],
+            "sample_counts": self.sample_counts,
+            "skipped": self.skipped,
+        }
+        write_json(self.directory / "meta.json", meta)
+
+    def _bad_line(self, file_number: int, line: int, kind: str, message: str) -> None:
+        if not self.recipe.skip:
+            raise DataError(
+                f"{self.key}: {self.files[file_number]} line {line}: {message}.\n"
+                "Set data.bad_lines=skip to leave such lines out; they are counted and listed in the run directory."
+            )
+        self.skipped.append((file_number, line, kind, message))
+
+
+def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress: bool) -> Iterator[_Part]:
+    """Every chunk of every file, tokenised, in order; in this process where there is little to do."""
+    from tqdm import tqdm
+
+    tokenize = partial(_tokenize, recipe)
+    tasks = [_Task(number, file, *span) for number, file in enumerate(files) for span in chunks(file, CHUNK_BYTES)]
+    total = sum(task.stop - task.start for task in tasks)
+    workers = min(_cores() if num_workers is None else num_workers, len(tasks))
+    parts = map(tokenize, tasks) if workers < 2 or total < SERIAL_BYTES else _in_processes(tokenize, tasks, workers)
+    # disable=None: no bar where stderr is not a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None if progress else True, file=sys.stderr) as bar:
+        for part in parts:
+            yield part
+            bar.update(part.task.stop - part.task.start)
+
+
+def _in_processes(tokenize: Callable[[_Task], _Part], tasks: list[_Task], workers: int) -> Iterator[_Part]:
+    """`map(tokenize, tasks)` by processes, a few tasks ahead. ConfigError when one of them dies."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and locks in whatever state they are
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    waiting = iter(tasks)
+    running: deque[Future[_Part]] = deque()
+    try:
+        while True:
+            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
+                running.append(pool.submit(tokenize, task))
+            if not running:
+                return
+            yield running.popleft().result()
+    except BrokenProcessPool:
+        why = "a process that tokenises died, perhaps for want of memory; set fewer, or 0 to tokenise in the main process"
+        raise ConfigError("data.num_workers", workers, why) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A new directory beside `directory`, gone afterwards. ConfigError where it cannot be written."""
+    staging = _aside(directory)
+    try:
+        staging.mkdir(parents=True)
+        _remove_stale(directory.parent)
+        yield staging
+    except OSError as error:
+        raise ConfigError(
+            "data.cache_dir", directory.parent, f"cannot be written ({error.strerror or error}); choose another directory"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Give `staging` its final name, unless another process was faster; a broken cache of that name makes way."""
+    sync_tree(staging)
+    while True:
+        try:
+            staging.rename(directory)
+            return sync_directory(directory.parent)
+        except OSError:
+            if not directory.exists():
+                raise
+        try:
+            _valid_meta(directory)
+            return None
+        except CacheError:
+            broken = _aside(directory)
+            with suppress(FileNotFoundError):  # another process moved it away
+                directory.rename(broken)
+            shutil.rmtree(broken, ignore_errors=True)
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _remove_stale(cache_dir: Path) -> None:
+    for path in cache_dir.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(files: list[Path], recipe: _Recipe) -> str:
+    parts = [VERSION, recipe.format, recipe.tokenizer.fingerprint, recipe.skip, [_hash_file(file) for file in files]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, int]]:
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files)]
