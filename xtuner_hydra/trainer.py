@@ -90,7 +90,9 @@ class Trainer:
         """Mean loss over the held-out data, if there is any."""
         if self.data.eval is None:
             return
-        batches = eval_batches(self.data.eval, self.config.data, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size)
+        batches = eval_batches(
+            self.data.eval.cache, self.data.eval.selection, self.config.data, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size
+        )
         loss, _ = self.engine.evaluate(batch.to(self.runtime.device) for batch in batches)
         perplexity = math.exp(min(loss, 700.0))  # e^700 is near the largest float
         self.report(

@@ -128,7 +128,7 @@ def build_cache(
     directory = cache_dir / fingerprint
     if directory.exists():
         try:
-            return open_cache(directory, files)
+            return open_cache(directory, files, verify=True)
         except CacheError as error:
             log.warning(f"token cache {directory} is broken ({error}); building it again")
     with all_or_nothing(cache_dir), _staging(directory) as staging:
@@ -144,9 +144,11 @@ def build_cache(
     return cache
 
 
-def open_cache(directory: Path, files: list[Path]) -> TokenCache:
-    """Open the cache that was built from `files` (only their names are used). Raises CacheError where it is missing or broken."""
-    return TokenCache(directory, files, _valid_meta(directory))
+def open_cache(directory: Path, files: list[Path], *, verify: bool = False) -> TokenCache:
+    """Open the cache that was built from `files` (only their names are used). Raises CacheError where it is missing or broken.
+
+    verify: read it all, for a change of content that left the sizes alone; a worker need not, as the preparing process just did."""
+    return TokenCache(directory, files, _valid_meta(directory, verify=verify))
 
 
 @contextmanager
@@ -174,8 +176,8 @@ def describe_skipped(skipped: list[Skipped], most: int = 3) -> list[str]:
     return [f"{len(skipped)} lines skipped ({kinds})", *(f"  {line.file} line {line.line}: {line.message}" for line in skipped[:most])]
 
 
-def _valid_meta(directory: Path) -> dict[str, Any]:
-    """meta.json of a cache whose files fit it. The big files are checked by their size, the index by its content."""
+def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:
+    """meta.json of a cache whose files fit it: by their sizes, and to `verify` them by their content too."""
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta["version"] != VERSION or meta["fingerprint"] != directory.name:
@@ -183,8 +185,9 @@ def _valid_meta(directory: Path) -> dict[str, Any]:
         for name, size in meta["sizes"].items():
             if (found := (directory / name).stat().st_size) != size:
                 raise CacheError(f"{name} has {found} bytes, not {size}")
-        if _hash_file(directory / "index.bin") != meta["index_hash"]:
-            raise CacheError("the content of index.bin has changed")
+        for name, digest in meta["hashes"].items() if verify else ():
+            if _hash_file(directory / name) != digest:
+                raise CacheError(f"the content of {name} has changed")
         return meta
     except FileNotFoundError as error:
         raise CacheError(f"{Path(error.filename).name} is missing") from None
@@ -325,7 +328,7 @@ class _Writer:
             "samples": self.samples,
             "tokens": self.tokens,
             "sizes": {name: (self.directory / name).stat().st_size for name in BINARIES},
-            "index_hash": _hash_file(self.directory / "index.bin"),
+            "hashes": {name: _hash_file(self.directory / name) for name in BINARIES},
             "files": [str(file) for file in self.files],
             "sample_counts": self.sample_counts,
             "skipped": self.skipped,
@@ -404,7 +407,7 @@ def _publish(staging: Path, directory: Path) -> None:
             if not directory.exists():
                 raise
         try:
-            _valid_meta(directory)
+            _valid_meta(directory, verify=True)
             return None
         except CacheError:
             broken = _aside(directory)

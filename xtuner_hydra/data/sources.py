@@ -10,6 +10,7 @@ from pathlib import Path
 from xtuner_hydra.errors import DataError
 
 SUFFIXES = (".jsonl", ".json")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def resolve_files(path: str | list[str], key: str) -> list[Path]:
@@ -24,6 +25,20 @@ def resolve_files(path: str | list[str], key: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise DataError(f"{key}: {file}: the file is empty")
     return files
+
+
+def chunks(file: Path, size: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges (start, stop) that cover `file` in whole lines, each of about `size` bytes. DataError where it cannot be read any more."""
+    try:
+        with file.open("rb") as stream:
+            end, start = file.stat().st_size, 0
+            while start < end:
+                stream.seek(min(start + size, end))
+                stream.readline()  # to the end of the line that the range ends in
+                yield start, stream.tell()
+                start = stream.tell()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def read_chunk(file: Path, start: int, stop: int) -> bytes:

@@ -1,0 +1,86 @@
+"""PackedBatch: the documents of one pack as the tensors that the model takes, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xtuner_hydra.data.cache import TokenCache
+from xtuner_hydra.data.packing import Int64s, Packs
+
+IGNORE = -100
+"""Label of a token that is not supervised."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One pack of n tokens as T = n - 1 pairs of a token and the one that follows it.
+
+    ids, labels, positions: int64 (T,); labels are IGNORE where nothing is to be learnt, positions count from 0 in every document.
+    cu_seqlens: int32 (documents + 1,), 0 and the end of each document; max_seqlen: length of the longest.
+    rows: int64 (N,), the tokens with a label; targets: int64 (N,), labels[rows].
+    tokens: T, or 0 for the placeholder of a rank without a pack."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    rows: Tensor
+    targets: Tensor
+    tokens: int
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with its tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()})
+
+
+def make_batch(cache: TokenCache, packs: Packs, pack: int) -> PackedBatch:
+    """The batch of pack number `pack`, which has at least two tokens."""
+    segments = packs.segments(pack)
+    documents = list(zip(packs.sample[segments].tolist(), packs.start[segments].tolist(), packs.stop[segments].tolist(), strict=True))
+    ids = np.concatenate([cache.ids(sample)[start:stop] for sample, start, stop in documents]).astype(np.int64)
+    supervised = np.concatenate([cache.supervised(sample)[start:stop] for sample, start, stop in documents])
+    lengths = packs.stop[segments] - packs.start[segments]
+    supervised[np.cumsum(lengths) - lengths] = False  # nothing in a document foretells its first token
+    lengths[-1] -= 1  # the pack's last token is a label only
+    return _batch(ids[:-1], np.where(supervised, ids, IGNORE)[1:], lengths[lengths > 0], tokens=len(ids) - 1)
+
+
+def empty_batch() -> PackedBatch:
+    """What a rank without a pack computes on: one token without a label. Its loss and gradients are zero, its collectives those of the others."""
+    return _batch(np.zeros(1, dtype=np.int64), np.array([IGNORE]), np.array([1]), tokens=0)
+
+
+def deal(work: Int64s, ranks: int) -> list[list[int | None]]:
+    """Numbers of packs for each rank, as many for each (None: an empty one), so that the ranks' sums of `work` (packs,) are near each other.
+
+    Heaviest first to the rank with the least so far; so the packs that ranks compute at the same time are of like size too."""
+    share = -(-len(work) // ranks)
+    dealt: list[list[int | None]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for pack in np.argsort(-work, kind="stable").tolist():
+        rank = min((rank for rank in range(ranks) if len(dealt[rank]) < share), key=lambda rank: load[rank])
+        dealt[rank].append(pack)
+        load[rank] += int(work[pack])
+    return [packs + [None] * (share - len(packs)) for packs in dealt]
+
+
+def _batch(ids: Int64s, labels: Int64s, lengths: Int64s, tokens: int) -> PackedBatch:
+    ends = np.cumsum(lengths)
+    rows = np.flatnonzero(labels != IGNORE)
+    return PackedBatch(
+        ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(np.arange(len(ids)) - np.repeat(ends - lengths, lengths)),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        rows=torch.from_numpy(rows),
+        targets=torch.from_numpy(labels[rows]),
+        tokens=tokens,
+    )
