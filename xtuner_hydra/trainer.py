@@ -35,7 +35,7 @@ class Trainer:
         self.data = data
         self.tokenizer = tokenizer
         self.engine = engine
-        self.trackers = Trackers([])
+        self.trackers = Trackers()
         self.total_steps = data.plan.total_steps
         self.state = TrainState()
         self.metrics: Row = {}

@@ -37,6 +37,7 @@ from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.run_dir import read_config, read_overrides, write_status
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
+from xtuner_hydra.tracking.plots import loss_png
 from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
@@ -109,10 +110,10 @@ def with_trackers(trainer: Trainer) -> None:
         trainer.trackers = build_trackers(
             config.tracking,
             trainer.run_dir,
-            config=to_dict(config),
+            resolved=to_dict(config),
             overrides=read_overrides(trainer.run_dir),
             total_steps=trainer.total_steps,
-            resumed_step=step,
+            start_step=step or 0,
         )
 
 
@@ -157,7 +158,8 @@ def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> No
     metrics: Row = trainer.metrics if trainer else {}
     step, total = (trainer.state.step, trainer.total_steps) if trainer else (0, None)
     if trainer:
-        trainer.trackers.finish(final["state"], final["exit_code"], dict(metrics))
+        trainer.trackers.finish(final["state"], final["exit_code"])
+        loss_png(run_dir)
     write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
     log.info(f"{final['state']} at step {step}: {run_dir}")
 

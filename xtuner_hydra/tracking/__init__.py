@@ -1,0 +1,31 @@
+"""Where metrics go: console, metrics.jsonl, TensorBoard, W&B; one small interface (base.py). Knows nothing of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xtuner_hydra.config.schema import TrackingConfig
+from xtuner_hydra.tracking.base import Tracker, Trackers
+from xtuner_hydra.tracking.console import ConsoleTracker
+from xtuner_hydra.tracking.jsonl import JsonlTracker
+
+
+def build_trackers(
+    config: TrackingConfig, run_dir: Path, *, resolved: dict[str, Any], overrides: list[str], total_steps: int, start_step: int
+) -> Trackers:
+    """The trackers of a run, for its first rank only.
+
+    resolved: the whole config, for W&B. start_step: the step that a resumed run goes on from, 0 for a new one; later rows are dropped."""
+    trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step)]
+    if config.jsonl:
+        trackers.append(JsonlTracker(run_dir / "metrics.jsonl", start_step))
+    if config.tensorboard:
+        from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
+
+        trackers.append(TensorBoardTracker(run_dir / "tensorboard", start_step))
+    if config.wandb.enabled:
+        from xtuner_hydra.tracking.wandb import WandbTracker
+
+        trackers.append(WandbTracker(config.wandb, run_dir, resolved, overrides))
+    return Trackers(trackers)

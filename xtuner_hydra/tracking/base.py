@@ -1,0 +1,57 @@
+"""What a tracker is, and all of a run's trackers as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+log = logging.getLogger("xtuner_hydra")
+
+Row = dict[str, float | int | None]
+"""Metrics by name (README, "Metrics"). A row with `train/loss` is a step, one with `eval/loss` an evaluation; both have `train/step`."""
+
+
+class Tracker(Protocol):
+    """A place where metrics go."""
+
+    required: bool
+    """Whether a run must stop when this tracker fails."""
+
+    def log(self, row: Row) -> None:
+        """Take a row."""
+        ...
+
+    def finish(self, state: str, exit_code: int) -> None:
+        """The run has ended as `state` (completed, failed, interrupted): write what is left and close."""
+        ...
+
+
+class Trackers:
+    """All trackers of a run. One that fails is left out from then on with a warning, as a dashboard is not worth a run."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self.trackers = list(trackers)
+
+    def log(self, row: Row) -> None:
+        """Hand `row` to every tracker. Raises what a required one raises."""
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(row)
+            except Exception as error:
+                self._leave_out(tracker, error)
+
+    def finish(self, state: str, exit_code: int) -> None:
+        """Close every tracker, the last one opened first. Raises nothing."""
+        for tracker in reversed(self.trackers):
+            try:
+                tracker.finish(state, exit_code)
+            except Exception as error:
+                log.warning(f"{type(tracker).__name__} could not be closed: {error}")
+        self.trackers = []
+
+    def _leave_out(self, tracker: Tracker, error: Exception) -> None:
+        if tracker.required:
+            raise error
+        log.warning(f"{type(tracker).__name__} failed and is left out from now on: {error}")
+        self.trackers.remove(tracker)

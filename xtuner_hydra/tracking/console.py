@@ -1,0 +1,79 @@
+"""What a run says: log files for every rank, XTuner's lines on the first one's screen, and a bar where the screen is a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from xtuner_hydra.tracking.base import Row
+
+log = logging.getLogger("xtuner_hydra")
+
+
+class ConsoleTracker:
+    """Logs a line a row and moves the progress bar."""
+
+    required = False
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self.total_steps = total_steps
+        # disable=None: no bar where stderr is not a terminal
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr, disable=None)
+
+    def log(self, row: Row) -> None:
+        """Say what the row says."""
+        if "eval/loss" in row:
+            log.info(eval_line(row))
+            return
+        log.info(step_line(row, self.total_steps))
+        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}", refresh=False)
+        self.bar.update(int(row["train/step"] or 0) - self.bar.n)
+
+    def finish(self, state: str, exit_code: int) -> None:
+        """Leave the bar where it stands."""
+        self.bar.close()
+
+
+def step_line(row: Row, total_steps: int) -> str:
+    """A step in the shape of XTuner's log lines."""
+    return (
+        f"Step {row['train/step']}/{total_steps} data_time: {row['throughput/data_time']:.4f} lr: {row['train/lr']:.6f} "
+        f"time: {row['throughput/step_time']:.4f} text_tokens: {row['train/tokens']:.1f} total_loss: {row['train/loss']:.3f} "
+        f"reduced_llm_loss: {row['train/loss']:.3f} max_memory: {row['memory/max_gb']:.2f} GB reserved_memory: {row['memory/reserved_gb']:.2f} GB "
+        f"grad_norm: {row['train/grad_norm']:.3f} tgs: {row['throughput/tgs']:.1f} e2e_tgs: {row['throughput/e2e_tgs']:.1f}"
+    )
+
+
+def eval_line(row: Row) -> str:
+    """An evaluation."""
+    return f"Evaluation after step {row['train/step']} eval_loss: {row['eval/loss']:.4f} perplexity: {row['eval/perplexity']:.4g}"
+
+
+def setup_logging(run_dir: Path, rank: int, *, terminal: bool) -> None:
+    """Send the log to logs/rank{rank}.log and, for `terminal`, to the screen. A record with `file_only` stays off the screen."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):  # of an earlier run in this process
+        log.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank{rank}.log", encoding="utf-8")]
+    if terminal:
+        handlers.append(_Screen())
+        handlers[-1].addFilter(lambda record: not getattr(record, "file_only", False))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"[xtuner_hydra][RANK {rank}][%(asctime)s][%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(handler)
+
+
+class _Screen(logging.Handler):
+    """Lines on stdout that leave a progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader (`| head`) has gone; the log file has it all
+            log.removeHandler(self)

@@ -1,0 +1,83 @@
+"""environment.json: what a run was made with. Environment variables are left out, because they hold secrets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "hydra-core", "omegaconf", "safetensors", "numpy", "transformers", "tensorboard", "wandb", "matplotlib")
+DIFF_BYTES = 1 << 20
+"""A longer diff is cut here: a generated file must not swell every run directory."""
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Versions, hardware, git state of the caller's repository (of the working directory), command line, time."""
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(argv),
+        "directory": os.getcwd(),
+        "versions": {"xtuner_hydra": _own_version(), "python": platform.python_version(), **_versions()},
+        "git": _git(),
+        "hardware": {"host": socket.gethostname(), "system": platform.platform(), **_cpu(), "gpus": _gpus()},
+        "executable": sys.executable,
+    }
+
+
+def _own_version() -> str | None:
+    return _version("xtuner-hydra")
+
+
+def _versions() -> dict[str, str | None]:
+    return {name.partition("-")[0]: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit, and the diff of tracked files against it; None outside a repository."""
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    diff = _output("git", "diff", "HEAD") or ""
+    return {"commit": commit, "dirty": bool(diff), "diff": diff[:DIFF_BYTES]}
+
+
+def _cpu() -> dict[str, Any]:
+    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory, 1)}
+
+
+def _gpus() -> list[str]:
+    """Name, memory and driver of each GPU, as nvidia-smi lists them."""
+    return (_output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") or "").splitlines()
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="replace").strip()

@@ -1,0 +1,50 @@
+"""metrics.jsonl: one JSON object a row, flushed as it comes. The truth that every other view is made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from xtuner_hydra.errors import TrainingError
+from xtuner_hydra.files import write_text
+from xtuner_hydra.tracking.base import Row
+
+
+class JsonlTracker:
+    """Appends rows at full precision; NaN and infinities become null, which every JSON parser reads."""
+
+    required = True
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        truncate_after(path, start_step)
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, row: Row) -> None:
+        """Append `row`. Raises TrainingError where the disk does not take it."""
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        try:
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.file.name}: {error.strerror}; a run without its metrics is of no use, so it stops") from None
+
+    def finish(self, state: str, exit_code: int) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, or none where there is no such file; a last line that a crash cut short is left out."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the rows after `step`, which a resumed run will write again, and a line cut short. Atomic."""
+    if path.exists():
+        kept = [row for row in read(path) if (row["train/step"] or 0) <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
