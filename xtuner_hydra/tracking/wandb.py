@@ -53,7 +53,7 @@ class WandbTracker:
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric("train/step")
         self.run.define_metric("*", step_metric="train/step")
-        log.info(f"W&B: {self.run.url or self.run.dir}")
+        log.info(f"W&B: {self.run.dir if self.run.offline else self.run.url}")
 
     def log(self, row: Row) -> None:
         """Send the row, `train/step` among its values."""
