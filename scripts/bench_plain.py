@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 CONTENDERS = ("ours", "plain")
@@ -51,12 +52,13 @@ def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
 
     torch.set_num_threads(threads)
     config, batches = packs(steps, overrides)
-    step = {"ours": ours, "plain": plain}[name](config)
     seconds, losses = [], []
-    for batch in batches:
-        start = time.perf_counter()
-        losses.append(step(batch))
-        seconds.append(time.perf_counter() - start)
+    with ExitStack() as stack:
+        step = {"ours": ours, "plain": plain}[name](config, stack)
+        for batch in batches:
+            start = time.perf_counter()
+            losses.append(step(batch))
+            seconds.append(time.perf_counter() - start)
     tokens = [batch.tokens for batch in batches]
     return {
         "step_s": statistics.median(seconds[1:]),
@@ -78,27 +80,15 @@ def packs(steps: int, overrides: list[str]):
     return prepared.config, batches
 
 
-def ours(config) -> Callable:
-    import torch
-
-    from xtuner_hydra.engine import Engine
-    from xtuner_hydra.model.init import initialise
-    from xtuner_hydra.model.transformer import CausalLM
-    from xtuner_hydra.optim.optimizers import build_optimizer
+def ours(config, stack: ExitStack) -> Callable:
     from xtuner_hydra.parallel.runtime import runtime
-    from xtuner_hydra.parallel.sharding import parallelize
+    from xtuner_hydra.worker import build_engine
 
-    place = runtime(config).__enter__()
-    with torch.device("meta"):
-        model = CausalLM(config.model)
-    parallelize(model, config.parallelism, place)
-    model.to_empty(device=place.device)
-    initialise(model, config.trainer.seed)
-    engine = Engine(model, build_optimizer(model, config.optimizer), dp_size=1, max_grad_norm=config.optimizer.max_grad_norm, nonfinite="error")
+    engine = build_engine(config, stack.enter_context(runtime(config)))
     return lambda batch: float(engine.train_step([batch], len(batch.targets), config.optimizer.lr).loss)
 
 
-def plain(config) -> Callable:
+def plain(config, stack: ExitStack) -> Callable:
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 

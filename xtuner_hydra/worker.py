@@ -82,9 +82,16 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True) -> int:
 
 
 def build(config: Config, run_dir: Path, place: Runtime) -> Trainer:
-    """Data, model, optimizer and trainer of this rank."""
+    """Data, engine and trainer of this rank."""
     tokenizer = load_tokenizer(config.model)
     data = PreparedData.load(run_dir, config)
+    trainer = Trainer(config, run_dir, place, data, tokenizer, build_engine(config, place))
+    _tell(trainer)
+    return trainer
+
+
+def build_engine(config: Config, place: Runtime) -> Engine:
+    """Model with its weights, sharded, and optimizer. Nothing is allocated before it is sharded."""
     with torch.device("meta"):
         model = CausalLM(config.model)
     parallelize(model, config.parallelism, place)
@@ -94,12 +101,9 @@ def build(config: Config, run_dir: Path, place: Runtime) -> Trainer:
     else:
         initialise(model, config.trainer.seed)
     optimizer = build_optimizer(model, config.optimizer)
-    engine = Engine(
+    return Engine(
         model, optimizer, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
     )
-    trainer = Trainer(config, run_dir, place, data, tokenizer, engine)
-    _tell(trainer)
-    return trainer
 
 
 def with_trackers(trainer: Trainer) -> None:
