@@ -235,8 +235,6 @@ class CheckpointConfig:
     """Steps between checkpoints to resume from; -1 = at the end only, null = never. Every interval saves at the end too."""
     keep: int = 2
     """Newest checkpoints to keep."""
-    asynchronous: bool = False
-    """Write while training goes on."""
     resume: str = "never"
     """`never`, `auto` (the newest checkpoint of this run directory, else step 0), or a checkpoint or run directory to continue from in a new one."""
     hf_interval: int | None = -1
