@@ -102,6 +102,7 @@ class App:
         parsed = self._check_overrides(overrides)
         with _readable_errors():
             cfg = self.hydra.compose_config(self.config_name, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
     def jobs(self) -> list[list[str]]:
@@ -131,21 +132,22 @@ class App:
         def run(cfg: DictConfig) -> object:
             hydra_cfg = HydraConfig.get()
             overrides = [str(override) for override in hydra_cfg.overrides.task]
-            return task(self._typed(HydraConfig.instance().cfg, overrides, run_dir=Path(hydra_cfg.runtime.output_dir)))  # type: ignore[arg-type]
+            return task(self._typed(cfg, overrides, run_dir=Path(hydra_cfg.runtime.output_dir)))
 
         overrides = [*self.overrides, f"hydra.sweep.dir='{sweep_dir}'", "hydra.mode=MULTIRUN"]
         with _readable_errors():
             self.hydra.multirun(self.config_name, run, overrides, with_log_configuration=False)
 
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
-        HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
-        choices = {str(key): value for key, value in cfg.hydra.runtime.choices.items() if not str(key).startswith("hydra/")}
+        """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""
+        hydra = HydraConfig.get()
+        choices = {str(key): value for key, value in hydra.runtime.choices.items() if not str(key).startswith("hydra/")}
         job = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         fill_from_pretrained(job)
         with _readable_errors():
             where = functools.partial(self._where_set, overrides, choices)
             config = to_config(job, where)
-            run_dir = run_dir or Path(str(cfg.hydra.run.dir)).resolve()
+            run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
         return Composition(config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices)
 
     def _check_overrides(self, overrides: list[str]) -> list[Override]:

@@ -31,8 +31,10 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.prepare import PreparedData, prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
+from xtuner_hydra.model.families import check_pretrained
 from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
 from xtuner_hydra.tracking.environment import environment
+from xtuner_hydra.tracking.wandb import resolve_mode
 
 log = logging.getLogger("xtuner_hydra")
 _WAIT = timedelta(days=1)  # for rank 0 to tokenise a large data set; torchrun ends the wait if rank 0 dies
@@ -65,6 +67,9 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
     ranks = world_size(config.parallelism, config.trainer.device)
     check(config, ranks)
     run_dirs.refuse_unusable(composition.run_dir, resuming=config.checkpoint.resume == "auto")
+    check_pretrained(config.model)
+    if config.tracking.wandb.enabled:
+        resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = state.find(config.checkpoint, composition.run_dir)
     resolve(config, ranks)
     tokenizer = load_tokenizer(config.model)

@@ -45,7 +45,7 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
         write_json(directory / "environment.json", environment)
         write_status(directory, "running", step=0)
     except OSError as error:
-        raise RefusedError(f"hydra.run.dir={directory}: {error.strerror}: {error.filename}") from None
+        raise RefusedError(f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR") from None
 
 
 def read_config(directory: Path) -> Config:

@@ -117,8 +117,6 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any]) -> None:
         )
 
 
-
-
 def _state_file(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 

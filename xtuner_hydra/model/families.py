@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from xtuner_hydra.config.schema import ModelConfig
@@ -78,20 +79,26 @@ def hf_config(model: ModelConfig, dtype: str, *, bos_token_id: int | None, eos_t
     }
 
 
+def check_pretrained(config: ModelConfig) -> None:
+    """Read the headers in `config.pretrained`: ConfigError where its files, names, shapes or dtypes do not fit, before anything is built."""
+    if config.pretrained is None:
+        return
+    _read_config(Path(config.pretrained))
+    with torch.device("meta"):
+        model = CausalLM(config)
+    _fitting_files(model, config.pretrained)
+    pretrained_dtype(config.pretrained)
+
+
 def load_pretrained(model: CausalLM, directory: Path | str) -> None:
     """Fill every parameter (plain or DTensor) from the directory's safetensors, one tensor in memory at a time.
 
     Raises ConfigError before anything is filled where names or shapes differ, or the weights are in another format."""
     parameters = dict(model.named_parameters())
-    files = _weight_files(Path(directory))
-    shapes = _shapes(files)
-    if model.config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)  # some files hold the embedding a second time
-    _check_names(directory, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, shapes)
-    for file in files:
+    for file in _fitting_files(model, directory):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if name in shapes:
+                if name in parameters:  # a tied head may stand there a second time
                     assign(parameters[name], tensors.get_tensor(name))
 
 
@@ -163,6 +170,16 @@ def _number(directory: Path | str, config: dict[str, Any], name: str, kind: type
         problem = f"has no {name}" if value is None else f"has {name}={value!r}"
         raise ConfigError(_KEY, directory, f"config.json {problem}; a {'whole ' if kind is int else ''}number above 0 is needed")
     return kind(value)
+
+
+def _fitting_files(model: CausalLM, directory: Path | str) -> list[Path]:
+    """The directory's safetensors, which hold exactly the parameters of `model`, or ConfigError."""
+    files = _weight_files(Path(directory))
+    shapes = _shapes(files)
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)  # some files hold the embedding a second time
+    _check_names(directory, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, shapes)
+    return files
 
 
 def _weight_files(directory: Path) -> list[Path]:

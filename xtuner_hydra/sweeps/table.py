@@ -34,7 +34,7 @@ class JobRow:
 def read(directory: Path) -> list[JobRow]:
     """The jobs of a sweep in their order."""
     jobs = [path.parent for path in directory.glob("*/status.json")]
-    return [_row(job) for job in sorted(jobs, key=lambda job: (int(number) if (number := job.name.split("_")[0]).isdigit() else 0, job.name))]
+    return [_row(job) for job in sorted(jobs, key=_number_of)]
 
 
 def write(directory: Path) -> list[JobRow]:
@@ -81,6 +81,12 @@ def _rounded(rows: list[JobRow]) -> list[list[str]]:
         cells[7] = row.error.splitlines()[0][:120] if row.error else ""
         table.append(cells)
     return table
+
+
+def _number_of(job: Path) -> int:
+    """`3_lr6e-05` -> 3; directories are named so by config/names.py."""
+    number = job.name.split("_")[0]
+    return int(number) if number.isdigit() else 0
 
 
 def _number(value: Any, digits: int) -> str:
