@@ -71,8 +71,8 @@ def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
 def packs(steps: int, overrides: list[str]):
     """The first `steps` packs of the composed config's data."""
     from xtuner_hydra.app import App
-    from xtuner_hydra.launch import prepare
     from xtuner_hydra.data.loader import train_batches
+    from xtuner_hydra.launch import prepare
 
     with App([f"trainer.total_steps={steps}", f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
         prepared = prepare(app.compose(app.overrides), progress=False)

@@ -34,7 +34,11 @@ class CommandLine:
     def __init__(self, directory):
         self.directory = directory
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
+            },
             "XDG_CACHE_HOME": str(directory / ".cache"),
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
@@ -42,7 +46,9 @@ class CommandLine:
         }
 
     def __call__(self, *args, module="xtuner_hydra", timeout=180):
-        done = subprocess.run(self._command(args, module), cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            self._command(args, module), cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=timeout
+        )
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def torchrun(self, ranks, *args, timeout=180):
@@ -51,7 +57,9 @@ class CommandLine:
     def start(self, *args, module="xtuner_hydra"):
         """A process to send signals to; its output goes to a file `output` in the directory."""
         with (self.directory / "output").open("w") as output:
-            return subprocess.Popen(self._command(args, module), cwd=self.directory, env=self.environment, stdout=output, stderr=output, start_new_session=True)
+            return subprocess.Popen(
+                self._command(args, module), cwd=self.directory, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
 
     def _command(self, args, module):
         return [sys.executable, "-m", module, *map(str, args)]

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -155,7 +154,9 @@ class App:
         try:
             parsed = OverridesParser.create(config_loader=self.hydra.config_loader).parse_overrides(overrides)
         except HydraException as error:
-            raise RefusedError(str(error).strip().splitlines()[0] + "  Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas") from None
+            raise RefusedError(
+                str(error).strip().splitlines()[0] + "  Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
+            ) from None
         groups, keys = self.hydra.list_all_config_groups(), known_keys()
         # options behind `hydra.searchpath=` are seen by Hydra's own composition only, which refuses unknown ones too
         extra_searchpath = any(override.key_or_group == "hydra.searchpath" for override in parsed)
@@ -165,7 +166,7 @@ class App:
                 raise RefusedError(f"{override.input_line}: nothing can be removed; set another value, or null where it is allowed")
             if override.is_sweep_override() and not self.is_sweep:
                 raise RefusedError(f"{override.input_line}: several values; add -m to train each of them, or write {key}=[...] for a list")
-            if key.startswith(("hydra.", "hydra/")) or key in groups and "." not in key:
+            if key.startswith(("hydra.", "hydra/")) or (key in groups and "." not in key):
                 if key in groups and not extra_searchpath:
                     self._check_option(override)
             elif key not in keys:
@@ -195,7 +196,7 @@ class App:
         """The override or the file that gave `key` its value (the last one wins)."""
         for override in reversed(overrides):
             name = override.lstrip("+").partition("=")[0]
-            if name == key or key.startswith(name + ".") and "." in name:
+            if name == key or (key.startswith(name + ".") and "." in name):
                 return f"the command line: {override}"
         group, _, rest = key.partition(".")
         for owner, inner in (("debug", key), ("experiment", key), (group, rest)):

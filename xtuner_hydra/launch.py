@@ -3,7 +3,7 @@
 `prepare` creates nothing but the token cache. `run` trains one composition:
     one rank                 inside this process
     nproc_per_node ranks     worker processes under torch's elastic launcher
-    under torchrun           rank 0 prepares and publishes the run directory through the rendezvous store, then every rank trains in its own process"""
+    under torchrun           rank 0 prepares and publishes the run directory through the rendezvous store; every rank trains in its own process"""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from xtuner_hydra.checkpoint import state
 from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.data.prepare import PreparedData, prepare as prepare_data
+from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
 from xtuner_hydra.model.families import check_pretrained

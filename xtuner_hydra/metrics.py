@@ -69,5 +69,7 @@ class Meter:
     def _flops(self, batch: StepBatch) -> float:
         """This rank's share of the step."""
         return sum(
-            training_flops(self.model, micro.cu_seqlens.diff().tolist(), len(micro.targets)) for micro in batch.micro_batches if micro.tokens
+            training_flops(self.model, micro.cu_seqlens.diff().tolist(), len(micro.targets))
+            for micro in batch.micro_batches
+            if micro.tokens
         )

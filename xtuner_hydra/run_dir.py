@@ -41,11 +41,15 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         write_text(directory / "config.yaml", to_yaml(config))
-        write_text(directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n")
+        write_text(
+            directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
+        )
         write_json(directory / "environment.json", environment)
         write_status(directory, "running", step=0)
     except OSError as error:
-        raise RefusedError(f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR") from None
+        raise RefusedError(
+            f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"
+        ) from None
 
 
 def read_config(directory: Path) -> Config:
@@ -62,7 +66,9 @@ def read_overrides(directory: Path) -> list[str]:
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     process = {"host": socket.gethostname(), "pid": os.getpid()}
-    write_json(directory / "status.json", {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": process})
+    write_json(
+        directory / "status.json", {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": process}
+    )
 
 
 def read_status(directory: Path) -> dict[str, Any]:

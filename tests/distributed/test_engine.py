@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
+
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.batch import deal, empty_batch, make_batch
 from xtuner_hydra.data.packing import Packs

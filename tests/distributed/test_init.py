@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
+
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.model.families import load_pretrained
 from xtuner_hydra.model.init import initialise

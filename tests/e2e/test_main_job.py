@@ -20,7 +20,9 @@ STEP_LINE = re.compile(
 def job(tmp_path_factory):
     """`debug=fast` with evaluations, checkpoints and exports at an interval."""
     cli = CommandLine(tmp_path_factory.mktemp("job"))
-    done = cli("debug=fast", "trainer.total_steps=4", "trainer.eval_interval=2", "checkpoint.interval=1", "checkpoint.keep=2", "hydra.run.dir=run")
+    done = cli(
+        "debug=fast", "trainer.total_steps=4", "trainer.eval_interval=2", "checkpoint.interval=1", "checkpoint.keep=2", "hydra.run.dir=run"
+    )
     assert done.code == 0, done.text
     return SimpleNamespace(done=done, run=cli.directory / "run", cli=cli)
 
@@ -36,8 +38,24 @@ def test_metrics_have_the_fixed_names_and_add_up(job):
     rows = [row for row in read_rows(job.run) if "train/loss" in row]
     assert [row["train/step"] for row in rows] == [1, 2, 3, 4]
     assert set(rows[0]) >= {
-        *("train/step", "train/epoch", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/supervised_tokens", "train/total_tokens"),
-        *("throughput/tgs", "throughput/e2e_tgs", "throughput/step_time", "throughput/data_time", "throughput/mfu", "throughput/pack_utilization"),
+        *(
+            "train/step",
+            "train/epoch",
+            "train/loss",
+            "train/lr",
+            "train/grad_norm",
+            "train/tokens",
+            "train/supervised_tokens",
+            "train/total_tokens",
+        ),
+        *(
+            "throughput/tgs",
+            "throughput/e2e_tgs",
+            "throughput/step_time",
+            "throughput/data_time",
+            "throughput/mfu",
+            "throughput/pack_utilization",
+        ),
         *("memory/max_gb", "memory/reserved_gb"),
     }
     assert [row["train/total_tokens"] for row in rows] == [sum(row["train/tokens"] for row in rows[: n + 1]) for n in range(4)]
@@ -108,7 +126,14 @@ def test_transformers_loads_the_export_with_equal_logits(job):
 def test_the_export_is_the_trained_model(job):
     """Continuing from the export with lr=0 starts at the loss at which the run ended (the same packs, the weights of its last step)."""
     done = job.cli(
-        *("debug=fast", f"model.pretrained={job.run}/hf/latest", "optimizer.lr=0", "scheduler.lr_min=0", "tracking=none", "checkpoint=none"),
+        *(
+            "debug=fast",
+            f"model.pretrained={job.run}/hf/latest",
+            "optimizer.lr=0",
+            "scheduler.lr_min=0",
+            "tracking=none",
+            "checkpoint=none",
+        ),
         "hydra.run.dir=again",
     )
     assert done.code == 0, done.text

@@ -31,7 +31,10 @@ def test_two_workers_compute_what_one_does(one):
     done = one(*JOB, "parallelism.nproc_per_node=2", "hydra.run.dir=two")
     assert done.code == 0, done.text
     assert_same_run(one.directory / "two", one.directory / "one")
-    assert "Step 3/3" in (one.directory / "two" / "logs" / "rank1.log").read_text() or (one.directory / "two" / "logs" / "rank1.log").stat().st_size
+    assert (
+        "Step 3/3" in (one.directory / "two" / "logs" / "rank1.log").read_text()
+        or (one.directory / "two" / "logs" / "rank1.log").stat().st_size
+    )
     assert done.out.count("Step 3/3") == 1
 
 

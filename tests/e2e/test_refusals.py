@@ -84,7 +84,11 @@ def test_a_sweep_with_one_bad_job_starts_none(cli):
 
 
 def test_showing_creates_nothing_and_succeeds(cli):
-    for args, words in ((["--help"], "GROUP=OPTION"), (["--cfg", "job", "--resolve"], "lr: 6.0e-05"), (["plan", "debug=fast"], "steps           2")):
+    for args, words in (
+        (["--help"], "GROUP=OPTION"),
+        (["--cfg", "job", "--resolve"], "lr: 6.0e-05"),
+        (["plan", "debug=fast"], "steps           2"),
+    ):
         done = cli(*args)
         assert (done.code, words in done.out) == (0, True), done.text
     assert [path.name for path in cli.directory.iterdir()] == [".cache"]

@@ -6,7 +6,15 @@ import pytest
 from conftest import CommandLine, read_rows, read_status
 
 EXACT = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/supervised_tokens", "train/total_tokens", "train/epoch")
-JOB = ("debug=fast", "trainer.total_steps=6", "checkpoint.interval=2", "checkpoint.hf_interval=null", "checkpoint.keep=9", "tracking=none", "data.eval_path=null")
+JOB = (
+    "debug=fast",
+    "trainer.total_steps=6",
+    "checkpoint.interval=2",
+    "checkpoint.hf_interval=null",
+    "checkpoint.keep=9",
+    "tracking=none",
+    "data.eval_path=null",
+)
 
 
 @pytest.fixture(scope="module")

@@ -44,14 +44,22 @@ def test_jobs_save_nothing_unless_asked(swept):
 
 
 def test_a_taken_sweep_directory_is_refused(swept):
-    _, directory, cli = swept
+    _, _, cli = swept
     done = cli("-m", "debug=fast", "optimizer.lr=1e-3,1e-4", "hydra.sweep.dir=sweep")
     assert (done.code, "holds a sweep already" in done.err) == (2, True)
 
 
 def test_a_sweep_over_packing_lengths_shares_one_token_cache(tmp_path):
     cli = CommandLine(tmp_path)
-    done = cli("-m", "debug=fast", "data.pack_max_length=128,256", "tracking=none", "data.eval_path=null", "checkpoint.interval=2", "hydra.sweep.dir=sweep")
+    done = cli(
+        "-m",
+        "debug=fast",
+        "data.pack_max_length=128,256",
+        "tracking=none",
+        "data.eval_path=null",
+        "checkpoint.interval=2",
+        "hydra.sweep.dir=sweep",
+    )
     assert done.code == 0, done.text
     assert len(list((tmp_path / ".cache").rglob("meta.json"))) == 1
     assert len(list((tmp_path / "sweep").glob("*/checkpoints/step-2"))) == 2

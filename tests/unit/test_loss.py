@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from xtuner_hydra.loss import CHUNK, linear_cross_entropy
 
 

@@ -22,7 +22,15 @@ SHARD_BYTES = 5 * 10**9  # transformers' own default limit
 
 
 def export(
-    directory: Path, step: int, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer, *, dtype: str, keep: int, shard_bytes: int = SHARD_BYTES
+    directory: Path,
+    step: int,
+    model: CausalLM,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    keep: int,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Commit hf/step-N, loadable by `AutoModelForCausalLM.from_pretrained`, and point hf/latest at it. Collective.
 

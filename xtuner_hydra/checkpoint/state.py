@@ -1,8 +1,8 @@
 """The training state that a checkpoint holds, and which checkpoint a run continues from.
 
-    checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint)
-                         state.json           TrainState and what shaped the trajectory
-                         rng-R.json           rank R's random number generators
+checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint)
+                     state.json           TrainState and what shaped the trajectory
+                     rng-R.json           rank R's random number generators
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from xtuner_hydra.checkpoint.commit import commit, committed, damage, step_of
+from xtuner_hydra.checkpoint.commit import commit, committed, damage
 from xtuner_hydra.config.schema import CheckpointConfig, Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.errors import RefusedError
@@ -44,7 +44,9 @@ class TrainState:
         self.skipped_updates += not updated
 
 
-def save(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, trajectory: dict[str, Any], keep: int) -> None:
+def save(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, trajectory: dict[str, Any], keep: int
+) -> None:
     """Commit checkpoints/step-N. Collective."""
 
     def write(staging: Path) -> None:
@@ -109,7 +111,9 @@ def trajectory(config: Config, data_fingerprint: str) -> dict[str, Any]:
 def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any]) -> None:
     """RefusedError that lists what differs between the checkpoint's run and this one, where that changes the trajectory."""
     before = _state_file(checkpoint)["trajectory"]
-    differences = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    differences = [
+        f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+    ]
     if differences:
         raise RefusedError(
             f"checkpoint.resume: {checkpoint} belongs to a run with another {', '.join(differences)}. "
@@ -124,7 +128,7 @@ def _state_file(checkpoint: Path) -> dict[str, Any]:
 def _rng_state() -> dict[str, Any]:
     """This rank's generators: torch on the CPU and, where it is used, on the GPU; NumPy's and Python's for user code."""
     state: dict[str, Any] = {"torch": _encode(torch.get_rng_state()), "python": random.getstate()}
-    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, *rest = np.random.get_state(legacy=True)
     state["numpy"] = [kind, np.asarray(keys).tolist(), *rest]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = _encode(torch.cuda.get_rng_state())

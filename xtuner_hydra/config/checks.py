@@ -31,7 +31,9 @@ def _check_heads(config: Config) -> None:
         raise ConfigError("model.head_dim", model.head_dim, "must be even; rotary embeddings turn pairs of numbers")
     if config.data.pack_max_length > model.max_position_embeddings:
         raise ConfigError(
-            "data.pack_max_length", config.data.pack_max_length, f"longer than model.max_position_embeddings={model.max_position_embeddings}"
+            "data.pack_max_length",
+            config.data.pack_max_length,
+            f"longer than model.max_position_embeddings={model.max_position_embeddings}",
         )
 
 
@@ -47,6 +49,7 @@ def _check_ranks(config: Config, world_size: int) -> None:
         )
     if batch is not None and batch % dp_size:
         raise ConfigError(
-            "trainer.global_batch_size", batch, f"not divisible by the {dp_size} data-parallel ranks; take a multiple of {dp_size}, or null for one pack a rank"
+            "trainer.global_batch_size",
+            batch,
+            f"not divisible by the {dp_size} data-parallel ranks; take a multiple of {dp_size}, or null for one pack a rank",
         )
-

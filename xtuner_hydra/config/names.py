@@ -12,7 +12,9 @@ def run_name(choices: Mapping[str, str | None], overrides: Sequence[str]) -> str
     """`qwen3_tiny-openai_sft-lr1e-4` from Hydra's choices of groups and the overrides typed (`optimizer.lr=1e-4`)."""
     groups = {override.split("=")[0].lstrip("+") for override in overrides if "." not in override.split("=")[0]}
     parts = [choices.get("experiment") or f"{choices.get('model')}-{choices.get('data')}"]
-    parts += [str(choices[group]) for group in ("debug", *sorted(groups)) if choices.get(group) and group not in ("model", "data", "experiment")]
+    parts += [
+        str(choices[group]) for group in ("debug", *sorted(groups)) if choices.get(group) and group not in ("model", "data", "experiment")
+    ]
     return _safe("-".join(dict.fromkeys(parts)) + _values(overrides))
 
 

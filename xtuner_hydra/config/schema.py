@@ -109,7 +109,11 @@ class DataConfig:
         if self.max_length is not None:
             _at_least(2, "data.max_length", self.max_length)
             if self.pack_strategy != "hard" and self.max_length > self.pack_max_length:
-                raise ConfigError("data.max_length", self.max_length, f"longer than data.pack_max_length={self.pack_max_length}; raise that, or lower this")
+                raise ConfigError(
+                    "data.max_length",
+                    self.max_length,
+                    f"longer than data.pack_max_length={self.pack_max_length}; raise that, or lower this",
+                )
         if self.num_workers is not None:
             _at_least(0, "data.num_workers", self.num_workers)
         _paths("data.path", self.path, required=True)
@@ -226,7 +230,11 @@ class TrainerConfig:
             raise ConfigError("trainer.seed", self.seed, "a whole number from 0 to 2^63 - 1")
         durations = [name for name in ("total_steps", "epochs", "total_tokens") if getattr(self, name) is not None]
         if len(durations) > 1:
-            raise ConfigError(f"trainer.{durations[0]}", getattr(self, durations[0]), f"trainer.{durations[1]} is set too; set one and leave the others null")
+            raise ConfigError(
+                f"trainer.{durations[0]}",
+                getattr(self, durations[0]),
+                f"trainer.{durations[1]} is set too; set one and leave the others null",
+            )
 
 
 @dataclass

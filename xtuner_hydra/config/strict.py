@@ -45,7 +45,9 @@ def unknown_key(key: str, where: str = "") -> RefusedError:
     if not hint and keys.get(parent):
         siblings = [known for known in keys if known.rpartition(".")[0] == parent]
         hint = f" {parent} has {', '.join(known.rpartition('.')[2] for known in siblings)}."
-    return RefusedError(f"{key}: there is no such key{f' (set in {where})' if where else ''}.{hint} All keys: python -m xtuner_hydra --cfg job")
+    return RefusedError(
+        f"{key}: there is no such key{f' (set in {where})' if where else ''}.{hint} All keys: python -m xtuner_hydra --cfg job"
+    )
 
 
 def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:

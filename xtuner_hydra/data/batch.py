@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()})
+        tensors: dict[str, Any] = {
+            field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def make_batch(cache: TokenCache, packs: Packs, pack: int) -> PackedBatch:

@@ -23,7 +23,7 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -344,7 +344,7 @@ class _Writer:
         self.skipped.append((file_number, line, kind, message))
 
 
-def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress: bool) -> Iterator[_Part]:
+def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress: bool) -> Generator[_Part]:
     """Every chunk of every file, tokenised, in order; in this process where there is little to do."""
     from tqdm import tqdm
 

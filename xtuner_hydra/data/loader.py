@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from xtuner_hydra.config.schema import DataConfig
@@ -33,7 +33,7 @@ class StepBatch:
     samples: list[int]
 
 
-def train_batches(plan: TrainPlan, *, start_step: int, dp_rank: int, dp_size: int) -> Iterator[StepBatch]:
+def train_batches(plan: TrainPlan, *, start_step: int, dp_rank: int, dp_size: int) -> Generator[StepBatch]:
     """The steps from `start_step` to the plan's last, for rank `dp_rank` of `dp_size`. Closing the generator ends its thread."""
     steps: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=AHEAD)
     stopped = threading.Event()

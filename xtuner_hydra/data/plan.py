@@ -234,7 +234,9 @@ def _nothing_left(cache: TokenCache, keep: np.ndarray, key: str) -> DataError:
     if not len(keep):
         return DataError(f"{where}: data.sample_ratio leaves none of the {len(cache)} samples")
     if not keep.any():
-        return DataError(f"{where}: every sample is longer than allowed and data.overlong=drop; raise data.pack_max_length or data.max_length")
+        return DataError(
+            f"{where}: every sample is longer than allowed and data.overlong=drop; raise data.pack_max_length or data.max_length"
+        )
     return DataError(
         f"{where}: no supervised token in any sample; there is nothing to learn. Look for `loss: false` on the assistant's messages, "
         "and whether data.pack_max_length cuts every sample off before the assistant speaks"

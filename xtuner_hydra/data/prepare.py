@@ -42,7 +42,8 @@ class PreparedData:
     def load(cls, run_dir: Path, config: Config) -> PreparedData:
         """Open what `save` noted in `run_dir`, without reading the sources again. Raises DataError where a cache is gone."""
         saved = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
-        return _assemble(config, *(_open(saved[name]) for name in ("train", "eval")), tokenizer_name=saved["tokenizer"])
+        held_out = _open(saved["eval"]) if saved["eval"] else None
+        return _assemble(config, _open(saved["train"]), held_out, tokenizer_name=saved["tokenizer"])
 
     def save(self, run_dir: Path) -> None:
         """Write data.json: files, caches, counts."""
@@ -97,9 +98,7 @@ def _assemble(config: Config, train: TokenCache, held_out: TokenCache | None, *,
     return PreparedData(Source(train, selection), evaluated, TrainPlan(train, selection, data, config.trainer), tokenizer_name)
 
 
-def _open(saved: dict[str, Any] | None) -> TokenCache | None:
-    if saved is None:
-        return None
+def _open(saved: dict[str, Any]) -> TokenCache:
     try:
         return open_cache(Path(saved["cache"]), [Path(file) for file in saved["files"]])
     except CacheError as error:

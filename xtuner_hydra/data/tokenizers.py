@@ -193,12 +193,15 @@ def _body(message: Message) -> str:
 
 def _tools(tools: list[dict[str, Any]]) -> str:
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return f'Tools you may call, one JSON schema a line:\n<tools>\n{listed}\n</tools>\nTo call one, write {{"name", "arguments"}} as JSON inside <tool_call></tool_call>.'
+    head = f"Tools you may call, one JSON schema a line:\n<tools>\n{listed}\n</tools>\n"
+    return head + 'To call one, write {"name", "arguments"} as JSON inside <tool_call></tool_call>.'
 
 
 _JINJA = {
-    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>"
-    "{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     # transformers would turn the markers into single ids; as plain bytes they exist in our own encoder only
     "xtuner": "<|bos|>{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",

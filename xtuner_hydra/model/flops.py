@@ -16,7 +16,7 @@ def training_flops(model: ModelConfig, document_lengths: Iterable[int], supervis
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     layer = model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size)
     pairs = sum(length * (length + 1) / 2 for length in lengths)
-    forward = 2 * model.num_hidden_layers * layer * sum(lengths)
+    forward: float = 2 * model.num_hidden_layers * layer * sum(lengths)
     forward += 4 * model.num_hidden_layers * queries * pairs
     forward += 2 * model.hidden_size * model.vocab_size * supervised_tokens
     return 3 * forward

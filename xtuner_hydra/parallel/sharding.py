@@ -32,7 +32,7 @@ def recompute(model: CausalLM, ratio: float) -> None:
     layers = list(model.model.layers)
     for layer in layers[: math.ceil(ratio * len(layers))]:
         # wraps forward, not the module: parameter names stay Hugging Face's
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def shard(model: CausalLM, mesh: DeviceMesh, config: ParallelismConfig, *, show_progress: bool = False) -> None:

@@ -61,7 +61,9 @@ class _Sweep:
             code = launch.run(dataclasses.replace(composition, overrides=_shown(composition.overrides)), isolated=True)
         except RefusedError as error:  # it passed before the sweep started: the data or the disk has changed since
             print(f"xtuner_hydra: {error}", file=sys.stderr)
-            run_dir.write_status(composition.run_dir, "failed", exit_code=error.exit_code, error=str(error), overrides=composition.overrides)
+            run_dir.write_status(
+                composition.run_dir, "failed", exit_code=error.exit_code, error=str(error), overrides=composition.overrides
+            )
             code = error.exit_code
         table.write(self.directory)
         if code == EXIT_INTERRUPTED:

@@ -56,7 +56,11 @@ def packages() -> Check:
     except PackageNotFoundError:
         return Check("packages", "note", "xtuner_hydra runs from a checkout; `pip install -e .` lets pip keep its packages right")
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = [f"{one} (found {found or 'none'})" for one in needed if (found := _version(one.name)) is None or not one.specifier.contains(found, prereleases=True)]
+    wrong = [
+        f"{one} (found {found or 'none'})"
+        for one in needed
+        if (found := _version(one.name)) is None or not one.specifier.contains(found, prereleases=True)
+    ]
     if wrong:
         return Check("packages", "missing", f"{'; '.join(wrong)}. Install with: pip install -c constraints.txt -e .")
     return Check("packages", "ok", ", ".join(f"{one.name} {_version(one.name)}" for one in needed))
@@ -70,7 +74,11 @@ def device() -> Check:
     if torch.cuda.is_available():
         return Check("device", "ok", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        return Check("device", "note", f"CPU only: torch {torch.__version__} is built without CUDA, though this machine has a GPU. See pytorch.org for one with")
+        return Check(
+            "device",
+            "note",
+            f"CPU only: torch {torch.__version__} is built without CUDA, though this machine has a GPU. See pytorch.org for one with",
+        )
     return Check("device", "ok", f"CPU, {_cores()} cores; no GPU that torch can use")
 
 
@@ -85,7 +93,11 @@ def driver() -> Check:
     except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
         return Check("driver", "missing", f"nvidia-smi does not answer ({error}); reinstall the NVIDIA driver")
     text = f"NVIDIA {found}"
-    return Check("driver", "ok", text) if new_enough else Check("driver", "missing", f"{text}; update it, it must be newer than {OLDEST_DRIVER}")
+    return (
+        Check("driver", "ok", text)
+        if new_enough
+        else Check("driver", "missing", f"{text}; update it, it must be newer than {OLDEST_DRIVER}")
+    )
 
 
 def communication() -> Check:
@@ -115,7 +127,11 @@ def memory() -> Check:
     """Main memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     text = f"{total:.1f} GB"
-    return Check("memory", "ok", text) if total >= LOW_MEMORY_GB else Check("memory", "note", f"{text}; the main job wants about {LOW_MEMORY_GB} GB")
+    return (
+        Check("memory", "ok", text)
+        if total >= LOW_MEMORY_GB
+        else Check("memory", "note", f"{text}; the main job wants about {LOW_MEMORY_GB} GB")
+    )
 
 
 def disk() -> Check:

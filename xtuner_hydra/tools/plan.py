@@ -32,7 +32,9 @@ def describe(prepared: Prepared) -> list[str]:
         *data.summary(),
         "",
         _line("run directory", str(prepared.composition.run_dir)),
-        _line("continues from", str(prepared.checkpoint)) if prepared.checkpoint else _line("starts from", config.model.pretrained or "random weights"),
+        _line("continues from", str(prepared.checkpoint))
+        if prepared.checkpoint
+        else _line("starts from", config.model.pretrained or "random weights"),
         _line("model", f"{config.model.family}, {parameters / 1e6:.2f} M parameters"),
         _line("ranks", f"{prepared.ranks} ({config.parallelism.param_dtype} compute, fp32 master weights)"),
         _line("steps", f"{data.plan.total_steps} ({config.trainer.global_batch_size} packs a step over all ranks)"),
@@ -56,7 +58,9 @@ def _schedule(config: Config, total: int) -> str:
     scheduler, peak = config.scheduler, config.optimizer.lr
     warmup = warmup_steps(scheduler, total)
     rates = [learning_rate(scheduler, step, total, peak) for step in (0, min(warmup, total - 1), total // 2, total - 1)]
-    return f"{scheduler.name}, {warmup} warm-up steps: {rates[0]:.3g} first, {rates[1]:.3g} peak, {rates[2]:.3g} half-way, {rates[3]:.3g} last"
+    return (
+        f"{scheduler.name}, {warmup} warm-up steps: {rates[0]:.3g} first, {rates[1]:.3g} peak, {rates[2]:.3g} half-way, {rates[3]:.3g} last"
+    )
 
 
 def _disk(config: Config, weights: int, total: int) -> str:

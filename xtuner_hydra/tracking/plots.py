@@ -48,7 +48,15 @@ def loss_png(run_dir: Path) -> Path | None:
 def _draw_loss(axes: Any, train: list[Row], evaluations: list[Row]) -> None:
     tokens, loss = _column(train, "train/total_tokens"), _column(train, "train/loss")
     long = len(train) >= _SMOOTH_FROM
-    axes.plot(tokens, loss, color=_TRAIN, alpha=0.3 if long else 1, linewidth=1 if long else 1.8, label=None if long else "train", marker="." * (len(train) < 3))
+    axes.plot(
+        tokens,
+        loss,
+        color=_TRAIN,
+        alpha=0.3 if long else 1,
+        linewidth=1 if long else 1.8,
+        label=None if long else "train",
+        marker="." * (len(train) < 3),
+    )
     if long:
         axes.plot(tokens, _smooth(loss), color=_TRAIN, linewidth=2, label="train (smoothed)")
     if evaluations:

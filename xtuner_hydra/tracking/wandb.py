@@ -7,7 +7,7 @@ import netrc
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from xtuner_hydra.config.schema import WandbConfig
@@ -65,13 +65,13 @@ class WandbTracker:
         self.run.finish(exit_code=exit_code)
 
 
-def resolve_mode(config: WandbConfig) -> str:
+def resolve_mode(config: WandbConfig) -> Literal["online", "offline"]:
     """`online` or `offline`. Raises ConfigError for an online run without an API key, rather than ask for one."""
     if config.mode == "online" and not has_api_key():
         raise ConfigError("tracking.wandb.mode", "online", "there is no API key; set WANDB_API_KEY, run `wandb login`, or use offline")
     if config.mode == "auto":
         return "online" if has_api_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") else "offline"
-    return config.mode
+    return "online" if config.mode == "online" else "offline"
 
 
 def has_api_key() -> bool:

@@ -32,7 +32,9 @@ def required(group, option):
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in GROUPS])
 def test_yaml_and_dataclass_have_the_same_keys(group, option):
     loaded = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
-    assert {group, *flatten(loaded.get(group, loaded), group)} == {key for key in known_keys() if key == group or key.startswith(group + ".")}
+    assert {group, *flatten(loaded.get(group, loaded), group)} == {
+        key for key in known_keys() if key == group or key.startswith(group + ".")
+    }
 
 
 def flatten(section, prefix):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from xtuner_hydra.model.attention import attention
 
 

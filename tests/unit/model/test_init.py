@@ -2,6 +2,7 @@
 
 import torch
 from torch.distributed.fsdp import fully_shard
+
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.transformer import CausalLM

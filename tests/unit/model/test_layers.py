@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from xtuner_hydra.model.layers import Embedding, RMSNorm, _Rotate, _SwiGLU, rotary
 
 

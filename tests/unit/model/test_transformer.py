@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
+
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.model.families import hf_config
 from xtuner_hydra.model.init import initialise
