@@ -98,7 +98,7 @@ def reference(silent):
         total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     loss = total / supervised(documents)
     loss.backward()
-    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return float(loss.detach()), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ class _Pieces:
         self.supervised: list[NDArray[np.bool_]] = []
 
     def text(self, text: str, supervised: bool = False) -> None:
-        self._add(np.frombuffer(text.encode("utf-8", errors="surrogatepass"), dtype=np.uint8).astype(np.uint32), supervised)
+        self._add(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32), supervised)
 
     def marker(self, number: int, supervised: bool = False) -> None:
         self._add(np.array([number], dtype=np.uint32), supervised)
