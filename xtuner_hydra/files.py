@@ -14,7 +14,7 @@ def write_text(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's 0600 would shut out a colleague who may read the directory
+            os.fchmod(file.fileno(), 0o666 & ~umask())  # mkstemp's 0600 would shut out a colleague who may read the directory
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -43,15 +43,16 @@ def sync_directory(directory: Path) -> None:
     _fsync(directory)
 
 
+def umask() -> int:
+    """The process's file mode creation mask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from xtuner_hydra.checkpoint.commit import commit
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
-from xtuner_hydra.files import sync_directory, write_json
+from xtuner_hydra.files import sync_directory, umask, write_json
 from xtuner_hydra.model.families import hf_config
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import DTYPES
@@ -74,6 +74,7 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], 
 def _write_shard(directory: Path, number: int, tensors: dict[str, torch.Tensor]) -> Path:
     path = directory / f"shard-{number}.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~umask())  # safetensors writes 0600, which would shut out a colleague who may read the directory
     return path
 
 

@@ -200,7 +200,7 @@ def _tools(tools: list[dict[str, Any]]) -> str:
 _JINJA = {
     "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"  # a bare newline after a block would be trimmed
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     # transformers would turn the markers into single ids; as plain bytes they exist in our own encoder only
     "xtuner": "<|bos|>{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -63,7 +63,14 @@ def _draw_loss(axes: Any, train: list[Row], evaluations: list[Row]) -> None:
         at, value = _column(evaluations, "train/total_tokens"), _column(evaluations, "eval/loss")
         axes.plot(at, value, "o-", color=_EVAL, markersize=6, linewidth=1.2, label="evaluation")
         axes.annotate(
-            f"{value[-1]:.3f}", (at[-1], value[-1]), xytext=(0, 9), textcoords="offset points", ha="right", color=_EVAL, fontweight="bold"
+            f"{value[-1]:.3f}",
+            (at[-1], value[-1]),
+            xytext=(0, -16),
+            textcoords="offset points",
+            ha="right",
+            color=_EVAL,
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.set_ylabel("cross-entropy a token")
     axes.legend(frameon=False)

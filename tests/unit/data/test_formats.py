@@ -67,6 +67,6 @@ def test_tool_calls_with_null_content(call):
     ids=lambda value: value if isinstance(value, str) else json.dumps(value)[:40],
 )
 def test_what_is_wrong_is_said(record, words):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         parse_openai(record)
     assert words in str(error.value)

@@ -48,5 +48,7 @@ def test_every_step_sees_the_published_number_of_tokens(prepared):
 
 def test_the_learning_rate_follows_the_published_column(prepared):
     config = prepared.config
-    rates = [learning_rate(config.scheduler, step, prepared.data.plan.total_steps, config.optimizer.lr) for step in range(len(PUBLISHED["log"]))]
+    rates = [
+        learning_rate(config.scheduler, step, prepared.data.plan.total_steps, config.optimizer.lr) for step in range(len(PUBLISHED["log"]))
+    ]
     assert rates == pytest.approx([row["lr"] for row in PUBLISHED["log"]], abs=5.1e-7)  # logged with six decimals

@@ -1,0 +1,75 @@
+import threading
+from itertools import pairwise
+
+import pytest
+from chats import cache_of, chat
+
+from xtuner_hydra.config.schema import DataConfig, TrainerConfig
+from xtuner_hydra.data import loader
+from xtuner_hydra.data.loader import eval_batches, step_batch, train_batches
+from xtuner_hydra.data.plan import TrainPlan, select_samples
+
+DATA = DataConfig(path="x", pack_max_length=128)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return cache_of(tmp_path_factory.mktemp("loader"), [chat("x" * (1 + 5 * n), f"question {n}") for n in range(15)])
+
+
+@pytest.fixture(scope="module")
+def plan(cache):
+    selection = select_samples(cache, DATA, seed=1, sample_ratio=1.0, key="data.path")
+    return TrainPlan(cache, selection, DATA, TrainerConfig(epochs=2, global_batch_size=4))
+
+
+def documents(batches):
+    """The documents of batches, whatever pack they are in, as sorted lists of ids."""
+    found = []
+    for batch in batches:
+        ends = batch.cu_seqlens.tolist()
+        found += [batch.ids[start:stop].tolist() for start, stop in pairwise(ends)] if batch.tokens else []
+    return sorted(found)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_a_step_is_the_same_documents_on_any_number_of_ranks(plan, ranks):
+    for step in range(plan.total_steps):
+        alone = step_batch(plan, step, 0, 1)
+        parts = [step_batch(plan, step, rank, ranks) for rank in range(ranks)]
+        assert documents(micro for part in parts for micro in part.micro_batches) == documents(alone.micro_batches)
+        assert {len(part.micro_batches) for part in parts} == {-(-alone.packs // ranks)}
+        assert {(part.tokens, part.supervised_tokens) for part in parts} == {(alone.tokens, alone.supervised_tokens)}
+        assert alone.tokens == sum(micro.tokens for micro in alone.micro_batches)
+        assert alone.supervised_tokens == sum(len(micro.targets) for micro in alone.micro_batches)
+
+
+def test_starting_later_gives_the_rest(plan):
+    whole = [documents(batch.micro_batches) for batch in train_batches(plan, start_step=0, dp_rank=0, dp_size=1)]
+    rest = [documents(batch.micro_batches) for batch in train_batches(plan, start_step=3, dp_rank=0, dp_size=1)]
+    assert len(whole) == plan.total_steps
+    assert rest == whole[3:]
+
+
+def test_closing_ends_the_thread(plan):
+    batches = train_batches(plan, start_step=0, dp_rank=0, dp_size=1)
+    next(batches)
+    assert any(thread.name == "batches" for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name == "batches" for thread in threading.enumerate())
+
+
+def test_an_error_in_the_thread_reaches_the_loop(plan, monkeypatch):
+    def fail(*args):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loader, "step_batch", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(train_batches(plan, start_step=0, dp_rank=0, dp_size=1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(cache, plan, ranks):
+    shares = [list(eval_batches(cache, plan.selection, DATA, dp_rank=rank, dp_size=ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sum(len(micro.targets) for share in shares for micro in share) == cache.supervised_lengths.sum()

@@ -1,0 +1,51 @@
+import os
+
+import pytest
+
+from xtuner_hydra import run_dir
+from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig
+from xtuner_hydra.errors import RefusedError
+
+SHAPE = dict(
+    vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8
+)
+CONFIG = Config(model=ModelConfig(**SHAPE), data=DataConfig(path=["a", "b"]))
+OVERRIDES = ["data.path=[a,b]", 'tracking.wandb.name="x: y"', "model.chat_template=null"]
+
+
+def test_what_is_created_can_be_read_back(tmp_path):
+    run_dir.create(tmp_path / "run", CONFIG, OVERRIDES, {"command": "x"})
+    assert run_dir.read_config(tmp_path / "run") == CONFIG
+    assert run_dir.read_overrides(tmp_path / "run") == OVERRIDES
+    assert run_dir.read_status(tmp_path / "run")["state"] == "running"
+    assert run_dir.holds_run(tmp_path / "run")
+
+
+def test_a_taken_directory_is_refused_unless_resumed(tmp_path):
+    run_dir.create(tmp_path, CONFIG, [], {})
+    with pytest.raises(RefusedError, match=r"checkpoint\.resume=auto"):
+        run_dir.refuse_unusable(tmp_path, resuming=False)
+    run_dir.refuse_unusable(tmp_path, resuming=True)
+
+
+def test_an_empty_directory_or_one_to_be_made_is_free(tmp_path):
+    run_dir.refuse_unusable(tmp_path, resuming=False)
+    run_dir.refuse_unusable(tmp_path / "a" / "b", resuming=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RefusedError, match="is a file"):
+        run_dir.refuse_unusable(tmp_path / "file" / "run", resuming=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RefusedError, match="cannot be written"):
+        run_dir.refuse_unusable(tmp_path / "run", resuming=False)
+
+
+def test_no_status_is_an_empty_one(tmp_path):
+    assert run_dir.read_status(tmp_path) == {}

@@ -1,0 +1,44 @@
+import pytest
+
+from xtuner_hydra.errors import TrainingError
+from xtuner_hydra.tracking.base import Trackers
+
+
+class Stand:
+    """A tracker that keeps its rows, and fails where it is told to."""
+
+    def __init__(self, *, required=False, fails=None):
+        self.required, self.fails, self.rows, self.end = required, fails, [], None
+
+    def log(self, row):
+        if self.fails == "log":
+            raise TrainingError("the disk is full")
+        self.rows.append(row)
+
+    def finish(self, state, exit_code):
+        self.end = (state, exit_code)
+        if self.fails == "finish":
+            raise OSError("no answer")
+
+
+def test_one_that_fails_is_left_out_with_a_warning_and_the_others_go_on(caplog):
+    good, bad = Stand(), Stand(fails="log")
+    trackers = Trackers([bad, good])
+    with caplog.at_level("WARNING", "xtuner_hydra"):
+        for step in (1, 2):
+            trackers.log({"train/step": step})
+    assert len(good.rows) == 2
+    assert caplog.text.count("left out from now on") == 1
+
+
+def test_one_that_is_required_stops_the_run():
+    with pytest.raises(TrainingError, match="the disk is full"):
+        Trackers([Stand(required=True, fails="log")]).log({"train/step": 1})
+
+
+def test_all_are_finished_even_if_one_cannot(caplog):
+    stands = [Stand(), Stand(fails="finish"), Stand()]
+    with caplog.at_level("WARNING", "xtuner_hydra"):
+        Trackers(stands).finish("failed", 1)
+    assert [stand.end for stand in stands] == [("failed", 1)] * 3
+    assert "could not be closed: no answer" in caplog.text
