@@ -20,7 +20,8 @@ from xtuner_hydra.files import write_json, write_text
 
 def holds_run(directory: Path) -> bool:
     """True where a run has been: its config or its status is there."""
-    return any((directory / name).exists() for name in ("config.yaml", "status.json"))
+    # os.path.exists: a directory that may not be entered is an answer (False), not a PermissionError
+    return any(os.path.exists(directory / name) for name in ("config.yaml", "status.json"))
 
 
 def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.dir") -> None:
@@ -29,7 +30,7 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
         raise RefusedError(
             f"{key}={directory}: holds a run already. Choose another directory, or continue that run with checkpoint.resume=auto"
         )
-    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    existing = next(parent for parent in (directory, *directory.parents) if os.path.exists(parent))
     if not existing.is_dir():
         raise RefusedError(f"{key}={directory}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -1,6 +1,13 @@
+"""Who may write in a run directory, and that what is written there can be read back."""
+
 import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from conftest import REPOSITORY
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig
@@ -40,11 +47,31 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         run_dir.refuse_unusable(tmp_path / "file" / "run", resuming=False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_without_permission_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(RefusedError, match="cannot be written"):
-        run_dir.refuse_unusable(tmp_path / "run", resuming=False)
+@pytest.mark.parametrize("below", [".", "in/it"])
+def test_a_directory_without_permission_is_refused(below):
+    """In a process of its own, which gives up being root where it is."""
+    with TemporaryDirectory() as open_to_all:
+        shut = Path(open_to_all, "shut")
+        (shut / "in").mkdir(parents=True)
+        Path(open_to_all).chmod(0o755)
+        script = f"""
+import os, sys
+from pathlib import Path
+from xtuner_hydra import run_dir
+from xtuner_hydra.errors import RefusedError
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setuid(65534)
+try:
+    run_dir.refuse_unusable(Path({str(shut / below / "run")!r}), resuming=False)
+except RefusedError as error:
+    sys.exit(str(error))
+"""
+        shut.chmod(0o500 if below == "." else 0)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
+        shut.chmod(0o700)
+    assert f"{shut} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_status_is_an_empty_one(tmp_path):

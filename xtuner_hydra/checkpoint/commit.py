@@ -33,7 +33,8 @@ def commit(directory: Path, write: Callable[[Path], None], *, keep: int) -> Path
     dist.barrier()
     if dist.get_rank() == 0:
         _finish(staging, directory)
-        for old in committed(directory.parent)[:-keep]:
+        others = [path for path in committed(directory.parent) if path != directory]  # later ones too, of a run that went further
+        for old in others[: max(0, len(others) + 1 - keep)]:
             shutil.rmtree(old)
     dist.barrier()
     return directory

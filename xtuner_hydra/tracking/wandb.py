@@ -20,6 +20,8 @@ log = logging.getLogger("xtuner_hydra")
 ONLINE_SECONDS = 30
 """How long to wait for the server before the run goes on offline."""
 
+_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's service, by its name since wandb 0.31 and by the one before
+
 
 class WandbTracker:
     """One W&B run under run_dir/wandb. Its id is kept there, so that a resumed run continues the same one."""
@@ -50,6 +52,7 @@ class WandbTracker:
             if mode != "online" or config.mode == "online":
                 raise
             log.warning(f"W&B cannot be reached ({error}); writing an offline run, `wandb sync` uploads it later")
+            wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric("train/step")
         self.run.define_metric("*", step_metric="train/step")
@@ -78,9 +81,11 @@ def has_api_key() -> bool:
     """True where W&B would find a key without asking: in the environment, or in netrc for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    own = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(own).hostname or "",) if own else _HOSTS
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        entries = netrc.netrc(os.environ.get("NETRC"))
+        return any(entries.authenticators(host) is not None for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 

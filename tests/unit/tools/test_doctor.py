@@ -1,3 +1,7 @@
+"""doctor on this machine, and on machines with drivers and packages that a stand-in makes up."""
+
+import os
+import subprocess
 import sys
 
 import pytest
@@ -45,16 +49,36 @@ def test_the_driver_must_be_newer_than_xtuners(nvidia_smi, version, state):
     assert ("550.127.08" in check.text) == (state == "missing" or version == "550.127.08")
 
 
-@pytest.mark.parametrize("script", ["raise SystemExit('no devices were found')", "pass", "print('N/A')"])
+@pytest.mark.parametrize(
+    "script", ["raise SystemExit('no devices were found')", "pass", "print('N/A')", "print('Failed to initialize NVML')"]
+)
 def test_a_driver_that_does_not_answer_is_missing(nvidia_smi, script):
     nvidia_smi(script)
+    check = doctor.driver()
+    assert check.state == "missing"
+    assert "nvidia-smi does not answer" in check.text
+
+
+def test_a_driver_that_hangs_is_missing(nvidia_smi, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, timeout, **kwargs: run(*args, timeout=timeout / 200, **kwargs))
+    nvidia_smi("import time; time.sleep(20)")
+    check = doctor.driver()
+    assert (check.state, "timed out" in check.text) == ("missing", True)
+
+
+def test_a_program_that_cannot_be_run_is_missing(nvidia_smi, tmp_path):
+    nvidia_smi("")
+    (tmp_path / "nvidia-smi").write_bytes(b"\x7fELF of another machine")
     assert doctor.driver().state == "missing"
 
 
-def test_an_old_driver_fails_the_command(nvidia_smi, capsys):
+def test_an_old_driver_fails_the_command(cli, nvidia_smi):
     nvidia_smi("print('550.127.08')")
-    assert doctor.main([]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "something that training needs is missing"
+    cli.environment["PATH"] = os.environ["PATH"]
+    done = cli("doctor")
+    assert (done.code, done.out.splitlines()[-1]) == (1, "something that training needs is missing")
+    assert "it must be newer than 550.127.08" in done.out
 
 
 def test_a_package_that_is_too_old_is_named_with_the_remedy(monkeypatch):

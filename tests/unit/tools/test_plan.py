@@ -1,7 +1,12 @@
+"""plan says what the run will then do, and does none of it."""
+
+import os
 import re
 
 import pytest
 from conftest import CommandLine, read_rows
+
+from xtuner_hydra.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +32,98 @@ def test_the_run_does_what_the_plan_said(fast):
     assert f"{rows[0]['train/lr']:.3g} first" in out
 
 
-def test_disk_is_what_checkpoints_and_exports_take(fast):
-    parameters = 2 * 512 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
+@pytest.mark.parametrize(
+    "name", ["steps", "tokens", "packs an epoch", "learning rate", "memory", "disk", "model", "ranks", "run directory"]
+)
+def test_a_plan_says_what_one_would_ask(fast, name):
     out, _ = fast
-    assert f"{parameters / 1e6:.2f} M parameters" in out
-    assert "1 checkpoints of" in out
-    assert re.search(r"^packs an epoch +\d+, \d+\.\d% full", out, re.MULTILINE)
+    assert re.search(rf"^{name} +\S", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("model", "parameters"), [("qwen3_tiny", "227.94 M"), ("qwen3_0p6b", "596.05 M"), ("qwen3_8b", "8190.74 M")])
-def test_published_sizes_are_counted_without_building_them(cli, model, parameters):
-    done = cli("plan", f"model={model}", "tracking=none", timeout=60)
-    assert done.code == 0, done.text
-    assert f"{parameters} parameters" in done.out
+@pytest.fixture
+def say(tmp_path, monkeypatch, capsys):
+    """`plan` inside this process: (exit code, what it prints)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+
+    def run(*arguments):
+        code = main(["plan", "tracking=none", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
 
 
-def test_what_a_run_would_refuse_a_plan_refuses(cli):
-    assert cli("plan", "optimizer.lrr=1").code == 2
-    assert cli("plan", "-m", "optimizer.lr=1,2").code == 2
+def test_the_packs_that_are_planned_are_the_packs_that_are_trained(say):
+    """An epoch of them holds all tokens: full packs x their number x their length."""
+    _, text = say("debug=fast", "trainer.total_steps=null", "trainer.epochs=1")
+    packs, percent = re.search(r"^packs an epoch +(\d+), (\d+\.\d)% full$", text, re.MULTILINE).groups()
+    tokens = re.search(r"^tokens +([\d,]+)$", text, re.MULTILINE)[1].replace(",", "")
+    assert f"steps           {packs} " in text
+    assert int(tokens) / (int(packs) * 256) == pytest.approx(float(percent) / 100, abs=0.006)
+
+
+def decoder_parameters(vocab, hidden, inner, layers, heads, kv_heads, head_dim, tied):
+    """Qwen3's parameters, from the shapes in its paper: q, k, v, o; gate, up, down; two norms, and one each for queries and keys."""
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer = attention + 3 * hidden * inner + 2 * hidden + 2 * head_dim
+    return vocab * hidden * (1 if tied else 2) + layers * layer + hidden
+
+
+SHAPES = {  # vocab, hidden, inner, layers, heads, key-value heads, head_dim, tied
+    "debug=fast": (512, 64, 128, 2, 4, 2, 16, False),
+    "model=qwen3_tiny": (151936, 512, 12288, 3, 32, 8, 128, False),
+    "model=qwen3_0p6b": (151936, 1024, 3072, 28, 16, 8, 128, True),
+    "model=qwen3_8b": (151936, 4096, 12288, 36, 32, 8, 128, False),
+}
+
+
+def test_parameters_by_hand_are_the_published_ones():
+    assert decoder_parameters(*SHAPES["model=qwen3_tiny"]) == pytest.approx(227.94e6, abs=5e3)  # of XTuner's verification model
+    # bytes of bf16 weights in Qwen/Qwen3-8B's index; parameters in Qwen/Qwen3-0.6B's file, which holds the tied embedding twice
+    assert 2 * decoder_parameters(*SHAPES["model=qwen3_8b"]) == 16_381_470_720
+    assert decoder_parameters(*SHAPES["model=qwen3_0p6b"]) + 151936 * 1024 == 751_632_384
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_plan_counts_the_parameters(say, model):
+    code, text = say(model)
+    assert (code, f"{decoder_parameters(*SHAPES[model]) / 1e6:.2f} M parameters" in text) == (0, True), text
+
+
+def test_a_large_model_is_not_built_for_it(cli):
+    """8.19 B parameters would take 31 GB; the process stays below 2."""
+    process = cli.start("plan", "model=qwen3_8b", "tracking=none")
+    _, status, used = os.wait4(process.pid, 0)
+    out = (cli.directory / "output").read_text()
+    assert (status, "8190.74 M parameters" in out) == (0, True), out
+    assert used.ru_maxrss < 2 * 2**20  # KiB
+    assert used.ru_utime + used.ru_stime < 30
+
+
+def test_disk_and_memory_follow_from_the_parameters(say):
+    """fp32 weights and two moments a checkpoint, fp32 weights an export; in training a gradient too."""
+    _, text = say("model=qwen3_8b", "trainer.total_steps=30", "checkpoint.interval=10")
+    weights = 4 * decoder_parameters(*SHAPES["model=qwen3_8b"]) / 2**30
+    disk, memory = (re.search(rf"^{name} .*$", text, re.MULTILINE)[0] for name in ("disk", "memory"))
+    assert [float(number) for number in re.findall(r"\d+\.\d+", disk)] == pytest.approx([7 * weights, 3 * weights, weights], abs=0.01)
+    assert "2 checkpoints" in disk
+    assert float(re.search(r"\d+\.\d+", memory)[0]) == pytest.approx(4 * weights, abs=0.01)
+
+
+def test_nothing_saved_takes_no_disk(say):
+    _, text = say("debug=fast", "checkpoint=none")
+    assert re.search(r"^disk .*0 checkpoints .* 0 exports", text, re.MULTILINE)
+
+
+def test_a_bad_config_exits_with_2(cli):
+    done = cli("plan", "optimizer.lrr=1")
+    assert (done.code, "Did you mean optimizer.lr?" in done.err, "Traceback" in done.err) == (2, True, False), done.text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"), [("-m", "without -m"), ("data.path=nowhere", "no such file"), ("model.num_key_value_heads=3", "not divisible")]
+)
+def test_what_a_run_would_refuse_a_plan_refuses(say, override, words):
+    code, text = say("optimizer.lr=1e-3", override)
+    assert (code, words in text) == (2, True), text

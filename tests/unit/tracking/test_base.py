@@ -1,3 +1,5 @@
+"""One tracker that fails must not end a run, unless the run is of no use without it."""
+
 import pytest
 
 from xtuner_hydra.errors import TrainingError

@@ -1,9 +1,16 @@
+"""What is said on the screen and in the log files."""
+
 import logging
+import re
 
 import pytest
 
-from xtuner_hydra.tracking.console import setup_logging, step_line
+from xtuner_hydra.tracking.console import ConsoleTracker, setup_logging, step_line
 
+XTUNERS_LINE = (  # of the log on its installation page
+    "[XTuner][RANK 0][2025-08-28 11:30:16][INFO] Step 1/32 data_time: 0.0039 lr: 0.000060 time: 0.5577 text_tokens: 1125.0 "
+    "total_loss: 12.134 reduced_llm_loss: 12.134 max_memory: 4.86 GB reserved_memory: 6.86 GB grad_norm: 16.711 tgs: 2017.2 e2e_tgs: 2003.2"
+)
 ROW = {
     "train/step": 3,
     "train/loss": 10.3,
@@ -30,11 +37,43 @@ def log():
     log.propagate, log.level = before
 
 
-def test_a_step_is_told_in_xtuners_keys_and_order():
-    assert step_line(ROW, 32) == (
-        "Step 3/32 data_time: 0.0012 lr: 0.000059 time: 1.5000 text_tokens: 2019.0 total_loss: 10.300 reduced_llm_loss: 10.300 "
-        "max_memory: 3.46 GB reserved_memory: 4.00 GB grad_norm: 6.956 tgs: 1346.0 e2e_tgs: 900.0"
-    )
+def shape(line):
+    """A line with every digit turned into 0."""
+    return re.sub(r"\d", "0", line)
+
+
+def test_a_step_of_the_same_numbers_is_xtuners_line_letter_by_letter(tmp_path, capsys, log):
+    row = {
+        "train/step": 1,
+        "train/loss": 12.1341,
+        "train/lr": 6e-5,
+        "train/grad_norm": 16.7109,
+        "train/tokens": 1125,
+        "throughput/data_time": 0.00391,
+        "throughput/step_time": 0.55770,
+        "throughput/tgs": 2017.2153,
+        "throughput/e2e_tgs": 2003.2029,
+        "memory/max_gb": 4.8601,
+        "memory/reserved_gb": 6.8599,
+    }
+    (tmp_path / "logs").mkdir()
+    setup_logging(tmp_path, 0, terminal=True)
+    ConsoleTracker(32, 0).log(row)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert shape(line) == shape(XTUNERS_LINE.replace("XTuner", "xtuner_hydra"))
+    assert line.partition(" Step ")[2] == XTUNERS_LINE.partition(" Step ")[2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_went_wrong_can_be_told(value):
+    assert f"grad_norm: {value} " in step_line({**ROW, "train/loss": value, "train/grad_norm": value}, 32)
+
+
+def test_an_evaluation_is_told_with_its_step(tmp_path, capsys, log):
+    (tmp_path / "logs").mkdir()
+    setup_logging(tmp_path, 0, terminal=True)
+    ConsoleTracker(32, 0).log({"train/step": 7, "eval/loss": 2.0794, "eval/perplexity": 8.0})
+    assert re.search(r"step 7 .*2\.0794.* 8\b", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

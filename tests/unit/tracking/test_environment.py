@@ -1,3 +1,5 @@
+"""environment.json tells what a run was made with, and no secrets."""
+
 import json
 import subprocess
 
@@ -31,8 +33,10 @@ def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
     assert environment([])["git"] is None
 
 
-def test_versions_are_told_and_secrets_are_not(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-value")
+def test_versions_are_told_and_secrets_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # not in this repository: the value below is part of its diff while this file is edited
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "MY_OWN_VARIABLE"):
+        monkeypatch.setenv(name, "s3cr3t-value")
     text = json.dumps(environment(["prog"]))
     assert json.loads(text)["versions"]["torch"] == torch.__version__
     assert "s3cr3t-value" not in text

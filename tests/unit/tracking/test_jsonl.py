@@ -1,3 +1,5 @@
+"""metrics.jsonl: nothing is lost, nothing is written twice, and it is always JSON."""
+
 import json
 from pathlib import Path
 
@@ -12,7 +14,7 @@ def test_rows_keep_full_precision_and_can_be_read_at_once(tmp_path):
     row = {"train/step": 1, "train/loss": 0.1 + 0.2, "train/lr": 6e-5 / 7}
     tracker = JsonlTracker(path, 0)
     tracker.log(row)
-    assert json.loads(path.read_text()) == row
+    assert json.loads(path.read_text()) == row  # before the file is closed
     tracker.finish("completed", 0)
 
 
@@ -30,8 +32,26 @@ def test_a_resumed_run_drops_later_rows_and_a_line_cut_short(tmp_path):
     assert [row["train/step"] for row in read(path)] == [1, 2, 3]
 
 
-def test_a_full_disk_stops_the_run():
-    tracker = JsonlTracker(Path("/dev/full"), 0)
+def test_what_a_resumed_run_keeps_stays_as_it_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"train/step": 1, "train/loss": 0.1 + 0.2}, {"train/step": 2, "train/loss": None}, {"train/step": 2, "eval/loss": 1e-300}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = path.read_bytes()
+    JsonlTracker(path, 2).finish("completed", 0)
+    assert path.read_bytes() == before
+
+
+def test_a_new_run_keeps_no_row_of_an_earlier_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"train/step": 1}\n')
+    JsonlTracker(path, 0).finish("completed", 0)
+    assert path.read_text() == ""
+
+
+def test_a_full_disk_stops_the_run(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl", 0)
+    tracker.file.close()
+    tracker.file = Path("/dev/full").open("a")  # takes no byte
     with pytest.raises(TrainingError, match="No space left"):
         tracker.log({"train/step": 1})
 

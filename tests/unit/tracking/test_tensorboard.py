@@ -1,3 +1,5 @@
+"""Event files, read back by TensorBoard."""
+
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
