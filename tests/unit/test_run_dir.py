@@ -1,6 +1,5 @@
 """Who may write in a run directory, and that what is written there can be read back."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path

@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def commit(directory: Path, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Let every rank `write` into a staging directory, then make it `directory` and remove all but the `keep` newest of its siblings.
+    """Let every rank `write` into a staging directory, then make it `directory`; it stays with the `keep` - 1 newest of its siblings.
 
     Collective: all ranks call it with the same arguments. `write` may itself be collective."""
     staging = directory.with_name(f".{directory.name}.tmp")

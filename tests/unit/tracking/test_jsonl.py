@@ -51,9 +51,11 @@ def test_a_new_run_keeps_no_row_of_an_earlier_one(tmp_path):
 def test_a_full_disk_stops_the_run(tmp_path):
     tracker = JsonlTracker(tmp_path / "metrics.jsonl", 0)
     tracker.file.close()
-    tracker.file = Path("/dev/full").open("a")  # takes no byte
+    tracker.file = Path("/dev/full").open("a")  # noqa: SIM115 - takes no byte, not even when it is closed
     with pytest.raises(TrainingError, match="No space left"):
         tracker.log({"train/step": 1})
+    with pytest.raises(OSError, match="No space left"):
+        tracker.finish("failed", 1)
 
 
 def test_no_file_has_no_rows(tmp_path):

@@ -1,0 +1,93 @@
+"""Imports point one way (CONTRIBUTING.md), heavy packages come where they are used, and no file is left over."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xtuner_hydra
+
+PACKAGE = Path(xtuner_hydra.__file__).parent
+MODULES = {
+    ".".join(("xtuner_hydra", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+PARTS = {name.split(".")[1] for name in MODULES if "." in name}
+
+
+def imported(path):
+    """Dotted names that a module imports, wherever in it, each `from a import b` as a.b too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def parts_used_by(part):
+    """Top-level parts of the package that `part` (a folder or a file) imports, itself apart."""
+    names = set()
+    for name, path in MODULES.items():
+        if name.split(".")[1:2] == [part]:
+            names |= {one.split(".")[1] for one in imported(path) if one.startswith("xtuner_hydra.")}
+    return (names & PARTS) - {part}
+
+
+@pytest.mark.parametrize(
+    ("part", "may_use"),
+    [
+        ("errors", set()),
+        ("files", set()),
+        ("config", {"errors"}),
+        ("data", {"config", "errors", "files"}),
+        ("loss", set()),
+        ("model", {"config", "errors", "loss"}),
+        ("optim", {"config"}),
+        ("parallel", {"config", "errors", "model"}),
+        ("engine", {"data", "errors", "model"}),
+        ("checkpoint", {"config", "data", "errors", "files", "model", "parallel"}),
+        ("tracking", {"config", "errors", "files"}),
+        ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel"}),
+        ("trainer", {"checkpoint", "config", "data", "engine", "errors", "metrics", "model", "optim", "parallel", "tracking"}),
+        ("sweeps", {"app", "errors", "files", "launch", "parallel", "run_dir"}),
+        ("app", {"config", "errors", "model"}),
+    ],
+)
+def test_imports_point_one_way(part, may_use):
+    assert parts_used_by(part) <= may_use
+
+
+def test_only_the_app_and_sweeps_import_hydra():
+    users = {name for name, path in MODULES.items() if any(one.split(".")[0] == "hydra" for one in imported(path))}
+    assert {name.split(".")[1] for name in users} <= {"app", "sweeps"}
+
+
+def test_only_parallel_attention_and_the_doctor_name_a_kind_of_device():
+    users = {name for name, path in MODULES.items() if "cuda" in path.read_text()}
+    allowed = {"xtuner_hydra.tools.doctor", "xtuner_hydra.model.attention", "xtuner_hydra.config.schema", "xtuner_hydra.checkpoint.state"}
+    assert {name for name in users if not name.startswith("xtuner_hydra.parallel.")} <= allowed  # state: the GPU's random generator
+
+
+def test_every_module_is_imported_by_another():
+    used = set().union(*(imported(path) for path in MODULES.values()))
+    assert {name for name in MODULES if name not in used and not any(one.startswith(name + ".") for one in used)} <= {
+        "xtuner_hydra.__main__",
+        "xtuner_hydra.examples",
+    }
+
+
+def loaded_by(*command):
+    code = "import sys, runpy; sys.argv = ['xtuner_hydra', *sys.argv[1:]]\n"
+    code += "try: runpy.run_module('xtuner_hydra', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print('LOADED', *sorted(name for name in sys.modules if '.' not in name))"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.rsplit("LOADED", 1)[1].split())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--cfg", "job"], ["optimizer.lrr=1"]])
+def test_help_and_refusals_need_no_torch(command):
+    assert not loaded_by(*command) & {"torch", "transformers", "wandb", "matplotlib", "tensorboard"}
