@@ -49,7 +49,7 @@ def test_a_wheel_works_from_any_directory(source, tmp_path):
         assert f"xtuner_hydra/{name}" in names
     assert not [name for name in names if name.startswith(("tests/", "conf/"))]
     site = tmp_path / "site"
-    subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--ignore-installed", "--target", site, wheel], check=True)
     (tmp_path / "elsewhere").mkdir()
     cli = command_line(tmp_path / "elsewhere", site)
     assert where(cli).is_relative_to(site)
@@ -65,7 +65,9 @@ def test_a_wheel_works_from_any_directory(source, tmp_path):
 
 def test_an_editable_install_works_from_any_directory(source, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    subprocess.run([*PIP, "install", *OFFLINE, "--prefix", tmp_path / "venv", "--editable", source], check=True)
+    # --ignore-installed: or pip would uninstall the package from the environment that runs the tests
+    install = [*PIP, "install", *OFFLINE, "--ignore-installed", "--prefix", tmp_path / "venv", "--editable", source]
+    subprocess.run(install, check=True)
     (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # found there, but no .pth file of theirs is read
     (tmp_path / "elsewhere").mkdir()
