@@ -79,7 +79,7 @@ def _kept(interval: int | None, keep: int, total: int) -> int:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    return f"{size / 2**30:.3g}"
 
 
 def _line(name: str, value: str) -> str:
