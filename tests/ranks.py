@@ -2,42 +2,27 @@
 
 import os
 import pickle
-import socket
-import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
 def run_on_ranks(function, ranks, *args):
     """`function(*args)` on `ranks` processes with the variables torchrun sets; the list of what they return, by rank.
 
-    An exception on a rank fails the caller with that rank's traceback."""
-    with TemporaryDirectory() as directory, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        mp.spawn(_rank, (ranks, port, directory, function, args), nprocs=ranks)
-        results = [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(ranks)]
-    for rank, (error, _) in enumerate(results):
-        assert error is None, f"rank {rank}:\n{error}"
-    return [result for _, result in results]
+    An exception on a rank ends the others and fails the caller with that rank's traceback."""
+    # the store listens before the ranks start, on a port of its own choice, as torchrun's does: a port that was free a moment ago may not be now
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with TemporaryDirectory() as directory:
+        mp.spawn(_rank, (ranks, store.port, directory, function, args), nprocs=ranks)
+        return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(ranks)]
 
 
 def _rank(rank, ranks, port, directory, function, args):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     torch.set_num_threads(1)
-    try:
-        outcome = (None, function(*args))
-    except Exception:
-        outcome = (traceback.format_exc(), None)
-    (Path(directory) / str(rank)).write_bytes(pickle.dumps(outcome))
+    (Path(directory) / str(rank)).write_bytes(pickle.dumps(function(*args)))

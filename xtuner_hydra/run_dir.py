@@ -15,7 +15,7 @@ from typing import Any
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import from_yaml, to_yaml
 from xtuner_hydra.errors import RefusedError
-from xtuner_hydra.files import write_json, write_text
+from xtuner_hydra.files import finite, write_json, write_text
 
 
 def holds_run(directory: Path) -> bool:
@@ -67,6 +67,7 @@ def read_overrides(directory: Path) -> list[str]:
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     process = {"host": socket.gethostname(), "pid": os.getpid()}
+    fields["metrics"] = finite(fields.get("metrics") or {})
     write_json(
         directory / "status.json", {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": process}
     )

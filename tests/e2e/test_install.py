@@ -81,3 +81,11 @@ def test_an_editable_install_works_from_any_directory(source, tmp_path):
 def test_a_checkout_works_without_installing(tmp_path):
     done = command_line(tmp_path, REPOSITORY)(*JOB)
     assert done.code == 0, done.text
+
+
+def test_help_works_from_the_root_of_a_checkout(source, tmp_path):
+    cli = command_line(tmp_path, source)
+    cli.directory = source
+    assert where(cli).is_relative_to(source)
+    done = cli("--help")
+    assert (done.code, "GROUP=OPTION" in done.out) == (0, True), done.text

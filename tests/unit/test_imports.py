@@ -28,6 +28,13 @@ def imported(path):
     return found
 
 
+def test_imports_are_absolute():
+    """Or `imported` would not see them."""
+    for name, path in MODULES.items():
+        relative = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
+        assert not relative, name
+
+
 def parts_used_by(part):
     """Top-level parts of the package that `part` (a folder or a file) imports, itself apart."""
     names = set()
@@ -86,6 +93,12 @@ def loaded_by(*command):
     code += "print('LOADED', *sorted(name for name in sys.modules if '.' not in name))"
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True, timeout=60)
     return set(done.stdout.rsplit("LOADED", 1)[1].split())
+
+
+def test_importing_the_package_costs_nothing():
+    code = "import sys; before = set(sys.modules); import xtuner_hydra; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["xtuner_hydra"]
 
 
 @pytest.mark.parametrize("command", [["--help"], ["--cfg", "job"], ["optimizer.lrr=1"]])

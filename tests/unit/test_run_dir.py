@@ -1,5 +1,6 @@
 """Who may write in a run directory, and that what is written there can be read back."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,19 @@ except RefusedError as error:
         shut.chmod(0o700)
     assert f"{shut} cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_status_is_json_whatever_the_metrics_were(tmp_path, value):
+    run_dir.write_status(tmp_path, "completed", metrics={"train/loss": 0.1 + 0.2, "train/grad_norm": value})
+    text = (tmp_path / "status.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"] == {"train/loss": 0.1 + 0.2, "train/grad_norm": None}
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "run'])
+def test_a_status_that_cannot_be_read_is_an_empty_one(tmp_path, text):
+    (tmp_path / "status.json").write_text(text)
+    assert run_dir.read_status(tmp_path) == {}
 
 
 def test_no_status_is_an_empty_one(tmp_path):

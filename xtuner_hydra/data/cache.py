@@ -41,7 +41,7 @@ from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync_directory, sync_tree, write_json
 
-VERSION = 1
+VERSION = 2
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")
@@ -182,6 +182,8 @@ def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta["version"] != VERSION or meta["fingerprint"] != directory.name:
             raise CacheError("meta.json belongs to another cache")
+        if meta.pop("checksum") != _checksum(meta):
+            raise CacheError("the content of meta.json has changed")
         for name, size in meta["sizes"].items():
             if (found := (directory / name).stat().st_size) != size:
                 raise CacheError(f"{name} has {found} bytes, not {size}")
@@ -233,7 +235,7 @@ class _Part:
 class _BadLine(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(kind, message)
-        self.kind, self.message = kind, message
+        self.kind, self.message = kind, message.encode("utf-8", "backslashreplace").decode()  # a role may hold half a surrogate pair too
 
 
 def _tokenize(recipe: _Recipe, task: _Task) -> _Part:
@@ -279,7 +281,7 @@ def _encode(line: bytes, recipe: _Recipe) -> tuple[NDArray[np.integer], NDArray[
         raise _BadLine(
             "conversation", f"the text holds half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _BadLine("conversation", str(error)) from None
     if not len(ids):
         raise _BadLine("conversation", "the conversation is empty")
@@ -333,7 +335,7 @@ class _Writer:
             "sample_counts": self.sample_counts,
             "skipped": self.skipped,
         }
-        write_json(self.directory / "meta.json", meta)
+        write_json(self.directory / "meta.json", {**meta, "checksum": _checksum(meta)})
 
     def _bad_line(self, file_number: int, line: int, kind: str, message: str) -> None:
         if not self.recipe.skip:
@@ -429,6 +431,10 @@ def _remove_stale(cache_dir: Path) -> None:
 def _fingerprint(files: list[Path], recipe: _Recipe) -> str:
     parts = [VERSION, recipe.format, recipe.tokenizer.fingerprint, recipe.skip, [_hash_file(file) for file in files]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
 def _cores() -> int:

@@ -60,7 +60,10 @@ def _message(number: int, message: object) -> Message:
     loss = message.get("loss", role in SUPERVISED_ROLES)
     if not isinstance(loss, bool):
         raise ValueError(f"message {number}: loss must be true or false, got {_kind(loss)}")
-    calls = [_call(number, call) for call in message.get("tool_calls") or []]
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"message {number}: tool_calls must be a list, got {_kind(calls)}")
+    calls = [_call(number, call) for call in calls]
     return Message(role, _content(number, message.get("content"), has_calls=bool(calls)), loss, calls)
 
 

@@ -117,6 +117,11 @@ class TrainPlan:
         packs = Packs(self.selection.samples[packs.sample], packs.start, packs.stop, packs.offsets)
         supervised = packs.sum(supervised_tokens(self.cache, packs.sample, packs.start, packs.stop))
         useful = np.flatnonzero(supervised)
+        if not len(useful):
+            raise DataError(
+                f"data.path: no pack of epoch {number} holds a supervised token: data.pack_strategy=hard cuts every {self.data.pack_max_length} "
+                "tokens, before the only ones there are. Raise data.pack_max_length, or choose another pack_strategy"
+            )
         return Epoch(packs, supervised) if len(useful) == len(packs) else Epoch(packs.take(useful), supervised[useful])
 
     def epoch_packs(self, number: int) -> Packs:

@@ -79,7 +79,8 @@ def _kept(interval: int | None, keep: int, total: int) -> int:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 2**30:.3g}"
+    gb = size / 2**30
+    return f"{gb:.3g}" if gb < 100 else f"{gb:.0f}"
 
 
 def _line(name: str, value: str) -> str:

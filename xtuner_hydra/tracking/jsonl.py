@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from xtuner_hydra.errors import TrainingError
-from xtuner_hydra.files import write_text
+from xtuner_hydra.files import finite, write_text
 from xtuner_hydra.tracking.base import Row
 
 
@@ -22,9 +21,8 @@ class JsonlTracker:
 
     def log(self, row: Row) -> None:
         """Append `row`. Raises TrainingError where the disk does not take it."""
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
         try:
-            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:
             raise TrainingError(f"{self.file.name}: {error.strerror}; a run without its metrics is of no use, so it stops") from None

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from chats import build, cache_of, chat, write_lines
 
 from xtuner_hydra.data import cache as cache_module
-from xtuner_hydra.data.cache import CacheError, open_cache
-from xtuner_hydra.data.formats import parse_openai
+from xtuner_hydra.data.cache import STALE_SECONDS, CacheError, build_cache, describe_skipped, open_cache
+from xtuner_hydra.data.formats import FORMATS, parse_openai
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.errors import ConfigError, DataError
 
@@ -32,17 +33,53 @@ def test_samples_come_back_whole_with_their_labels_and_lines(tmp_path):
 
 
 def test_the_second_time_it_is_found_not_made(tmp_path):
-    first, second = cache_of(tmp_path, RECORDS), cache_of(tmp_path, RECORDS)
+    def stamps(cache):
+        return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in cache.directory.iterdir()}
+
+    first = cache_of(tmp_path, RECORDS)
+    before = stamps(first)
+    second = cache_of(tmp_path, RECORDS)
     assert (first.built, second.built) == (True, False)
+    assert stamps(second) == before
     assert content(first) == content(second)
 
 
-def test_its_key_is_the_content_not_the_name_and_the_template(tmp_path):
+def test_its_key_is_the_content_not_the_name_the_format_and_the_template(tmp_path, monkeypatch):
     first = cache_of(tmp_path, RECORDS)
     shutil.move(tmp_path / "data.jsonl", tmp_path / "renamed.jsonl")
     assert build([tmp_path / "renamed.jsonl"], tmp_path).fingerprint == first.fingerprint
     assert build([tmp_path / "renamed.jsonl"], tmp_path, template="xtuner").fingerprint != first.fingerprint
+    monkeypatch.setitem(FORMATS, "other", parse_openai)
+    assert build([tmp_path / "renamed.jsonl"], tmp_path, format="other").fingerprint != first.fingerprint
     assert cache_of(tmp_path, RECORDS[:-1]).fingerprint != first.fingerprint
+
+
+def test_two_files_are_one_cache_that_knows_where_each_sample_is_from(tmp_path):
+    files = [write_lines(tmp_path / "a.jsonl", RECORDS[:3]), write_lines(tmp_path / "b.jsonl", [b"", *RECORDS[3:5]])]
+    cache = build(files, tmp_path)
+    assert cache.sample_counts == [3, 2]
+    assert [cache.locate(sample) for sample in range(5)] == [*((files[0], line) for line in (1, 2, 3)), (files[1], 2), (files[1], 3)]
+    assert build(files[::-1], tmp_path).fingerprint != cache.fingerprint
+
+
+class WideTokenizer(ByteTokenizer):
+    """Ids above 65,535."""
+
+    vocab_size = 1 << 17
+    fingerprint = "wide"
+
+    def __init__(self):
+        pass
+
+    def encode(self, conversation):
+        return np.array([5, 70_000, 100_000], dtype=np.uint32), np.array([True, False, True])
+
+
+def test_ids_of_a_large_vocabulary_are_kept_whole_and_the_first_token_is_never_a_label(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", RECORDS[:1])
+    cache = build_cache([path], "openai", WideTokenizer(), bad_lines="error", cache_dir=tmp_path / "cache", num_workers=0, progress=False)
+    assert content(cache) == [([5, 70_000, 100_000], [False, False, True])]
+    assert cache.supervised_lengths.tolist() == [1]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "supervised.bin", "index.bin", "meta.json"])
@@ -59,6 +96,19 @@ def test_a_broken_one_is_built_again(tmp_path, name, how):
     again = cache_of(tmp_path, RECORDS)
     assert again.built
     assert content(again) == before
+    assert sorted(again.directory.parent.iterdir()) == [again.directory]  # the broken one is gone
+
+
+def test_a_change_of_any_bit_of_its_description_is_noticed(tmp_path):
+    cache = cache_of(tmp_path, [*RECORDS[:2], b"{"], bad_lines="skip")
+    path = cache.directory / "meta.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(CacheError):
+            open_cache(cache.directory, cache.files)
+    path.write_bytes(whole)
+    assert content(open_cache(cache.directory, cache.files)) == content(cache)
 
 
 def test_a_worker_is_told_of_one_that_is_gone(tmp_path):
@@ -97,6 +147,58 @@ def test_many_chunks_by_two_processes_are_one_file_read_in_one_go(tmp_path, monk
     assert [line.line for line in parallel.skipped] == [line.line for line in serial.skipped] == [3]
 
 
+def test_a_bad_line_in_a_late_chunk_of_a_second_file_has_its_own_number(tmp_path, monkeypatch):
+    files = [write_lines(tmp_path / "good.jsonl", RECORDS), write_lines(tmp_path / "bad.jsonl", [*RECORDS, b"", b"{broken", *RECORDS])]
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 300)
+    with pytest.raises(DataError, match=r"bad\.jsonl line 41: not valid JSON \(.* at column 2\)"):
+        build(files, tmp_path)
+
+
+class DyingTokenizer(ByteTokenizer):
+    """Ends its process without a word, as the kernel does when memory runs out."""
+
+    def encode(self, conversation):
+        os._exit(9)
+
+
+def test_a_process_that_dies_ends_in_an_error_not_in_waiting(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "data.jsonl", RECORDS)
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(cache_module, "SERIAL_BYTES", 0)
+    with pytest.raises(ConfigError, match=r"data\.num_workers=2: a process that tokenises died"):
+        build_cache([path], "openai", DyingTokenizer(), bad_lines="error", cache_dir=tmp_path / "cache", num_workers=2, progress=False)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class AppendingTokenizer(ByteTokenizer):
+    """Somebody writes into the file while it is read."""
+
+    file = None
+
+    def encode(self, conversation):
+        with self.file.open("ab") as stream:
+            stream.write(b"\n")
+        return super().encode(conversation)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    tokenizer = AppendingTokenizer()
+    tokenizer.file = write_lines(tmp_path / "data.jsonl", RECORDS[:2])
+    with pytest.raises(DataError, match=r"data\.jsonl: changed while being read"):
+        build_cache([tokenizer.file], "openai", tokenizer, bad_lines="error", cache_dir=tmp_path / "cache", num_workers=0, progress=False)
+    assert list(tmp_path.iterdir()) == [tokenizer.file]
+
+
+def test_what_a_killed_process_left_is_cleared_away_after_a_day_and_not_before(tmp_path):
+    old, young = tmp_path / "cache" / ".old.tmp", tmp_path / "cache" / ".young.tmp"
+    for path in (old, young):
+        path.mkdir(parents=True)
+    long_ago = old.stat().st_mtime - STALE_SECONDS - 60
+    os.utime(old, (long_ago, long_ago))
+    cache = cache_of(tmp_path, RECORDS)
+    assert sorted((tmp_path / "cache").iterdir()) == sorted([young, cache.directory])
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "words"),
     [
@@ -105,6 +207,8 @@ def test_many_chunks_by_two_processes_are_one_file_read_in_one_go(tmp_path, monk
         (json.dumps([{"role": "robot", "content": ""}]).encode(), "conversation", "robot"),
         (rb'[{"role": "assistant", "content": "\ud800"}]', "conversation", "surrogate"),
         (b"[" * 100_000, "JSON", "not usable JSON"),
+        (rb'[{"role": "\ud800", "content": ""}]', "conversation", r"\ud800"),
+        (json.dumps([{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}]).encode(), "conversation", "recursion"),
     ],
 )
 def test_a_bad_line_stops_with_its_number_or_is_skipped_and_counted(tmp_path, line, kind, words):
@@ -115,7 +219,23 @@ def test_a_bad_line_stops_with_its_number_or_is_skipped_and_counted(tmp_path, li
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]  # not even the cache's directory
     cache = cache_of(tmp_path, records, bad_lines="skip")
     assert content(cache) == expected(RECORDS[:3])
-    assert [(skipped.line, skipped.kind) for skipped in cache.skipped] == [(3, kind)]
+    assert [(skipped.file, skipped.line, skipped.kind) for skipped in cache.skipped] == [(str(tmp_path / "data.jsonl"), 3, kind)]
+    assert words in cache.skipped[0].message
+
+
+def test_skipped_lines_are_counted_by_kind_and_the_first_are_listed(tmp_path):
+    cache = cache_of(tmp_path, [b"{", b"[", RECORDS[0], b"\xff", b"3"], bad_lines="skip")
+    head, *listed = describe_skipped(cache.skipped, most=2)
+    assert head == "4 lines skipped (2 JSON, 1 UTF-8, 1 conversation)"
+    assert [line.partition(": ")[0] for line in listed] == [f"  {tmp_path}/data.jsonl line {number}" for number in (1, 2)]
+    assert describe_skipped([]) == []
+
+
+def test_a_refusal_leaves_other_caches_alone(tmp_path):
+    good = cache_of(tmp_path, RECORDS)
+    with pytest.raises(DataError):
+        cache_of(tmp_path, [*RECORDS, b"{"])
+    assert list((tmp_path / "cache").iterdir()) == [good.directory]
 
 
 def test_nothing_usable_is_an_error_even_when_skipping(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 import xtuner_hydra
 from xtuner_hydra.data.formats import parse_openai
+from xtuner_hydra.data.tokenizers import ByteTokenizer
 
 EXAMPLES = Path(xtuner_hydra.__file__).parent / "examples"
 
@@ -35,7 +36,8 @@ def single_turn(record):
 def test_128_to_train_on_and_32_held_out_all_readable():
     assert (len(TRAIN), len(HELD_OUT)) == (128, 32)
     for record in TRAIN + HELD_OUT:
-        assert parse_openai(record).messages
+        assert messages(record)[-1]["role"] == "assistant"
+        assert ByteTokenizer().encode(parse_openai(record))[1].any()
 
 
 def test_most_are_single_turn_english_with_answers_of_20_to_1500_bytes():

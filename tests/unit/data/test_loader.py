@@ -32,7 +32,7 @@ def documents(batches):
     return sorted(found)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_a_step_is_the_same_documents_on_any_number_of_ranks(plan, ranks):
     for step in range(plan.total_steps):
         alone = step_batch(plan, step, 0, 1)
@@ -42,6 +42,23 @@ def test_a_step_is_the_same_documents_on_any_number_of_ranks(plan, ranks):
         assert {(part.tokens, part.supervised_tokens) for part in parts} == {(alone.tokens, alone.supervised_tokens)}
         assert alone.tokens == sum(micro.tokens for micro in alone.micro_batches)
         assert alone.supervised_tokens == sum(len(micro.targets) for micro in alone.micro_batches)
+        assert {part.utilization for part in parts} == {(alone.tokens + alone.packs) / (alone.packs * 128)}
+        assert {tuple(part.samples) for part in parts} == {tuple(alone.samples)}
+
+
+def test_a_step_says_which_samples_it_holds(cache, plan):
+    for step in range(plan.total_steps):
+        batch = step_batch(plan, step, 0, 1)
+        whole = sorted(cache.ids(sample).tolist() for sample in batch.samples)
+        assert len(batch.samples) == len(documents(batch.micro_batches))
+        assert all(short in (long, long[:-1]) for short, long in zip(documents(batch.micro_batches), whole, strict=True))
+
+
+def test_the_steps_are_those_of_the_plan(plan):
+    batches = list(train_batches(plan, start_step=0, dp_rank=0, dp_size=1))
+    assert [batch.step for batch in batches] == list(range(plan.total_steps))
+    assert [batch.epoch for batch in batches] == [plan.locate(step)[0] for step in range(plan.total_steps)]
+    assert sum(batch.tokens for batch in batches) == plan.total_tokens
 
 
 def test_starting_later_gives_the_rest(plan):
@@ -49,6 +66,7 @@ def test_starting_later_gives_the_rest(plan):
     rest = [documents(batch.micro_batches) for batch in train_batches(plan, start_step=3, dp_rank=0, dp_size=1)]
     assert len(whole) == plan.total_steps
     assert rest == whole[3:]
+    assert list(train_batches(plan, start_step=plan.total_steps, dp_rank=0, dp_size=1)) == []
 
 
 def test_closing_ends_the_thread(plan):
@@ -73,3 +91,18 @@ def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(cache, pl
     shares = [list(eval_batches(cache, plan.selection, DATA, dp_rank=rank, dp_size=ranks)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sum(len(micro.targets) for share in shares for micro in share) == cache.supervised_lengths.sum()
+    found = documents(micro for share in shares for micro in share)
+    assert all(
+        short in (long, long[:-1]) for short, long in zip(found, sorted(cache.ids(i).tolist() for i in range(len(cache))), strict=True)
+    )
+
+
+def test_evaluation_with_hard_cuts_sees_every_token_but_the_packs_firsts_as_a_label(cache):
+    data = DataConfig(path="x", pack_max_length=64, pack_strategy="hard")
+    selection = select_samples(cache, data, seed=1, sample_ratio=1.0, key="data.eval_path")
+    stream = [
+        (token, learnt) for sample in range(len(cache)) for token, learnt in zip(cache.ids(sample), cache.supervised(sample), strict=True)
+    ]
+    expected = [int(token) for place, (token, learnt) in enumerate(stream) if learnt and place % 64]
+    found = [target for batch in eval_batches(cache, selection, data, dp_rank=0, dp_size=1) for target in batch.targets.tolist()]
+    assert sorted(found) == sorted(expected)

@@ -69,7 +69,27 @@ def test_best_fit_without_a_generator_is_best_fit_decreasing(lengths):
         best = min(fitting, key=lambda i: rooms[i])
         rooms[best] -= lengths[sample]
         packs[best].append(sample)
-    assert sorted(best_fit(lengths, CAPACITY, None).lengths) == sorted(CAPACITY - room for room in rooms)
+    ours = best_fit(lengths, CAPACITY, None)
+    assert sorted(ours.lengths) == sorted(CAPACITY - room for room in rooms)
+    firsts = [pack[0][0] for pack in segments(ours)]
+    assert firsts == sorted(firsts)
+
+
+@given(LENGTHS, st.integers(0, 99))
+def test_the_same_seed_gives_the_same_packs(lengths, seed):
+    def packed():
+        for method, source in ((best_fit, np.random.default_rng(seed)), (hard, np.random.default_rng(seed)), (soft, seed)):
+            yield segments(method(lengths, CAPACITY, source))
+        yield segments(none(lengths, np.random.default_rng(seed)))
+
+    assert list(packed()) == list(packed())
+
+
+@given(LENGTHS, st.data())
+def test_take_chooses_and_orders_whole_packs(lengths, data):
+    packs = hard(lengths, 7, None)
+    order = data.draw(st.lists(st.integers(0, len(packs) - 1)))
+    assert segments(packs.take(np.array(order, dtype=np.int64))) == [segments(packs)[pack] for pack in order]
 
 
 def test_best_fit_is_nearly_full_on_lengths_as_chats_have_them_and_differs_from_epoch_to_epoch():
@@ -81,9 +101,11 @@ def test_best_fit_is_nearly_full_on_lengths_as_chats_have_them_and_differs_from_
     np.testing.assert_array_equal(first.sample, same.sample)
 
 
-def test_a_sample_that_fits_no_pack_is_a_mistake_of_the_caller():
-    with pytest.raises(ValueError, match="from 3 to 60"):
-        best_fit(np.array([3, 60]), CAPACITY, None)
+@pytest.mark.parametrize("lengths", [[3, 60], [0, 3]])
+@pytest.mark.parametrize("method", [best_fit, soft])
+def test_a_sample_that_fits_no_pack_is_a_mistake_of_the_caller(method, lengths):
+    with pytest.raises(ValueError, match=f"from {lengths[0]} to {lengths[1]} "):
+        method(np.array(lengths), CAPACITY, None)
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 3))

@@ -56,11 +56,17 @@ def test_every_epoch_comes_whole(cache):
         epoch, packs = plan.locate(step)
         seen.setdefault(epoch, []).extend(packs)
     assert seen == {epoch: list(range(len(plan.epoch_packs(epoch)))) for epoch in range(3)}
-    assert plan.epochs_after(plan.total_steps) == 3.0
-    assert plan.epochs_after(0) == 0.0
+    assert [packs.stop - packs.start for _, packs in map(plan.locate, range(plan.total_steps))].count(2) >= plan.total_steps - 3
 
 
-@settings(max_examples=20)
+def test_epochs_after_a_step_count_whole_epochs_and_the_share_of_the_next(cache):
+    plan = plan_of(cache, epochs=3, batch=2)
+    steps_of = [sum(plan.locate(step)[0] == epoch for step in range(plan.total_steps)) for epoch in range(3)]
+    expected = [epoch + step / steps_of[epoch] for epoch in range(3) for step in range(steps_of[epoch])] + [3.0]
+    assert [plan.epochs_after(step) for step in range(plan.total_steps + 1)] == pytest.approx(expected)
+
+
+@settings(max_examples=20, deadline=None)
 @given(tokens=st.integers(1, 20_000), batch=st.integers(1, 5))
 def test_total_tokens_stops_with_the_step_that_reaches_them(cache, tokens, batch):
     plan = plan_of(cache, total_tokens=tokens, batch=batch)
@@ -94,6 +100,20 @@ def test_sample_ratio_repeats_and_draws(cache, ratio, times):
     assert (counts.sum(), set(counts.tolist())) == (20 * ratio, times)
     again = select(cache, DataConfig(path="x", sample_ratio=ratio))
     np.testing.assert_array_equal(selection.samples, again.samples)
+    other = select(cache, DataConfig(path="x", sample_ratio=ratio), seed=43)
+    assert np.array_equal(selection.samples, other.samples) == ratio.is_integer()
+
+
+def test_the_fraction_is_drawn_once_not_in_every_epoch(cache):
+    plan = plan_of(cache, sample_ratio=0.5, epochs=2)
+    first, second = ({sample for pack in samples_of(plan, epoch) for sample in pack} for epoch in (0, 1))
+    assert first == second
+    assert len(first) == 10
+
+
+def test_a_ratio_that_leaves_no_sample_is_refused(cache):
+    with pytest.raises(DataError, match=r"data\.path: .*sample_ratio leaves none of the 20 samples"):
+        select(cache, DataConfig(path="x", sample_ratio=0.01))
 
 
 def test_overlong_samples_are_cut_dropped_or_refused(cache):
@@ -105,8 +125,13 @@ def test_overlong_samples_are_cut_dropped_or_refused(cache):
     assert (dropped.dropped, len(dropped)) == (over, 20 - over)
     whole = select(cache, DataConfig(path="x", pack_strategy="hard", pack_max_length=64))
     assert (whole.truncated, whole.lengths.max()) == (0, longest)
-    with pytest.raises(DataError, match=r"line 20: \d+ tokens, longer than data.max_length="):
+    with pytest.raises(DataError, match=rf"data\.jsonl line 20: {longest} tokens, longer than data\.max_length={longest - 1}\."):
         select(cache, DataConfig(path="x", max_length=longest - 1, overlong="error"))
+    with pytest.raises(DataError, match=rf"line 20: {longest} tokens, longer than data\.pack_max_length={longest - 1}\."):
+        select(cache, DataConfig(path="x", pack_max_length=longest - 1, overlong="error"))
+    assert len(select(cache, DataConfig(path="x", max_length=longest, overlong="error"))) == 20
+    with pytest.raises(DataError, match=r"every sample is longer than allowed"):
+        select(cache, DataConfig(path="x", max_length=10, overlong="drop"))
 
 
 def test_a_sample_cut_before_the_assistant_speaks_is_left_out_and_counted(tmp_path):
@@ -126,6 +151,14 @@ def test_the_counts_of_an_epoch_are_those_of_its_packs(cache):
         labels = [cache.supervised(sample)[start + 1 : stop].sum() for sample, start, stop in pieces]
         assert epoch.supervised_tokens[pack] == sum(labels) > 0
         assert epoch.tokens[pack] == epoch.packs.lengths[pack] - 1
+
+
+@pytest.mark.parametrize("duration", [{"epochs": 1}, {"total_tokens": 10}])
+def test_a_hard_cut_before_every_label_is_refused_not_waited_for(tmp_path, duration):
+    cache = cache_of(tmp_path, [chat("")])
+    label = int(cache.supervised(0).argmax())
+    with pytest.raises(DataError, match=f"no pack of epoch 0 holds a supervised token.* every {label} tokens"):
+        plan_of(cache, pack_strategy="hard", pack_max_length=label, **duration)
 
 
 def test_what_changes_the_order_changes_the_fingerprint(cache, tmp_path):

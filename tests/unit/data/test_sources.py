@@ -1,5 +1,7 @@
+import os
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner_hydra.data.sources import chunks, lines, read_chunk, resolve_files
@@ -50,6 +52,21 @@ def test_what_cannot_be_read_is_refused_with_key_and_path(tree, monkeypatch, pat
     assert path in str(error.value)
 
 
+def test_a_file_without_permission_is_refused_by_name(tree, monkeypatch):
+    secret = tree / "b.jsonl"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != secret)  # root may read all that chmod forbids
+    with pytest.raises(DataError, match=r"data\.path: .*b\.jsonl: cannot be read"):
+        resolve_files(str(tree), "data.path")
+
+
+def test_a_file_that_goes_away_meanwhile_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read: No such file"):
+        list(chunks(tmp_path / "gone.jsonl", 100))
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read: No such file"):
+        read_chunk(tmp_path / "gone.jsonl", 0, 100)
+
+
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b" ")), min_size=1, max_size=30), st.integers(1, 64))
 def test_chunks_cover_the_file_in_whole_lines(tmp_path_factory, content, size):
     file = tmp_path_factory.mktemp("chunks") / "file"
@@ -57,6 +74,7 @@ def test_chunks_cover_the_file_in_whole_lines(tmp_path_factory, content, size):
     pieces = [read_chunk(file, start, stop) for start, stop in chunks(file, size)]
     assert b"".join(pieces) == file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+    assert all(len(piece[:-1].rpartition(b"\n")[0]) < size for piece in pieces)  # cut at the first line end it could be
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 from chats import chat
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.formats import parse_openai
-from xtuner_hydra.data.tokenizers import BOS, IM_END, IM_START, ByteTokenizer, load_tokenizer
+from xtuner_hydra.data.tokenizers import BOS, IM_END, IM_START, PAD, ByteTokenizer, load_tokenizer
 from xtuner_hydra.errors import ConfigError
 
 CHATS = [
@@ -59,6 +61,28 @@ def test_content_cannot_forge_a_marker():
     assert np.count_nonzero(ids == IM_START) == np.count_nonzero(ids == IM_END) == 2
 
 
+TURNS = st.lists(
+    st.tuples(
+        st.sampled_from(["system", "user", "assistant"]), st.text(max_size=20) | st.just("<|im_end|>\n<|im_start|>user\n"), st.booleans()
+    ),
+    min_size=1,
+    max_size=6,
+).map(lambda turns: [*turns, ("assistant", "end", True)])
+
+
+@given(TURNS)
+def test_between_the_markers_are_the_bytes_of_each_turn_and_exactly_its_answer_is_supervised(turns):
+    """Reads the ids back: a turn is what stands between IM_START and IM_END, whatever the text says."""
+    ids, supervised = encoded("chatml", [{"role": role, "content": text, "loss": loss} for role, text, loss in turns])
+    starts, ends = np.flatnonzero(ids == IM_START), np.flatnonzero(ids == IM_END)
+    assert len(starts) == len(ends) == len(turns)
+    expected = np.zeros(len(ids), dtype=bool)
+    for start, end, (role, text, loss) in zip(starts, ends, turns, strict=True):
+        assert bytes(ids[start + 1 : end].tolist()) == f"{role}\n{text}".encode()
+        expected[start + 1 + len(f"{role}\n") : end + 1] = loss
+    np.testing.assert_array_equal(supervised, expected)
+
+
 def test_xtuner_is_bos_and_plain_bytes_with_labels_on_content_and_end_of_turn():
     ids, supervised = encoded("xtuner", chat("Hi", "?"))
     text = b"<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
@@ -74,18 +98,40 @@ def test_decode_gives_the_text_back(template, record):
     assert ByteTokenizer(template).decode(ids.tolist()).removeprefix("<|bos|>") == text
 
 
-@pytest.mark.parametrize("record", CHATS)
-def test_transformers_makes_the_same_ids_from_what_is_saved(tmp_path, record):
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """transformers' tokenizer, loaded from the files that ours saves."""
     from transformers import AutoTokenizer
 
-    ByteTokenizer().save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    ByteTokenizer().save(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("record", CHATS)
+def test_transformers_makes_the_same_ids_from_what_is_saved(theirs, record):
     ours, supervised = encoded("chatml", record)
     made = theirs.apply_chat_template(record, return_dict=True, return_assistant_tokens_mask=True)
     assert made["input_ids"] == ours.tolist()
     assert made["assistant_masks"] == supervised.astype(int).tolist()
-    assert theirs("Hé 巴").input_ids == list("Hé 巴".encode())
     assert theirs.decode(ours.tolist()) == ByteTokenizer().decode(ours.tolist())
+
+
+@pytest.mark.parametrize("text", [" two  spaces\n\n\ttab\r\n", "it's I'm", "Hé 巴黎 🙂👩\u200d🚀", "\x00\x7f\u0085\u2028\ufffd", ""])
+def test_transformers_makes_bytes_of_any_text(theirs, text):
+    assert theirs(text).input_ids == list(text.encode())
+    assert theirs.decode(theirs(text).input_ids) == ByteTokenizer().decode(list(text.encode())) == text
+
+
+def test_transformers_knows_the_markers(theirs):
+    assert theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|bos|>", "<|pad|>"]) == [IM_START, IM_END, BOS, PAD]
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id, len(theirs)) == (IM_END, BOS, PAD, ByteTokenizer.vocab_size)
+
+
+def test_transformers_asks_for_an_answer_the_way_it_was_trained(theirs):
+    prompt = theirs.apply_chat_template(chat("Hello.", "Hi")[:1], add_generation_prompt=True).input_ids
+    ids, supervised = encoded("chatml", chat("Hello.", "Hi"))
+    assert prompt == ids[: supervised.argmax()].tolist()
 
 
 @pytest.mark.parametrize("template", ["chatml", "xtuner"])

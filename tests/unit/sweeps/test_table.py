@@ -1,4 +1,7 @@
+"""The table of a sweep tells what is in the directories of its jobs."""
+
 import csv
+import random
 
 import pytest
 
@@ -39,6 +42,48 @@ def test_the_best_completed_job_is_marked(sweep):
     (marked,) = [line for line in table.text(rows).splitlines() if "*" in line]
     assert marked.startswith("2 *")
     assert "2.0000" in marked
+
+
+def test_more_than_ten_jobs_stand_in_the_order_of_their_numbers(tmp_path):
+    numbers = list(range(23))
+    for number in random.Random(0).sample(numbers, len(numbers)):
+        job(tmp_path, f"{number}_lr{number}", train__loss=30.0 - number)
+    rows = table.write(tmp_path)
+    assert [row.job for row in rows] == [f"{number}_lr{number}" for number in numbers]
+    first = [line.split("|")[1].strip() for line in (tmp_path / "sweep.md").read_text().splitlines() if line.startswith("| ")]
+    assert first == ["", *map(str, numbers[:-1]), "22 *"]
+    assert [line.split()[0] for line in table.text(rows).splitlines()[1:]] == list(map(str, numbers))
+
+
+def test_a_job_without_evaluation_is_not_the_best_where_others_were_evaluated(tmp_path):
+    job(tmp_path, "0_a", train__loss=0.1)
+    job(tmp_path, "1_b", train__loss=2.0, eval__loss=2.0)
+    job(tmp_path, "2_c", train__loss=1.0, eval__loss=None)
+    rows = table.write(tmp_path)
+    assert table.best(rows).job == "1_b"
+    assert [row["eval/loss"] for row in csv.DictReader((tmp_path / "sweep.csv").open())] == ["", "2.0", ""]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    job(tmp_path, "0_a", train__loss=1.0, eval__loss=float("nan"))
+    job(tmp_path, "1_b", train__loss=2.0, eval__loss=2.0)
+    assert table.best(table.write(tmp_path)).job == "1_b"
+
+
+def test_what_is_no_job_is_no_row(tmp_path):
+    job(tmp_path, "0_a", train__loss=1.0)
+    (tmp_path / "1_never_started").mkdir()
+    (tmp_path / "multirun.yaml").touch()
+    assert [row.job for row in table.read(tmp_path)] == ["0_a"]
+
+
+def test_text_stands_in_columns_and_long_errors_are_cut(sweep):
+    job(sweep, "11_lr2", "failed", error="x" * 500)
+    lines = table.text(table.read(sweep)).splitlines()
+    column = lines[0].index("state")
+    assert {line[column:].split()[0] for line in lines} == {"state", "completed", "failed"}
+    assert "x" * 100 in lines[-1]
+    assert "x" * 200 not in lines[-1]
 
 
 def test_markdown_keeps_its_columns(sweep):

@@ -105,10 +105,22 @@ def test_disk_and_memory_follow_from_the_parameters(say):
     """fp32 weights and two moments a checkpoint, fp32 weights an export; in training a gradient too."""
     _, text = say("model=qwen3_8b", "trainer.total_steps=30", "checkpoint.interval=10")
     weights = 4 * decoder_parameters(*SHAPES["model=qwen3_8b"]) / 2**30
-    disk, memory = (re.search(rf"^{name} .*$", text, re.MULTILINE)[0] for name in ("disk", "memory"))
-    assert [float(number) for number in re.findall(r"\d+\.\d+", disk)] == pytest.approx([7 * weights, 3 * weights, weights], abs=0.01)
-    assert "2 checkpoints" in disk
-    assert float(re.search(r"\d+\.\d+", memory)[0]) == pytest.approx(4 * weights, abs=0.01)
+    disk, memory = ([float(number) for number in gigabytes(text, name)] for name in ("disk", "memory"))
+    assert disk == pytest.approx([7 * weights, 3 * weights, weights], rel=0.01)
+    assert memory == pytest.approx([4 * weights], rel=0.01)
+    assert "2 checkpoints" in text
+
+
+def gigabytes(text, name):
+    """The numbers of GB on the line that `name` begins."""
+    return re.findall(r"(\S+) GB", re.search(rf"^{name} .*$", text, re.MULTILINE)[0])
+
+
+@pytest.mark.parametrize("keep", [1, 50])
+def test_sizes_are_written_out(say, keep):
+    """Not as 4.6e+03."""
+    _, text = say("model=qwen3_8b", "trainer.total_steps=1000", "checkpoint.interval=10", f"checkpoint.keep={keep}")
+    assert all(re.fullmatch(r"\d+(\.\d+)?", number) for number in gigabytes(text, "disk"))
 
 
 def test_nothing_saved_takes_no_disk(say):
