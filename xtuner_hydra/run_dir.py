@@ -67,7 +67,8 @@ def read_overrides(directory: Path) -> list[str]:
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     process = {"host": socket.gethostname(), "pid": os.getpid()}
-    fields["metrics"] = finite(fields.get("metrics") or {})
+    if "metrics" in fields:
+        fields["metrics"] = finite(fields["metrics"])
     write_json(
         directory / "status.json", {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": process}
     )

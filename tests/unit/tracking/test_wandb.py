@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+import wandb
 import wandb_file
 
 from xtuner_hydra.config.schema import WandbConfig
@@ -28,6 +29,7 @@ def track(run_dir, state, exit_code):
     tracker.log({"train/step": 1, "train/loss": 2.5, "throughput/mfu": None})
     tracker.log({"train/step": 2, "eval/loss": 2.25})
     tracker.finish(state, exit_code)
+    wandb.teardown()  # its service writes the last records just after `finish` returns
     return wandb_file.read(run_dir)
 
 
