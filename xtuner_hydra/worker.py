@@ -76,6 +76,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True) -> int:
         details = "" if isinstance(error, TrainingError) else traceback.format_exc()
         _report_failure(run_dir, rank, text, details, on_screen=traceback_on_screen)
     finally:
+        _ignore_sigterm()
         if rank == 0:
             _finish(run_dir, trainer, {"exit_code": code, **(final or {"state": "failed", "error": "stopped"})})
     return code
@@ -149,6 +150,7 @@ def _ranges(names: list[str]) -> list[str]:
 
 def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:
     """The cause first, then the traceback. Where other ranks fail in consequence, the launcher shows the first cause alone."""
+    _ignore_sigterm()
     if not on_screen:
         write_json(run_dir / "logs" / f"rank{rank}.error.json", {"rank": rank, "time": time.time(), "error": text, "traceback": details})
     extra = {} if on_screen else {"file_only": True}
@@ -175,6 +177,11 @@ def _interrupt_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+
+
+def _ignore_sigterm() -> None:
+    """The run has ended and says so: the launcher, which ends the ranks of a failed run with SIGTERM, must not cut that short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _die_with_parent() -> None:

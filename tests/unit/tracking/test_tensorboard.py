@@ -1,5 +1,6 @@
 """Event files, read back by TensorBoard."""
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
@@ -23,7 +24,8 @@ def test_its_own_reader_finds_every_value_by_step(tmp_path):
     assert scalars(tmp_path / "tb") == {"train/loss": {1: 2.0, 2: 1.5}}
 
 
-def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("later", [{}, {3: 1.0, 4: 0.5}, {4: 0.5}], ids=["nothing", "every step", "every second step"])
+def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path, later):
     write(tmp_path / "tb", 0, {1: 2.0, 2: 1.5, 3: 9.0})
-    write(tmp_path / "tb", 2, {3: 1.0, 4: 0.5})
-    assert scalars(tmp_path / "tb") == {"train/loss": {1: 2.0, 2: 1.5, 3: 1.0, 4: 0.5}}
+    write(tmp_path / "tb", 2, later)
+    assert scalars(tmp_path / "tb") == {"train/loss": {1: 2.0, 2: 1.5, **later}}
