@@ -1,13 +1,14 @@
 """The run directory: what a run leaves, and who may write there. README, "What a run leaves", lists its files.
 
-status.json tells how a run stands: state (running, completed, failed, interrupted), exit_code, error, step, total_steps, metrics, and which
-process wrote it."""
+status.json tells how a run stands: state (running, completed, failed, interrupted), exit_code, error, step, total_steps, metrics, which process
+wrote it and when, and in a job that a sweep stopped early why (`pruned`)."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import from_yaml, to_yaml
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import finite, write_json, write_text
+
+QUIET_SECONDS = 15 * 60
+"""A run on another host that has written nothing for so long is taken for dead."""
 
 
 def holds_run(directory: Path) -> bool:
@@ -66,11 +70,11 @@ def read_overrides(directory: Path) -> list[str]:
 
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
-    process = {"host": socket.gethostname(), "pid": os.getpid()}
     if "metrics" in fields:
         fields["metrics"] = finite(fields["metrics"])
     write_json(
-        directory / "status.json", {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": process}
+        directory / "status.json",
+        {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": this_process()},
     )
 
 
@@ -80,3 +84,39 @@ def read_status(directory: Path) -> dict[str, Any]:
         return json.loads((directory / "status.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+
+
+def state_of(directory: Path, status: dict[str, Any]) -> str:
+    """The state that `status` tells, but `killed` for a running one whose process is gone, and `pruned` for one that a sweep stopped early."""
+    state = str(status.get("state", "unknown"))
+    if state == "running" and not is_alive(status.get("process", {}), directory):
+        return "killed"
+    return "pruned" if status.get("pruned") else state
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from any other: host, number, and when it started (numbers are used again)."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def is_alive(process: dict[str, Any], directory: Path) -> bool:
+    """Whether the process that wrote `process` into `directory` still runs. On another host, which cannot be asked: whether anything in
+    `directory` was written within QUIET_SECONDS."""
+    if process.get("host") != socket.gethostname():
+        newest = max((path.stat().st_mtime for path in (*directory.glob("*"), *directory.glob("logs/*")) if path.is_file()), default=0)
+        return time.time() - newest < QUIET_SECONDS
+    started = _started(int(process.get("pid", -1)))
+    return started is not None and started == process.get("started", started)
+
+
+def _started(pid: int) -> str | None:
+    """When process `pid` started, as the system tells it; None where there is no such process (or only its remains)."""
+    try:
+        # the name, in parentheses, may hold spaces and parentheses; after it the fields are those of proc(5) from the third on
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)  # no /proc: macOS
+    return done.stdout.strip() or None

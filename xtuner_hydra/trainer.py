@@ -93,10 +93,15 @@ class Trainer:
         batches = eval_batches(
             self.data.eval.cache, self.data.eval.selection, self.config.data, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size
         )
-        loss, _ = self.engine.evaluate(batch.to(self.runtime.device) for batch in batches)
-        perplexity = math.exp(min(loss, 700.0))  # e^700 is near the largest float
+        loss, tokens = self.engine.evaluate(batch.to(self.runtime.device) for batch in batches)
         self.report(
-            {"train/step": self.state.step, "train/total_tokens": self.state.tokens, "eval/loss": loss, "eval/perplexity": perplexity}
+            {
+                "train/step": self.state.step,
+                "train/total_tokens": self.state.tokens,
+                "eval/loss": loss,
+                "eval/perplexity": math.exp(min(loss, 700.0)),  # e^700 is near the largest float
+                "eval/tokens": tokens,
+            }
         )
 
     def save(self) -> None:

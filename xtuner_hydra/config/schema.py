@@ -81,7 +81,7 @@ class DataConfig:
     sample_ratio: float = 1.0
     """How often the data counts: the integer part repeats it, the fraction is drawn once with trainer.seed."""
     max_length: int | None = None
-    """Longest sample in tokens; null = pack_max_length (`hard`: no limit)."""
+    """Longest sample in tokens; null = pack_max_length, for held-out data model.max_position_embeddings (`hard`: no limit)."""
     overlong: str = "truncate"
     """Longer samples: `truncate` (counted and announced), `drop`, `error`."""
     bad_lines: str = "error"
@@ -289,6 +289,42 @@ class TrackingConfig:
 
 
 @dataclass
+class SweepConfig:
+    search: str = "grid"
+    """`grid` (every combination), `zip` (first values together, then second ones), `random`, `bayes`."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """What is swept, as the command line would say it (`optimizer.lr: 1e-5,6e-5`); the command line's own values win."""
+    trials: int = 20
+    """Jobs that `random` and `bayes` draw."""
+    early_stop: bool = False
+    """`random`, `bayes`: stop hopeless jobs by their evaluations (successive halving)."""
+    reduction_factor: int = 3
+    """early_stop: of so many jobs one goes on at each rung."""
+    metric: str | None = None
+    """What decides; null = eval/loss, or train/loss where no data is held out."""
+    direction: str = "minimize"
+    """`minimize` or `maximize` the metric."""
+    resume: str | None = None
+    """A sweep's directory, to run what is missing in it."""
+    retries: int = 0
+    """Times that a job which failed in training is started again."""
+    fail_fast: bool = False
+    """End the sweep with the first job that failed."""
+    keep: str = "best"
+    """Whose checkpoints and exports stay: `best` (the best job's so far), `all`, `none`."""
+
+    def __post_init__(self) -> None:
+        _one_of("sweep.search", self.search, ("grid", "zip", "random", "bayes"))
+        _at_least(1, "sweep.trials", self.trials)
+        _at_least(2, "sweep.reduction_factor", self.reduction_factor)
+        _one_of("sweep.direction", self.direction, ("minimize", "maximize"))
+        _at_least(0, "sweep.retries", self.retries)
+        _one_of("sweep.keep", self.keep, ("best", "all", "none"))
+        if self.early_stop and self.search not in ("random", "bayes"):
+            raise ConfigError("sweep.early_stop", True, "a grid trains all its jobs to the end; take sweep.search=random or bayes")
+
+
+@dataclass
 class Config:
     """The whole config. Engine, trainer and data code take this or one of its parts, never a DictConfig."""
 
@@ -300,6 +336,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:

@@ -13,13 +13,16 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from xtuner_hydra.config.schema import DataConfig, TrainerConfig
+from xtuner_hydra.config.schema import DataConfig, ModelConfig, TrainerConfig
 from xtuner_hydra.data import packing
 from xtuner_hydra.data.cache import TokenCache
 from xtuner_hydra.data.packing import Int64s, Packs
 from xtuner_hydra.errors import DataError
 
 _TOKEN_WORK = 16384  # a token's matrix products cost about as much as attending to so many others (10,000 in qwen3_tiny, 50,000 in 8B)
+
+EVAL_PACK = 2048
+"""Tokens in a pack of held-out data, unless a sample is longer; without gradients it needs little memory."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,26 @@ class Selection:
         return int(self.lengths.sum())
 
 
-def select_samples(cache: TokenCache, data: DataConfig, *, seed: int, sample_ratio: float, key: str) -> Selection:
-    """Apply sample_ratio, max_length and overlong. `key` (data.path, data.eval_path) starts the messages.
+def training_limit(data: DataConfig) -> int | None:
+    """Tokens of the longest training sample; None: no limit."""
+    if data.max_length is not None:
+        return data.max_length
+    return None if data.pack_strategy == "hard" else data.pack_max_length
+
+
+def held_out_limit(data: DataConfig, model: ModelConfig) -> int | None:
+    """Tokens of the longest held-out sample. The packing has no say, so that runs which pack differently are judged on the same tokens."""
+    if data.max_length is not None:
+        return data.max_length
+    return None if data.pack_strategy == "hard" else model.max_position_embeddings
+
+
+def select_samples(cache: TokenCache, data: DataConfig, limit: int | None, *, seed: int, sample_ratio: float, key: str) -> Selection:
+    """Apply sample_ratio, `limit` and overlong. `key` (data.path, data.eval_path) starts the messages.
 
     Raises DataError for an overlong sample where that is an error, and where no sample with a label is left."""
     samples = _repeat(len(cache), sample_ratio, seed)
     lengths = cache.lengths[samples]
-    limit = _longest(data)
     overlong = lengths > limit if limit is not None else np.zeros(len(samples), dtype=bool)
     if data.overlong == "error" and overlong.any():
         raise _overlong(cache, data, int(samples[overlong.argmax()]), limit, key)
@@ -184,12 +200,12 @@ class TrainPlan:
 
 
 def eval_packs(selection: Selection, data: DataConfig) -> Packs:
-    """Held-out samples in the fewest packs, in their order; sample numbers are the cache's."""
-    if data.pack_strategy == "hard":  # its samples may be longer than a pack
+    """Held-out samples in few packs, in their order, the same ones whatever the training's packing; sample numbers are the cache's."""
+    if data.pack_strategy == "hard":  # its samples may be longer than any pack
         packs = packing.hard(selection.lengths, data.pack_max_length, None)
         packs = packs.take(np.flatnonzero(packs.lengths > 1))
     else:
-        packs = packing.best_fit(selection.lengths, data.pack_max_length, None)
+        packs = packing.best_fit(selection.lengths, max(EVAL_PACK, int(selection.lengths.max())), None)
     return Packs(selection.samples[packs.sample], packs.start, packs.stop, packs.offsets)
 
 
@@ -219,15 +235,10 @@ def _repeat(samples: int, ratio: float, seed: int) -> Int64s:
     return np.concatenate([np.tile(np.arange(samples), whole), np.sort(drawn)])
 
 
-def _longest(data: DataConfig) -> int | None:
-    if data.max_length is not None:
-        return data.max_length
-    return None if data.pack_strategy == "hard" else data.pack_max_length
-
-
 def _overlong(cache: TokenCache, data: DataConfig, sample: int, limit: int | None, key: str) -> DataError:
     file, line = cache.locate(sample)
-    name = "data.pack_max_length" if data.max_length is None else "data.max_length"
+    default = "data.pack_max_length" if limit == data.pack_max_length else "model.max_position_embeddings"
+    name = default if data.max_length is None else "data.max_length"
     return DataError(
         f"{key}: {file} line {line}: {cache.lengths[sample]} tokens, longer than {name}={limit}.\n"
         "Raise that, or set data.overlong to truncate or drop; both are counted and announced."

@@ -12,7 +12,7 @@ from typing import Any
 
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, describe_skipped, open_cache
-from xtuner_hydra.data.plan import Selection, TrainPlan, select_samples
+from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, select_samples, training_limit
 from xtuner_hydra.data.sources import resolve_files
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import DataError
@@ -91,10 +91,11 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
 
 def _assemble(config: Config, train: TokenCache, held_out: TokenCache | None, *, tokenizer_name: str) -> PreparedData:
     seed, data = config.trainer.seed, config.data
-    selection = select_samples(train, data, seed=seed, sample_ratio=data.sample_ratio, key="data.path")
+    selection = select_samples(train, data, training_limit(data), seed=seed, sample_ratio=data.sample_ratio, key="data.path")
     evaluated = None
     if held_out is not None:
-        evaluated = Source(held_out, select_samples(held_out, data, seed=seed, sample_ratio=1.0, key="data.eval_path"))
+        limit = held_out_limit(data, config.model)
+        evaluated = Source(held_out, select_samples(held_out, data, limit, seed=seed, sample_ratio=1.0, key="data.eval_path"))
     return PreparedData(Source(train, selection), evaluated, TrainPlan(train, selection, data, config.trainer), tokenizer_name)
 
 

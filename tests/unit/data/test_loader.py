@@ -7,7 +7,7 @@ from chats import cache_of, chat
 from xtuner_hydra.config.schema import DataConfig, TrainerConfig
 from xtuner_hydra.data import loader
 from xtuner_hydra.data.loader import eval_batches, step_batch, train_batches
-from xtuner_hydra.data.plan import TrainPlan, select_samples
+from xtuner_hydra.data.plan import TrainPlan, select_samples, training_limit
 
 DATA = DataConfig(path="x", pack_max_length=128)
 
@@ -19,7 +19,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(cache):
-    selection = select_samples(cache, DATA, seed=1, sample_ratio=1.0, key="data.path")
+    selection = select_samples(cache, DATA, training_limit(DATA), seed=1, sample_ratio=1.0, key="data.path")
     return TrainPlan(cache, selection, DATA, TrainerConfig(epochs=2, global_batch_size=4))
 
 
@@ -99,7 +99,7 @@ def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(cache, pl
 
 def test_evaluation_with_hard_cuts_sees_every_token_but_the_packs_firsts_as_a_label(cache):
     data = DataConfig(path="x", pack_max_length=64, pack_strategy="hard")
-    selection = select_samples(cache, data, seed=1, sample_ratio=1.0, key="data.eval_path")
+    selection = select_samples(cache, data, training_limit(data), seed=1, sample_ratio=1.0, key="data.eval_path")
     stream = [
         (token, learnt) for sample in range(len(cache)) for token, learnt in zip(cache.ids(sample), cache.supervised(sample), strict=True)
     ]

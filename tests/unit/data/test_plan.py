@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner_hydra.config.schema import DataConfig, TrainerConfig
-from xtuner_hydra.data.plan import TrainPlan, select_samples
+from xtuner_hydra.data.plan import TrainPlan, select_samples, training_limit
 from xtuner_hydra.errors import DataError
 
 RECORDS = [chat("x" * (5 + 7 * n), f"question {n}") for n in range(20)]
@@ -23,7 +23,7 @@ def plan_of(cache, *, batch=3, seed=42, total_steps=None, epochs=None, total_tok
 
 
 def select(cache, data, seed=42):
-    return select_samples(cache, data, seed=seed, sample_ratio=data.sample_ratio, key="data.path")
+    return select_samples(cache, data, training_limit(data), seed=seed, sample_ratio=data.sample_ratio, key="data.path")
 
 
 def samples_of(plan, epoch):

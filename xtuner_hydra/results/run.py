@@ -1,0 +1,124 @@
+"""A run as others read it: its directory's files as one object. Knows nothing of torch or Hydra, so it is quick to import."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xtuner_hydra import run_dir
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import to_dict
+from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.tracking import jsonl
+from xtuner_hydra.tracking.base import Row
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `directory` held when it was read.
+
+    status: status.json. overrides: what was typed. environment: environment.json. rows: metrics.jsonl, training steps and evaluations mixed."""
+
+    directory: Path
+    config: Config
+    overrides: list[str]
+    status: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def state(self) -> str:
+        """running, completed, failed, interrupted; `killed` where a run says running but its process is gone; `pruned` where a sweep stopped it."""
+        return run_dir.state_of(self.directory, self.status)
+
+    @cached_property
+    def train(self) -> dict[str, np.ndarray]:
+        """Metrics of the training steps as columns, float64 (rows,), NaN where a row has none: `pandas.DataFrame(run.train)`."""
+        return _columns([row for row in self.rows if "train/loss" in row])
+
+    @cached_property
+    def eval(self) -> dict[str, np.ndarray]:
+        """Metrics of the evaluations, likewise."""
+        return _columns([row for row in self.rows if "eval/loss" in row])
+
+    @cached_property
+    def final(self) -> dict[str, float | int]:
+        """The last value of every metric."""
+        return {name: value for row in self.rows for name, value in row.items() if value is not None}
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.final.get("train/step", 0))
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps planned."""
+        return self.status.get("total_steps")
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The config by full key: `optimizer.lr`."""
+        return flatten(to_dict(self.config))
+
+
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """Read the run directory `directory`. Raises RefusedError where it holds none, or one that cannot be read."""
+    path = Path(directory).resolve()
+    if not (path / "config.yaml").is_file():
+        raise RefusedError(f"{directory}: not a run directory (it has no config.yaml)")
+    return Run(
+        path,
+        run_dir.read_config(path),
+        run_dir.read_overrides(path),
+        run_dir.read_status(path),
+        _json(path / "environment.json"),
+        jsonl.read(path / "metrics.jsonl"),
+    )
+
+
+def find_runs(directories: Iterable[Path]) -> Iterator[Path]:
+    """Run directories at or below `directories`, each once, in the order of their paths (which begin with their time)."""
+    seen = set()
+    for top in directories:
+        for root, names, files in os.walk(top):
+            names.sort()
+            if "config.yaml" in files and "status.json" in files:
+                names.clear()  # a run holds no runs
+                if (path := Path(root).resolve()) not in seen:
+                    seen.add(path)
+                    yield path
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}; lists and empty dicts are values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _columns(rows: list[Row]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=float) for name in names}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}

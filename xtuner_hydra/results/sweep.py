@@ -1,0 +1,221 @@
+"""A sweep as others read it: its plan (sweep.json), its jobs' directories, who is best, and whether that is a fair comparison.
+
+A *setting* is what jobs share that differ in the seed alone; settings are ranked by their mean over seeds.
+
+sweep.json   overrides     what was typed (a resumed sweep must not differ)
+             search, metric, direction, keep
+             swept         the keys that vary, in the order they were given
+             total         jobs in all; those of a search join `jobs` as they are drawn
+             jobs          number, name (the directory), overrides (the swept values), signature, attempts
+             process       host, pid, started of the process that runs the sweep; state, seconds (in all), time
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.files import write_json
+from xtuner_hydra.results.run import Run, load_run
+
+FILE_NAME = "sweep.json"
+SEED = "trainer.seed"
+FAIR = 0.02
+"""Jobs whose training tokens differ by a larger share are not compared at equal tokens."""
+
+
+@dataclass
+class Job:
+    """A job as planned. overrides: its swept values, `optimizer.lr=1e-5`. signature: of its non-default values."""
+
+    number: int
+    name: str
+    overrides: list[str]
+    signature: str
+    attempts: int = 0
+
+
+@dataclass
+class SweepPlan:
+    """sweep.json."""
+
+    overrides: list[str]
+    search: str
+    metric: str
+    direction: str
+    keep: str
+    swept: list[str]
+    total: int
+    jobs: list[Job] = field(default_factory=list)
+    state: str = "running"
+    seconds: float = 0.0
+    time: float = 0.0
+    process: dict[str, Any] = field(default_factory=dict)
+    config_dir: str | None = None
+
+    def save(self, directory: Path) -> None:
+        """Write sweep.json."""
+        write_json(directory / FILE_NAME, asdict(self))
+
+    @classmethod
+    def load(cls, directory: Path) -> SweepPlan:
+        """Read it. Raises RefusedError where there is none."""
+        try:
+            plan = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise RefusedError(f"{directory}: not a sweep's directory (it has no readable {FILE_NAME})") from None
+        return cls(**{**plan, "jobs": [Job(**job) for job in plan["jobs"]]})
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A job as it stands. `run` is None while it waits. value: of the sweep's metric, None until the job has completed."""
+
+    job: Job
+    run: Run | None
+    value: float | None
+    state: str  # waiting, or a run's state
+
+    @property
+    def number(self) -> int:
+        return self.job.number
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @cached_property
+    def swept(self) -> dict[str, Any]:
+        """Swept key -> this job's value: typed where the key is a value of the config, the text where it is a group."""
+        typed = self.run.values if self.run else {}
+        texts = dict(override.lstrip("+").split("=", 1) for override in self.job.overrides)
+        return {key: typed.get(key, text) for key, text in texts.items()}
+
+    def last(self, metric: str) -> float | None:
+        """The job's last value of `metric`."""
+        return self.run.final.get(metric) if self.run else None
+
+    @property
+    def error(self) -> str:
+        return (self.run.status.get("error") or "") if self.run else ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Jobs that differ in their seed alone. mean, spread: of the values of those completed (spread: standard deviation, None for one)."""
+
+    swept: dict[str, Any]
+    jobs: list[JobResult]
+
+    @property
+    def values(self) -> list[float]:
+        return [job.value for job in self.jobs if job.value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.values) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        return stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Jobs in their order, with what follows from them."""
+
+    directory: Path
+    plan: SweepPlan
+    jobs: list[JobResult]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Best first; those without a value last, in their jobs' order."""
+        groups: dict[str, list[JobResult]] = {}
+        for job in self.jobs:
+            groups.setdefault(repr(_without_seed(job.swept)), []).append(job)
+        settings = [Setting(_without_seed(jobs[0].swept), jobs) for jobs in groups.values()]
+        sign = 1 if self.plan.direction == "minimize" else -1
+        return sorted(settings, key=lambda setting: math.inf if setting.mean is None else sign * setting.mean)
+
+    @property
+    def best_setting(self) -> Setting | None:
+        return self.settings[0] if self.settings and self.settings[0].mean is not None else None
+
+    @cached_property
+    def best_job(self) -> JobResult | None:
+        """The completed job with the best value."""
+        done = [job for job in self.jobs if job.value is not None]
+        choose = min if self.plan.direction == "minimize" else max
+        return choose(done, key=lambda job: job.value) if done else None
+
+    @property
+    def has_seeds(self) -> bool:
+        return SEED in self.plan.swept
+
+    def count(self, *states: str) -> int:
+        """Jobs in any of `states`."""
+        return sum(job.state in states for job in self.jobs)
+
+    @cached_property
+    def doubts(self) -> list[str]:
+        """Why the ranking may mislead, a sentence each; empty where it is fair."""
+        done = [job for job in self.jobs if job.value is not None]
+        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric), self._unfinished()) if text]
+
+    def _unfinished(self) -> str | None:
+        left = self.plan.total - self.count("completed", "pruned")
+        return f"{left} of {self.plan.total} jobs have no result (yet); the ranking is of the others." if left > 0 else None
+
+
+def read_sweep(directory: Path) -> SweepResult:
+    """Read a sweep's directory. Raises RefusedError where it holds none."""
+    directory = directory.resolve()
+    plan = SweepPlan.load(directory)
+    return SweepResult(directory, plan, [job_result(job, directory, plan.metric) for job in plan.jobs])
+
+
+def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
+    """A job as it stands in its directory."""
+    directory = sweep_dir / job.name
+    run = load_run(directory) if (directory / "config.yaml").is_file() else None
+    state = run.state if run else "waiting"
+    value = run.final.get(metric) if run and state == "completed" else None
+    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state)
+
+
+def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in swept.items() if key != SEED}
+
+
+def _unlike_evaluations(done: Sequence[JobResult]) -> str | None:
+    counts = sorted({int(tokens) for job in done if (tokens := job.last("eval/tokens")) is not None})
+    if len(counts) < 2:
+        return None
+    return (
+        f"The jobs were evaluated on different held-out tokens ({counts[0]:,} to {counts[-1]:,} supervised ones), so their eval/loss does not "
+        "compare. Set data.max_length to one value for all, or evaluate on shorter data."
+    )
+
+
+def _unlike_tokens(done: Sequence[JobResult]) -> str | None:
+    tokens = [int(value) for job in done if (value := job.last("train/total_tokens")) is not None]
+    if not tokens or max(tokens) - min(tokens) <= FAIR * max(tokens):
+        return None
+    return (
+        f"The jobs were trained on different numbers of tokens ({min(tokens):,} to {max(tokens):,}), so the longer ones have an advantage. "
+        "Set trainer.total_tokens to compare at equal tokens."
+    )
+
+
+def _noisy(metric: str) -> str | None:
+    if metric != "train/loss":
+        return None
+    return "The jobs are ranked by the loss of their last training step, which is noisy. Give data.eval_path to rank by held-out data."
