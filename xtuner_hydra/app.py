@@ -9,9 +9,10 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.hydra import Hydra
@@ -28,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xtuner_hydra.config.names import job_name, run_name
-from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.schema import Config, MoEConfig, RopeScaling
 from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 
@@ -222,13 +223,24 @@ def fill_from_pretrained(cfg: DictConfig) -> None:
     if not isinstance(model, DictConfig) or model.get("family") != "hf":
         return
     if not model.get("pretrained"):
-        raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR, a Hugging Face model directory")
+        raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR or a Hub id, a Hugging Face model")
     from xtuner_hydra.model.families import read_hf_config
+    from xtuner_hydra.model.hub import local_directory
 
-    OmegaConf.set_struct(model, False)
-    for key, value in read_hf_config(Path(str(model.pretrained))).items():
-        if key == "family" or OmegaConf.is_missing(model, key):
-            model[key] = value
+    values = read_hf_config(local_directory(str(model.pretrained), config_only=True))
+    model.family = values.pop("family")
+    _fill(model, {key: asdict(value) if isinstance(value, MoEConfig | RopeScaling) else value for key, value in values.items()})
+
+
+def _fill(node: DictConfig, values: dict[str, Any]) -> None:
+    """Give every open key (???) its value. A group of keys becomes null where there is none and nobody has set a part of it."""
+    OmegaConf.set_struct(node, False)
+    for key, value in values.items():
+        group = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(group, DictConfig) and isinstance(value, dict):
+            _fill(group, value)
+        elif OmegaConf.is_missing(node, key) or (isinstance(group, DictConfig) and set(group) == OmegaConf.missing_keys(group)):
+            node[key] = value
 
 
 def _conf_dir() -> str:

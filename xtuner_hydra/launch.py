@@ -32,7 +32,8 @@ from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
-from xtuner_hydra.model.families import check_pretrained
+from xtuner_hydra.model.hub import local_directory
+from xtuner_hydra.model.pretrained import check_pretrained
 from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
@@ -68,6 +69,8 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
     ranks = world_size(config.parallelism, config.trainer.device)
     check(config, ranks)
     run_dirs.refuse_unusable(composition.run_dir, resuming=config.checkpoint.resume == "auto")
+    if config.model.pretrained is not None:
+        config.model.pretrained = str(local_directory(config.model.pretrained).resolve())
     check_pretrained(config.model)
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
@@ -85,8 +88,6 @@ def resolve(config: Config, ranks: int) -> None:
     config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     if config.trainer.global_batch_size is None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
-    if config.model.pretrained is not None:
-        config.model.pretrained = str(Path(config.model.pretrained).resolve())
 
 
 def run(composition: Composition, *, isolated: bool = False) -> int:

@@ -17,7 +17,7 @@ from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import TrainingError
 from xtuner_hydra.metrics import Meter, Row
-from xtuner_hydra.model.families import pretrained_dtype
+from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.optim.schedules import learning_rate
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime
 from xtuner_hydra.tracking.base import Trackers

@@ -28,8 +28,8 @@ from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.metrics import Row
-from xtuner_hydra.model.families import load_pretrained
 from xtuner_hydra.model.init import initialise
+from xtuner_hydra.model.pretrained import load_pretrained
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.optim.optimizers import build_optimizer
 from xtuner_hydra.parallel.runtime import Runtime, runtime
@@ -98,7 +98,7 @@ def build_engine(config: Config, place: Runtime) -> Engine:
     parallelize(model, config.parallelism, place)
     model.to_empty(device=place.device)
     if config.model.pretrained:
-        load_pretrained(model, config.model.pretrained)
+        load_pretrained(model, config.model.pretrained, seed=config.trainer.seed)
     else:
         initialise(model, config.trainer.seed)
     optimizer = build_optimizer(model, config.optimizer)

@@ -7,8 +7,8 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
 from xtuner_hydra.config.schema import ModelConfig
-from xtuner_hydra.model.families import load_pretrained
 from xtuner_hydra.model.init import initialise
+from xtuner_hydra.model.pretrained import load_pretrained
 from xtuner_hydra.model.transformer import CausalLM
 
 CONFIG = ModelConfig(

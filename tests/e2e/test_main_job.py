@@ -107,7 +107,7 @@ def test_tensorboard_reads_the_same_numbers(job):
 def test_transformers_loads_the_export_with_equal_logits(job):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from xtuner_hydra.model.families import load_pretrained
+    from xtuner_hydra.model.pretrained import load_pretrained
     from xtuner_hydra.model.transformer import CausalLM
     from xtuner_hydra.run_dir import read_config
 

@@ -14,7 +14,7 @@ from xtuner_hydra.checkpoint.commit import commit
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.files import sync_directory, umask, write_json
-from xtuner_hydra.model.families import hf_config
+from xtuner_hydra.model.families import family_of, hf_config
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import DTYPES
 
@@ -91,9 +91,12 @@ def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
 
 
 def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight once (a tied head is its embedding), gathered from all ranks, on the CPU in `dtype`. Collective."""
+    """Every weight once (a tied head is its embedding), under its name in the files, gathered from all ranks, on the CPU in `dtype`. Collective."""
+    pieces = family_of(model.config).pieces
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach().full_tensor().to("cpu", dtype).contiguous()  # type: ignore[attr-defined]
+        whole = parameter.detach().full_tensor().to("cpu", dtype)  # type: ignore[attr-defined]
+        for piece, index in pieces(name, tuple(whole.shape)):
+            yield piece, whole[index].contiguous()
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -16,9 +16,68 @@ from xtuner_hydra.errors import ConfigError
 
 
 @dataclass
+class RopeScaling:
+    """How the rotary frequencies are stretched for contexts longer than those of the first training; names as in config.json."""
+
+    rope_type: str = MISSING
+    """`linear` (all frequencies divided by the factor) or `llama3` (low ones only, with a smooth transition)."""
+    factor: float = MISSING
+    """What low frequencies are divided by."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths above original_max_position_embeddings / this are stretched in full."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below original_max_position_embeddings / this stay as they are."""
+    original_max_position_embeddings: int | None = None
+    """llama3: context length of the first training."""
+
+    def __post_init__(self) -> None:
+        key = "model.rope_scaling"
+        _one_of(f"{key}.rope_type", self.rope_type, ("linear", "llama3"))
+        if not self.factor >= 1:
+            raise ConfigError(f"{key}.factor", self.factor, "must be at least 1")
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if self.rope_type == "linear" and value is not None:
+                raise ConfigError(f"{key}.{name}", value, "linear scaling has a factor only; leave this null")
+            if self.rope_type == "llama3" and value is None:
+                raise ConfigError(f"{key}.{name}", None, "llama3 scaling needs a value")
+            if value is not None:
+                _positive(f"{key}.{name}", value)
+        if self.low_freq_factor is not None and self.high_freq_factor is not None and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(f"{key}.low_freq_factor", self.low_freq_factor, f"must be below high_freq_factor={self.high_freq_factor}")
+
+
+@dataclass
+class MoEConfig:
+    """A mixture of experts in the place of the MLP; names as in config.json."""
+
+    num_experts: int = MISSING
+    """Experts a layer."""
+    num_experts_per_tok: int = MISSING
+    """Experts that each token goes to."""
+    moe_intermediate_size: int = MISSING
+    """Inner width of an expert."""
+    norm_topk_prob: bool = False
+    """Scale the chosen experts' probabilities so that they sum to 1."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss in the training loss; 0 = none."""
+    decoder_sparse_step: int = 1
+    """Every so many layers one has experts, the others an MLP of intermediate_size."""
+    mlp_only_layers: list[int] = field(default_factory=list)
+    """Layers (from 0) that have an MLP all the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
+            _at_least(1, f"model.moe.{name}", getattr(self, name))
+        _not_negative("model.moe.router_aux_loss_coef", self.router_aux_loss_coef)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError("model.moe.num_experts_per_tok", self.num_experts_per_tok, f"there are only {self.num_experts} experts")
+
+
+@dataclass
 class ModelConfig:
     family: str = "qwen3"
-    """Architecture; `hf` reads it and every other shape below from `pretrained`/config.json."""
+    """Architecture, a name in model/families/; `hf` reads it and every other shape below from `pretrained`/config.json."""
     vocab_size: int = MISSING
     """Rows of the embedding and of the LM head."""
     hidden_size: int = MISSING
@@ -39,14 +98,24 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     rope_theta: float = 1e6
     """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched rotary frequencies (Llama 3.1 and later); null = none."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself among them; null = all before it in its document."""
     tie_word_embeddings: bool = False
     """Use the embedding as LM head too."""
     attention_bias: bool = False
     """Biases on the q, k, v and o projections."""
+    qkv_bias: bool = False
+    """Biases on the q, k and v projections only (Qwen2)."""
     qk_norm: bool = True
     """RMSNorm on every head's queries and keys (Qwen3)."""
+    moe: MoEConfig | None = None
+    """Mixture of experts; null = an MLP in every layer."""
     pretrained: str | None = None
-    """Hugging Face directory to read weights from; null = random weights from trainer.seed."""
+    """Hugging Face directory or Hub id to read weights from; null = random weights from trainer.seed."""
+    strict: bool = True
+    """Refuse weights that are missing in `pretrained`, unexpected or of another shape; false = list them and start those from random values."""
     tokenizer: str | None = None
     """`byte`; null = the one in `pretrained`."""
     chat_template: str | None = None
@@ -67,9 +136,17 @@ class ModelConfig:
                 _at_least(1, f"model.{name}", value)
         _positive("model.rms_norm_eps", self.rms_norm_eps)
         _positive("model.rope_theta", self.rope_theta)
-        _one_of("model.family", self.family, ("qwen3", "hf"))
+        if self.sliding_window is not None:
+            _at_least(1, "model.sliding_window", self.sliding_window)
+        if self.attention_bias and self.qkv_bias:
+            raise ConfigError("model.qkv_bias", True, "model.attention_bias=true has these biases already; set one of the two")
         if self.family == "hf" and self.pretrained is None:
-            raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR, a Hugging Face model directory")
+            raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR or a Hub id, a Hugging Face model")
+
+    def has_experts(self, layer: int) -> bool:
+        """True where decoder layer number `layer` (from 0) has a mixture of experts in the place of its MLP."""
+        moe = self.moe
+        return moe is not None and layer not in moe.mlp_only_layers and (layer + 1) % moe.decoder_sparse_step == 0
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -23,9 +23,10 @@ def known_keys(schema: type = Config, prefix: str = "") -> dict[str, bool]:
     hints = get_type_hints(schema)
     for field in fields(schema):
         key, kind = prefix + field.name, hints[field.name]
-        keys[key] = is_dataclass(kind)
-        if is_dataclass(kind):
-            keys |= known_keys(kind, key + ".")  # type: ignore[arg-type]
+        group = next((part for part in (kind, *get_args(kind)) if is_dataclass(part)), None)  # `MoEConfig | None` is one too
+        keys[key] = group is not None
+        if group is not None:
+            keys |= known_keys(group, key + ".")  # type: ignore[arg-type]
     return keys
 
 

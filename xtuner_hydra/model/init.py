@@ -6,6 +6,7 @@ threads can share the work; then every rank keeps its part. Memory: one full par
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,10 +17,14 @@ STD = 0.02
 _BLOCK = 2**20
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter: matrices and embedding N(0, 0.02), biases 0, norms 1. Plain tensors or DTensors, not on the meta device."""
+def initialise(model: nn.Module, seed: int, *, only: Container[str] | None = None) -> None:
+    """Fill every parameter (`only`: those of these names): matrices and embedding N(0, 0.02), biases 0, norms 1.
+
+    Plain tensors or DTensors, not on the meta device."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, parameter in model.named_parameters():
+            if only is not None and name not in only:
+                continue
             tensor = parameter.detach()
             if tensor.ndim < 2:
                 tensor.fill_(0.0 if name.endswith(".bias") else 1.0)

@@ -5,6 +5,7 @@ operation, several of them in fp32. The embedding has one that sums in fp32."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.config.schema import ModelConfig, RopeScaling
 from xtuner_hydra.model.attention import attention
 
 
@@ -77,13 +78,29 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles (Su et al. 2021), (T, 1, head_dim / 2) in `dtype`.
 
     positions: (T,) int64. Computed anew from the config: nothing that a model built on the meta device could lose."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[:, None, None] * (1.0 / theta**exponents)
+    angles = positions.float()[:, None, None] * _stretched(1.0 / theta**exponents, scaling)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _stretched(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """`linear`: every frequency divided by the factor. `llama3`: those that turn less than low_freq_factor times in the original context are;
+    those above high_freq_factor stay; in between, a mixture that changes evenly with the number of turns (Llama 3.1's model code)."""
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    assert context is not None
+    assert low is not None
+    assert high is not None
+    turns = context * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 class _Rotate(torch.autograd.Function):
@@ -115,12 +132,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        hidden, bias = config.hidden_size, config.attention_bias
+        self.window = config.sliding_window
+        hidden, bias = config.hidden_size, config.attention_bias or config.qkv_bias
         query_size, key_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, query_size, bias=bias)
         self.k_proj = nn.Linear(hidden, key_size, bias=bias)
         self.v_proj = nn.Linear(hidden, key_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden, bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -128,7 +146,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = _Rotate.apply(self.q_norm(q), cos, sin)
         k = _Rotate.apply(self.k_norm(k), cos, sin)
-        return self.o_proj(attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+        return self.o_proj(attention(q, k, v, cu_seqlens, max_seqlen, self.window).flatten(1))
 
 
 class MLP(nn.Module):

@@ -67,7 +67,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
         hidden = self.embed_tokens(ids)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype, self.config.rope_scaling)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen)
         return self.norm(hidden if rows is None else hidden.index_select(0, rows))

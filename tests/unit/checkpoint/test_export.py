@@ -14,8 +14,9 @@ from xtuner_hydra.checkpoint.export import export
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.files import umask
-from xtuner_hydra.model.families import load_pretrained, pretrained_dtype, read_hf_config
+from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.init import initialise
+from xtuner_hydra.model.pretrained import load_pretrained, pretrained_dtype
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.worker import build_engine

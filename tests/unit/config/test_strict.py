@@ -22,7 +22,7 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
     [
         ("lr=1e-4", "Did you mean optimizer.lr?"),
         ("modle=qwen3_tiny", "Did you mean model?"),
-        ("model=qwen_tiny", "Did you mean qwen3_tiny?"),
+        ("model=qwen_tiny", "Did you mean qwen3_tiny"),
         ("model=null", "Options of model"),
         ("data.nothing_like_it=1", "data has path, format"),
         ("optimizer.lr=fast", "could not be converted to Float (set in the command line: optimizer.lr=fast)"),

@@ -29,7 +29,7 @@ CASES = {
     "tied": {"tie_word_embeddings": True},
     "attention bias": {"attention_bias": True},
     "large epsilon": {"rms_norm_eps": 0.1},
-    "Llama: no norm of queries and keys": {"qk_norm": False, "hidden_size": 42},  # transformers wants hidden divisible by heads here
+    "Llama": {"family": "llama", "qk_norm": False, "hidden_size": 42},  # transformers wants hidden divisible by heads here
 }
 
 

@@ -1,0 +1,20 @@
+"""Mistral 7B: Llama with a sliding window in every layer (v0.1), or without (v0.2 and later)."""
+
+from xtuner_hydra.model.families.family import Family, HFConfig
+
+
+def _window(config: HFConfig) -> int | None:
+    """Absent is not null: transformers then takes 4096."""
+    kinds = set(config.get("layer_types") or [])
+    if len(kinds) > 1:
+        raise config.unsupported(f"a mixture of attentions over the layers (layer_types {', '.join(sorted(kinds))})")
+    return config.size("sliding_window", 4096) if config.values.get("sliding_window", 4096) is not None else None
+
+
+FAMILY = Family(
+    name="mistral",
+    architecture="MistralForCausalLM",
+    key_value_heads=8,
+    open={"sliding_window": _window},
+    write_switches=lambda model: {"sliding_window": model.sliding_window},
+)

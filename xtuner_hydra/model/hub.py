@@ -1,0 +1,40 @@
+"""`model.pretrained` as a directory here: a path as it is, a Hub id from the Hugging Face cache or the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from xtuner_hydra.errors import ConfigError
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# no pickles, no code; the rest are a tokenizer's files
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def local_directory(pretrained: str, *, config_only: bool = False) -> Path:
+    """The directory of `pretrained`. A Hub id (ORG/NAME) is downloaded, `config_only`: its config.json alone; HF_HUB_OFFLINE, HF_HOME and
+    HF_TOKEN count as they do for huggingface_hub. Raises ConfigError where it cannot be had."""
+    path = Path(pretrained)
+    if path.exists() or not _ID.fullmatch(pretrained):
+        return path
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if config_only:
+            return Path(hf_hub_download(pretrained, "config.json")).parent
+        return Path(snapshot_download(pretrained, allow_patterns=_WANTED))
+    except LocalEntryNotFoundError:
+        why = "it is neither a directory here nor in the Hugging Face cache, and the Hub cannot be reached; check the path, or connect"
+    except HFValidationError as error:
+        why = f"it is neither a directory here nor a Hub id ({error})"
+    except HfHubHTTPError as error:
+        why = f"there is no such directory here, and the Hub refuses ({_first_line(error)}); check the name, and HF_TOKEN if it is gated"
+    except OSError as error:
+        why = f"there is no such directory here, and it cannot be downloaded ({_first_line(error)})"
+    raise ConfigError("model.pretrained", pretrained, why)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,249 @@
+"""Weights from safetensors into a model, lazily: of each tensor a rank reads the part that it keeps, one part in memory at a time.
+
+Which tensors a parameter is made of, its family says (`families/`). Names, shapes and dtypes are compared with the files' headers before
+anything is filled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.model.families import family_of
+from xtuner_hydra.model.families.family import KEY, HFConfig, read_json
+from xtuner_hydra.model.init import initialise
+from xtuner_hydra.model.transformer import CausalLM
+
+log = logging.getLogger("xtuner_hydra")
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
+_ROWS = 4096  # of embedding and head compared at a time
+
+Region = list[tuple[int, int]]
+"""(start, stop) in every dimension of a parameter."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file, as its header has it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where in the model a stored tensor belongs."""
+
+    parameter: str
+    region: Region
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Faults:
+    """What does not fit, as words for a message, and the parameters that are left without a value in part or in full."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    unfilled: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.misshapen}
+        return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
+
+
+def check_pretrained(config: ModelConfig) -> None:
+    """Read the headers in `config.pretrained`: ConfigError where its files, names, shapes or dtypes do not fit, before anything is built."""
+    family_of(config)
+    if config.pretrained is None:
+        return
+    directory = Path(config.pretrained)
+    HFConfig.read(directory)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    stored = _headers(directory)
+    _refuse_faults(_faults(model, directory, stored, _slots(model, stored)), model, directory)
+    if config.tie_word_embeddings and {_EMBEDDING, _HEAD} <= stored.keys():
+        _refuse_untied(directory, stored)
+
+
+def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) -> None:
+    """Fill every parameter (plain or DTensor) from the directory's safetensors.
+
+    Raises ConfigError before anything is filled where names, shapes or dtypes do not fit. With `model.config.strict` off, what is missing or
+    of another shape gets its initial value from `seed`, and a warning lists it."""
+    directory = Path(directory)
+    stored = _headers(directory)
+    slots = _slots(model, stored)
+    faults = _faults(model, directory, stored, slots)
+    _refuse_faults(faults, model, directory)
+    if str(faults):
+        log.warning(f"{directory} does not fit the model config ({faults}); model.strict=false: what it lacks starts from random values")
+    initialise(model, seed, only=faults.unfilled)
+    parameters = dict(model.named_parameters())
+    kept = {name: _local(parameter) for name, parameter in parameters.items()}
+    fitting = sorted(
+        (name for name in slots if name in stored and stored[name].shape == slots[name].shape), key=lambda name: stored[name].file
+    )
+    for file, names in groupby(fitting, key=lambda name: stored[name].file):
+        with _open(file) as tensors:
+            for name in names:
+                _copy(kept[slots[name].parameter], slots[name].region, tensors.get_slice(name))
+
+
+def pretrained_dtype(directory: Path | str) -> str:
+    """`float32`, `bfloat16` or `float16`: the dtype of the weights in the directory's safetensors (the embedding's)."""
+    stored = _headers(Path(directory))
+    if _EMBEDDING not in stored:
+        raise ConfigError(KEY, directory, f"its safetensors hold no {_EMBEDDING}; is this a language model that save_pretrained wrote?")
+    return _DTYPES[stored[_EMBEDDING].dtype]
+
+
+def _slots(model: CausalLM, stored: Mapping[str, _Stored]) -> dict[str, _Slot]:
+    """Every tensor that the model wants, by its name in the files. A parameter that is in the files under its own name is one tensor
+    there (transformers' layout in memory, which a directory may have too)."""
+    family = family_of(model.config)
+    slots = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        for piece, index in [(name, ())] if name in stored else family.pieces(name, shape):
+            parts = [one if isinstance(one, slice) else slice(one, one + 1) for one in index]
+            region = [(part.start, part.stop) for part in parts] + [(0, size) for size in shape[len(index) :]]
+            sizes = tuple(
+                stop - start for number, (start, stop) in enumerate(region) if number >= len(index) or isinstance(index[number], slice)
+            )
+            slots[piece] = _Slot(name, region, sizes)
+    return slots
+
+
+def _faults(model: CausalLM, directory: Path, stored: Mapping[str, _Stored], slots: Mapping[str, _Slot]) -> _Faults:
+    if odd := sorted({tensor.dtype for name, tensor in stored.items() if name in slots} - _DTYPES.keys()):
+        raise ConfigError(KEY, directory, f"its weights are {', '.join(odd)}; only {', '.join(_DTYPES.values())} can be trained")
+    tolerated = {_HEAD} if model.config.tie_word_embeddings else set()  # some files hold the embedding a second time
+    faults = _Faults(
+        missing=sorted(slots.keys() - stored.keys()),
+        unexpected=sorted(name for name in stored.keys() - slots.keys() - tolerated if not name.endswith(_COMPUTED)),
+    )
+    for name in sorted(slots.keys() & stored.keys()):
+        if stored[name].shape != slots[name].shape:
+            faults.misshapen.append(f"{name} is {stored[name].shape}, not {slots[name].shape}")
+            faults.unfilled.add(slots[name].parameter)
+    faults.unfilled |= {slots[name].parameter for name in faults.missing}
+    return faults
+
+
+def _refuse_faults(faults: _Faults, model: CausalLM, directory: Path) -> None:
+    if not str(faults) or not model.config.strict:
+        return
+    remedy = "model=hf takes every shape from the directory's config.json; model.strict=false starts what is missing from random values"
+    if faults.missing == [_HEAD]:
+        remedy = "set model.tie_word_embeddings=true if the embedding is meant to be the head too"
+    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults}); {remedy}")
+
+
+def _refuse_untied(directory: Path, stored: Mapping[str, _Stored]) -> None:
+    """A tied head that stands in the files must be the embedding, or one of the two would be thrown away."""
+    with ExitStack() as stack:
+        embedding, head = (stack.enter_context(_open(stored[name].file)).get_slice(name) for name in (_EMBEDDING, _HEAD))
+        rows = stored[_EMBEDDING].shape[0]
+        same = stored[_HEAD].shape == stored[_EMBEDDING].shape and all(
+            torch.equal(embedding[start : start + _ROWS], head[start : start + _ROWS]) for start in range(0, rows, _ROWS)
+        )
+    if not same:
+        raise ConfigError(
+            KEY,
+            directory,
+            "the embedding is to be the head too, but its files hold another lm_head.weight; set model.tie_word_embeddings=false",
+        )
+
+
+def _local(parameter: Tensor) -> tuple[Tensor, Region]:
+    """The part of a parameter that this rank keeps, and where in the whole it stands."""
+    whole = [(0, size) for size in parameter.shape]
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), whole
+    return parameter.to_local().detach(), [_kept(parameter, dim, size) for dim, (_, size) in enumerate(whole)]
+
+
+def _kept(parameter: DTensor, dim: int, size: int) -> tuple[int, int]:
+    """(start, stop) of what this rank keeps of one dimension: numbers sharded as the dimension is, so that DTensor's own rule decides."""
+    placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in parameter.placements]
+    mesh = parameter.device_mesh
+    numbers = distribute_tensor(torch.arange(size, device=mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    return (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+
+
+@torch.no_grad()
+def _copy(kept: tuple[Tensor, Region], region: Region, stored: Any) -> None:
+    """Read what a stored tensor (of `region` in the whole parameter) and the part that is kept have in common, and nothing else."""
+    local, mine = kept
+    common = [(max(start, first), min(stop, last)) for (start, stop), (first, last) in zip(region, mine, strict=True)]
+    if any(start >= stop for start, stop in common):
+        return
+    target = local[tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(common, mine, strict=True))]
+    # an expert's tensor lacks the leading dimension, which is 1 long in its region
+    skipped = len(region) - len(stored.get_shape())
+    source = tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(common, region, strict=True))[skipped:]
+    target.copy_(stored[source].view(target.shape))
+
+
+def _headers(directory: Path) -> dict[str, _Stored]:
+    """Every tensor of the directory's safetensors, by name."""
+    stored: dict[str, _Stored] = {}
+    for file in _weight_files(directory):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_slice(name)
+                stored[name] = _Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+    return stored
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files, by the index where there is one."""
+    if (directory / _INDEX).is_file():
+        names = read_json(directory, _INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map")
+        files = [directory / name for name in sorted(set(names.values()))]
+    else:
+        files = [directory / _SINGLE]
+    if missing := [file.name for file in files if not file.is_file()]:
+        if any(directory.glob("*.bin")):
+            raise ConfigError(
+                KEY,
+                directory,
+                "its weights are pickled (.bin), which are not read; convert them with transformers: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+            )
+        raise ConfigError(KEY, directory, f"it lacks {_some(missing)}; is the download complete?")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(KEY, file.parent, f"{file.name} cannot be read ({error}); is the download complete?") from None
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
