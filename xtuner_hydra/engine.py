@@ -1,13 +1,14 @@
 """One optimizer step: micro-batches -> loss, gradients, clipping, update. Knows nothing of files.
 
 The loss is the sum of cross-entropy over all supervised tokens of the step, over ranks and micro-batches, divided by their number, which is
-known before the forward pass. So the result does not depend on how the same packs are spread over ranks and micro-batches."""
+known before the forward pass. So the result does not depend on how the same packs are spread over ranks and micro-batches. A mixture of
+experts adds its load-balancing loss, which has a scope of its own (model/experts.py)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from xtuner_hydra.data.batch import PackedBatch
 from xtuner_hydra.errors import TrainingError
+from xtuner_hydra.model.experts import Routing, load_balancing_loss
 from xtuner_hydra.model.transformer import CausalLM
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean cross-entropy over the step's supervised tokens on all ranks, scalar fp32 on the device; `grad_norm` before clipping."""
+    """`loss`: mean cross-entropy over the step's supervised tokens on all ranks, scalar fp32 on the device; `grad_norm` before clipping.
+    `more`: further metrics by name, scalars on the device."""
 
     loss: Tensor
     grad_norm: float
     updated: bool
+    more: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -41,7 +45,7 @@ class Engine:
         """Take one step at learning rate `lr`. `supervised_tokens` counts the labels of the step on all ranks.
 
         Raises TrainingError on a non-finite loss or gradient before the update where the policy is `error`; with `skip` the update is left out."""
-        loss = self._backward(micro_batches, supervised_tokens)
+        loss, more = self._backward(micro_batches, supervised_tokens)
         grad_norm = self._clip()
         # The update must not happen on a NaN, so this one number is read back in every step.
         norm = float(grad_norm)
@@ -56,7 +60,7 @@ class Engine:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, updated)
+        return StepResult(loss, norm, updated, more)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
@@ -64,25 +68,60 @@ class Engine:
         device = next(self.model.parameters()).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batches:
-            total += torch.stack([self._loss_sum(batch).double(), torch.tensor(len(batch.targets), dtype=torch.float64, device=device)])
+            loss_sum, _ = self._loss_sum(batch)
+            total += torch.stack([loss_sum.double(), torch.tensor(len(batch.targets), dtype=torch.float64, device=device)])
         dist.all_reduce(total)
         loss_sum, tokens = total.tolist()
         return loss_sum / tokens, int(tokens)
 
-    def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> Tensor:
+    def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
+        balance = _Balance(self.model, len(micro_batches))
         for batch in micro_batches:
-            loss = self._loss_sum(batch) / supervised_tokens
+            loss_sum, routing = self._loss_sum(batch)
+            loss = loss_sum / supervised_tokens
             # FSDP averages gradients over the ranks; their sum is meant
-            (loss * self.dp_size).backward()
+            ((loss + balance.loss(routing, is_real=batch.tokens > 0)) * self.dp_size).backward()
             total += loss.detach()
         dist.all_reduce(total)
-        return total
+        return total, balance.metrics()
 
-    def _loss_sum(self, batch: PackedBatch) -> Tensor:
-        return self.model(batch.ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, rows=batch.rows, targets=batch.targets)
+    def _loss_sum(self, batch: PackedBatch) -> tuple[Tensor, Routing | None]:
+        return self.model(
+            batch.ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, rows=batch.rows, targets=batch.targets, with_routing=True
+        )
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to `max_grad_norm` by their true norm over all ranks, and return that norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+class _Balance:
+    """The load of the experts over a step: the loss that evens it out, and how even it is. A model without experts has neither."""
+
+    def __init__(self, model: CausalLM, micro_batches: int) -> None:
+        self.config = model.config.moe
+        self.micro_batches = micro_batches
+        self.counts = self.entropy = self.aux = torch.zeros(())
+
+    def loss(self, routing: Routing | None, *, is_real: bool) -> Tensor | float:
+        """This rank's part of a micro-batch's share in the step's loss. Collective. `is_real`: False for a rank without a pack."""
+        if routing is None or self.config is None:
+            return 0.0
+        counts, entropy = routing.counts * is_real, routing.entropy * is_real
+        dist.all_reduce(counts)
+        aux = load_balancing_loss(counts, routing.probabilities * is_real, self.config.num_experts_per_tok) / self.micro_batches
+        self.counts, self.entropy, self.aux = self.counts + counts, self.entropy + entropy, self.aux + aux.detach()
+        return self.config.router_aux_loss_coef * aux
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`train/aux_loss` before its coefficient; `router/max_load`: tokens of the busiest expert of any layer, of a layer's mean;
+        `router/entropy`: of the probabilities of a token, in nats, mean over tokens and layers. Collective."""
+        if self.config is None or not self.counts.ndim:
+            return {}
+        sums = torch.stack([self.aux, self.entropy.sum()])
+        dist.all_reduce(sums)
+        tokens = self.counts.sum() / self.config.num_experts_per_tok
+        load = self.counts / self.counts.mean(1, keepdim=True)
+        return {"train/aux_loss": sums[0], "router/max_load": load.max(), "router/entropy": sums[1] / tokens}

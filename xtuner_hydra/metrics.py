@@ -64,6 +64,7 @@ class Meter:
             "throughput/pack_utilization": batch.utilization,
             "memory/max_gb": peak,
             "memory/reserved_gb": reserved,
+            **{name: float(value) for name, value in result.more.items()},
         }
 
     def _flops(self, batch: StepBatch) -> float:

@@ -75,9 +75,10 @@ def test_only_the_app_and_sweeps_import_hydra():
     assert {name.split(".")[1] for name in users} <= {"app", "sweeps"}
 
 
-def test_only_parallel_attention_and_the_doctor_name_a_kind_of_device():
+def test_only_parallel_attention_experts_and_the_doctor_name_a_kind_of_device():
     users = {name for name, path in MODULES.items() if "cuda" in path.read_text()}
-    allowed = {"xtuner_hydra.tools.doctor", "xtuner_hydra.model.attention", "xtuner_hydra.config.schema", "xtuner_hydra.checkpoint.state"}
+    model = {"xtuner_hydra.model.attention", "xtuner_hydra.model.experts"}
+    allowed = model | {"xtuner_hydra.tools.doctor", "xtuner_hydra.config.schema", "xtuner_hydra.checkpoint.state"}
     assert {name for name in users if not name.startswith("xtuner_hydra.parallel.")} <= allowed  # state: the GPU's random generator
 
 

@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers, final norm, head. Its modules carry Hugging Face's names, so its state dict is a Qwen3 checkpoint's.
+"""The decoder: embedding, layers, final norm, head. Its modules carry Hugging Face's names (experts apart: families/qwen3_moe.py).
 
 Knows nothing of devices, sharding or files. New parameters hold nothing of worth: `initialise` or `load_pretrained` fills them."""
 
@@ -7,11 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.loss import linear_cross_entropy
-from xtuner_hydra.model.layers import DecoderLayer, Embedding, RMSNorm, rotary
+from xtuner_hydra.model.experts import MoE, Routing
+from xtuner_hydra.model.layers import MLP, Attention, Embedding, RMSNorm, rotary
 
 
 class CausalLM(nn.Module):
@@ -35,14 +37,17 @@ class CausalLM(nn.Module):
         *,
         rows: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> Tensor:
+        with_routing: bool = False,
+    ) -> Any:
         """Logits of every token, (T, vocab) fp32; or, given `rows` and `targets`, the scalar fp32 sum of -log p(target) over them.
+        `with_routing`: (that, Routing of the layers that have experts, None where none has).
 
         ids, positions: (T,) int64, T at least 1; positions count from 0 in every document. cu_seqlens: (documents + 1,) int32;
         max_seqlen: length of the longest document. rows: (N,) int64, the tokens with a label; targets: (N,) int64, their labels.
         With N = 0 the loss is 0 and every gradient zero, not missing: under FSDP all ranks must run the same collectives."""
-        hidden = self.model(ids, positions, cu_seqlens, max_seqlen, rows)
-        return self.lm_head(hidden, targets)
+        hidden, routing = self.model(ids, positions, cu_seqlens, max_seqlen, rows)
+        result = self.lm_head(hidden, targets)
+        return (result, routing) if with_routing else result
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
@@ -56,21 +61,45 @@ class CausalLM(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything before the head: ids (T,) -> normed hidden states, (T, hidden), or of `rows` only."""
+    """Everything before the head: ids (T,) -> (normed hidden states, (T, hidden), or of `rows` only; the layers' Routing or None)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         hidden = self.embed_tokens(ids)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype, self.config.rope_scaling)
+        routings = []
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, cu_seqlens, max_seqlen)
-        return self.norm(hidden if rows is None else hidden.index_select(0, rows))
+            hidden, routing = layer(hidden, cos, sin, cu_seqlens, max_seqlen)
+            if routing is not None:
+                routings.append(routing)
+        hidden = self.norm(hidden if rows is None else hidden.index_select(0, rows))
+        return hidden, Routing(*map(torch.stack, zip(*routings, strict=True))) if routings else None
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP or experts, each added to the residual stream: x (T, hidden) -> (the same, Routing of experts or None)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MoE(config.hidden_size, config.moe) if config.moe and config.has_experts(layer) else MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        out = self.mlp(self.post_attention_layernorm(x))
+        # returned, not kept in the module: so recomputation and FSDP's hooks see it
+        out, routing = out if isinstance(self.mlp, MoE) else (out, None)
+        return x + out, routing
 
 
 class Head(nn.Linear):
