@@ -4,6 +4,7 @@ import json
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner_hydra.config.schema import ModelConfig
@@ -52,7 +53,7 @@ CASES = {  # model_type, then what differs from SHAPE
 }
 
 
-def make_checkpoint(directory, case):
+def make_checkpoint(directory, case, dtype=torch.float32):
     """A checkpoint of `case`, whose weights are so large that a wrong theta, window, bias or choice of experts changes the logits."""
     family, changes = CASES[case]
     values = {name: value for name, value in (SHAPE | changes).items() if value is not None or name == "sliding_window"}
@@ -64,7 +65,7 @@ def make_checkpoint(directory, case):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     return directory
 
 
@@ -111,3 +112,17 @@ def reference_gradients(directory, documents, targets):
     logits = torch.cat([model(ids[None]).logits[0] for ids in documents])
     F.cross_entropy(logits, targets, reduction="sum").backward()
     return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def tensors(directory):
+    """Every tensor of a directory's safetensors, by name."""
+    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def same_files(before, after):
+    """Fails unless both directories hold the same tensors, to the last bit."""
+    before, after = tensors(before), tensors(after)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name

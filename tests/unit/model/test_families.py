@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from parity import CASES, LENGTH, document, make_checkpoint, ours, pack, reference_gradients, same_logits
+from parity import CASES, LENGTH, LLAMA3, document, make_checkpoint, ours, pack, reference_gradients, same_files, same_logits, theirs
+
+from xtuner_hydra.checkpoint.export import export
+from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, MoEConfig, ParallelismConfig, RopeScaling, TrainerConfig
+from xtuner_hydra.data.tokenizers import ByteTokenizer
+from xtuner_hydra.model.families import read_hf_config
+from xtuner_hydra.model.pretrained import pretrained_dtype
+from xtuner_hydra.parallel.runtime import runtime
+from xtuner_hydra.worker import build_engine
 
 
 @pytest.fixture(scope="module")
@@ -10,10 +18,10 @@ def checkpoint(tmp_path_factory):
     """case -> its directory, made once."""
     made = {}
 
-    def directory(case):
-        if case not in made:
-            made[case] = make_checkpoint(tmp_path_factory.mktemp(case.replace(" ", "_")), case)
-        return made[case]
+    def directory(case, dtype=torch.float32):
+        if (case, dtype) not in made:
+            made[case, dtype] = make_checkpoint(tmp_path_factory.mktemp(case.replace(" ", "_")), case, dtype)
+        return made[case, dtype]
 
     return directory
 
@@ -34,3 +42,77 @@ def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(checkpo
     assert gradients.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert (parameter.grad - gradients[name]).norm() < 1e-3 * gradients[name].norm(), name
+
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+FAULTS = {  # the case, and what is wrong in our config
+    "theta": ("llama 3", {"rope_theta": 4.9e5}),
+    "theta of a window": ("mistral", {"rope_theta": 1.02e4}),
+    "no rope scaling": ("llama 3.2", {"rope_scaling": None}),
+    "rope factor": ("llama 3.2", {"rope_scaling": RopeScaling(**LLAMA3 | {"factor": 4.1})}),
+    "low_freq_factor": ("llama 3.2", {"rope_scaling": RopeScaling(**LLAMA3 | {"low_freq_factor": 1.05})}),
+    "high_freq_factor": ("llama 3.2", {"rope_scaling": RopeScaling(**LLAMA3 | {"high_freq_factor": 4.1})}),
+    "original context": ("llama 3.2", {"rope_scaling": RopeScaling(**LLAMA3 | {"original_max_position_embeddings": 65})}),
+    "linear for llama3": ("llama 3.2", {"rope_scaling": RopeScaling("linear", 4.0)}),
+    "linear factor": ("llama linear", {"rope_scaling": RopeScaling("linear", 3.05)}),
+    "window one too narrow": ("mistral", {"sliding_window": 12}),
+    "window one too wide": ("mistral", {"sliding_window": 14}),
+    "no window": ("mistral", {"sliding_window": None}),
+    "a window too many": ("mistral without a window", {"sliding_window": LENGTH - 1}),
+    "window of qwen2": ("qwen2 window", {"sliding_window": 17}),
+    "no bias in qwen2": ("qwen2", {"family": "llama", "qkv_bias": False, "strict": False}),
+    "no bias in qwen3": ("qwen3 tied, biased", {"attention_bias": False, "strict": False}),
+    "no norm of queries and keys": ("qwen3", {"family": "llama", "qk_norm": False, "strict": False}),
+    "epsilon": ("qwen3", {"rms_norm_eps": 1.5e-5}),
+    "tied, but not so": ("smollm2", {"tie_word_embeddings": False, "strict": False}),
+    "not tied, but so": ("qwen3", {"tie_word_embeddings": True}),
+    "top-k not normalised": ("qwen3_moe", {"moe": MoEConfig(**EXPERTS | {"norm_topk_prob": False})}),
+    "top-k normalised": ("qwen3_moe plain", {"moe": MoEConfig(**EXPERTS | {"num_experts_per_tok": 3})}),
+    "top-k": ("qwen3_moe", {"moe": MoEConfig(**EXPERTS | {"num_experts_per_tok": 3})}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows_in_the_logits(checkpoint, fault):
+    """Or the two tests above would prove nothing."""
+    case, wrong = FAULTS[fault]
+    right = ModelConfig(**read_hf_config(checkpoint(case)))
+    assert any(getattr(right, name) != value for name, value in wrong.items())
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        same_logits(checkpoint(case), ours(checkpoint(case), **wrong))
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    with runtime(Config(data=DataConfig(path="unused"), trainer=TrainerConfig(device="cpu"))) as place:
+        yield place
+
+
+def import_and_export(checkpoint, place, to):
+    """The directory that a run which starts from `checkpoint` and takes no step exports."""
+    config = Config(
+        model=ModelConfig(**read_hf_config(checkpoint), pretrained=str(checkpoint)),
+        data=DataConfig(path="unused"),
+        parallelism=ParallelismConfig(param_dtype="float32"),
+    )
+    model = build_engine(config, place).model
+    return export(to, 1, model, config.model, ByteTokenizer(), dtype=pretrained_dtype(checkpoint), keep=1, shard_bytes=20_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_imported_is_exported_bit_for_bit_under_the_same_names(checkpoint, case, dtype, one_rank, tmp_path):
+    before = checkpoint(case, dtype)
+    after = import_and_export(before, one_rank, tmp_path)
+    same_files(before, after)
+    assert read_hf_config(after) == read_hf_config(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_export_generates_what_the_original_does(checkpoint, case, one_rank, tmp_path):
+    before = checkpoint(case)
+    after = import_and_export(before, one_rank, tmp_path)
+    prompt = document(30, 4)[None]
+    tokens = [theirs(directory).generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=-1) for directory in (before, after)]
+    assert tokens[0].shape == (1, 46)
+    assert torch.equal(*tokens)
