@@ -53,12 +53,13 @@ CASES = {  # model_type, then what differs from SHAPE
 }
 
 
-def make_checkpoint(directory, case, dtype=torch.float32):
-    """A checkpoint of `case`, whose weights are so large that a wrong theta, window, bias or choice of experts changes the logits."""
+def make_checkpoint(directory, case, dtype=torch.float32, **more):
+    """A checkpoint of `case`, with `more` keys in its config. Its weights are so large that a wrong theta, window, bias or choice of experts
+    changes the logits."""
     family, changes = CASES[case]
     values = {name: value for name, value in (SHAPE | changes).items() if value is not None or name == "sliding_window"}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values, eos_token_id=None))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values | more, eos_token_id=None))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
