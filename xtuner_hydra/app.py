@@ -239,7 +239,9 @@ def _fill(node: DictConfig, values: dict[str, Any]) -> None:
         group = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(group, DictConfig) and isinstance(value, dict):
             _fill(group, value)
-        elif OmegaConf.is_missing(node, key) or (isinstance(group, DictConfig) and set(group) == OmegaConf.missing_keys(group)):
+        elif OmegaConf.is_missing(node, key) or (
+            isinstance(group, DictConfig) and all(OmegaConf.is_missing(group, name) for name in group)
+        ):
             node[key] = value
 
 
