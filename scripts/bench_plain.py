@@ -2,7 +2,7 @@
 
     python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2]
 
-The plain loop is what one writes by hand: Qwen3ForCausalLM with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
+The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
 contender runs in a process of its own, in turn; the first step of each is left out of the medians."""
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def ours(config, stack: ExitStack) -> Callable:
 
 def plain(config, stack: ExitStack) -> Callable:
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from xtuner_hydra.model.families import hf_config
 
     torch.manual_seed(config.trainer.seed)
     shape = hf_config(config.model, "float32", bos_token_id=None, eos_token_id=257)
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
     beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.lr, betas=(beta1, beta2), weight_decay=config.optimizer.weight_decay, fused=True

@@ -98,7 +98,7 @@ def newest(parent: Path) -> Path | None:
 def trajectory(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What a resumed run must share with the run it continues, or its steps would not follow on."""
     plain = to_dict(config)
-    model = {key: value for key, value in plain["model"].items() if key not in ("pretrained", "tokenizer", "chat_template")}
+    model = {key: value for key, value in plain["model"].items() if key not in ("pretrained", "strict", "tokenizer", "chat_template")}
     return {
         "data": data_fingerprint,
         **{f"model.{key}": value for key, value in model.items()},

@@ -9,6 +9,7 @@ from xtuner_hydra.errors import ConfigError
 def check(config: Config, world_size: int) -> None:
     """Raise ConfigError for a combination that cannot be trained on `world_size` ranks."""
     _check_heads(config)
+    _check_experts(config)
     _check_ranks(config, world_size)
 
 
@@ -34,6 +35,22 @@ def _check_heads(config: Config) -> None:
             "data.pack_max_length",
             config.data.pack_max_length,
             f"longer than model.max_position_embeddings={model.max_position_embeddings}",
+        )
+
+
+def _check_experts(config: Config) -> None:
+    model = config.model
+    if model.moe is None:
+        return
+    if strangers := [layer for layer in model.moe.mlp_only_layers if not 0 <= layer < model.num_hidden_layers]:
+        raise ConfigError(
+            "model.moe.mlp_only_layers",
+            model.moe.mlp_only_layers,
+            f"there is no layer {strangers[0]}; layers go from 0 to {model.num_hidden_layers - 1}",
+        )
+    if not any(map(model.has_experts, range(model.num_hidden_layers))):
+        raise ConfigError(
+            "model.moe.decoder_sparse_step", model.moe.decoder_sparse_step, "no layer has experts; lower it, or set model.moe=null"
         )
 
 

@@ -17,6 +17,8 @@ def config(*overrides):
     [
         (["model.num_attention_heads=30"], 1, "model.num_attention_heads"),
         (["model.head_dim=63"], 1, "model.head_dim"),
+        (["model=qwen3_moe_tiny", "model.moe.mlp_only_layers=[0,4]"], 1, "model.moe.mlp_only_layers"),
+        (["model=qwen3_moe_tiny", "model.moe.decoder_sparse_step=5"], 1, "model.moe.decoder_sparse_step"),
         (["data.pack_max_length=50000"], 1, "data.pack_max_length"),
         (["trainer.global_batch_size=3"], 2, "trainer.global_batch_size"),
         ([], 2, "trainer.global_batch_size"),
