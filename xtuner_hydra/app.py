@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -266,5 +267,12 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if (key := re.match(r"Could not override '([\w.]+)'", str(error))) and key[
+            1
+        ] in known_keys():  # Hydra's advice would be to force it in
+            parent = key[1].rpartition(".")[0]
+            raise RefusedError(
+                f"{key[1]}: there is no {parent} here to set a part of; set it whole: '{parent}={{KEY:VALUE,...}}'"
+            ) from None
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         raise RefusedError("config: " + " ".join(lines[:2])) from None

@@ -18,13 +18,11 @@ def local_directory(pretrained: str, *, config_only: bool = False) -> Path:
     path = Path(pretrained)
     if path.exists() or not _ID.fullmatch(pretrained):
         return path
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        if config_only:
-            return Path(hf_hub_download(pretrained, "config.json")).parent
-        return Path(snapshot_download(pretrained, allow_patterns=_WANTED))
+        return Path(snapshot_download(pretrained, allow_patterns=["config.json"] if config_only else _WANTED))
     except LocalEntryNotFoundError:
         why = "it is neither a directory here nor in the Hugging Face cache, and the Hub cannot be reached; check the path, or connect"
     except HFValidationError as error:

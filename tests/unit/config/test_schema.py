@@ -1,7 +1,8 @@
 """The YAML groups and the dataclasses hold the same keys, every YAML field has a comment, and every option composes."""
 
+import json
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import known_keys, to_config, to_yaml
+from xtuner_hydra.model.families import hf_config
 
 CONF = Path(__file__).parents[3] / "conf"
 GROUPS = [field.name for field in fields(Config)]
@@ -95,3 +97,22 @@ def test_resolved_default_config_is_the_committed_reference():
 def test_config_yaml_reads_back_as_the_same_config():
     config = compose("optimizer.lr=3e-4", "data.path=[a.jsonl,b.jsonl]").config
     assert to_config(OmegaConf.create(to_yaml(config)), lambda key: "") == config
+
+
+def test_a_part_of_a_group_that_is_there_can_be_set_alone():
+    model = compose("model=llama3_2_1b", "model.rope_scaling.factor=8").config.model
+    assert (model.rope_scaling.factor, model.rope_scaling.high_freq_factor) == (8, 4)
+    assert compose("model=llama3_2_1b", "model.rope_scaling=null").config.model.rope_scaling is None
+    assert compose("model=qwen3_moe_tiny", "model.moe.router_aux_loss_coef=0").config.model.moe.router_aux_loss_coef == 0
+
+
+@pytest.mark.parametrize(("experts", "changes"), [(False, {}), (True, {"router_aux_loss_coef": 0.25})])
+def test_hf_takes_from_the_directory_what_is_left_open(experts, changes, tmp_path):
+    """A model without experts has moe=null; with experts a single key of theirs can be set, the others come from config.json."""
+    base = compose("model=qwen3_moe_tiny" if experts else "model=llama3_1_8b").config.model
+    values = hf_config(base, "bfloat16", bos_token_id=None, eos_token_id=None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    overrides = [f"model.moe.{key}={value}" for key, value in changes.items()]
+    model = compose("model=hf", f"model.pretrained={tmp_path}", *overrides, "model.rope_theta=7").config.model
+    moe = replace(base.moe, **changes) if experts else None
+    assert model == replace(base, moe=moe, rope_theta=7, pretrained=str(tmp_path), tokenizer=None)

@@ -43,6 +43,16 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
         ("model=hf", "model.pretrained"),
         ("tracking.wandb.mode=on", "online"),
         ("parallelism.tp=2", "there is no such key"),
+        ("model.moe.num_experts=4", "set it whole"),
+        ("model.moe.num_expert=4", "Did you mean model.moe.num_experts?"),
+        ("model.moe={num_experts:4}", "model.moe.moe_intermediate_size: needs a value"),
+        ("model.moe={num_experts:2,num_experts_per_tok:3,moe_intermediate_size:8}", "there are only 2 experts"),
+        ("model.rope_scaling={rope_type:yarn,factor:4}", "linear, llama3"),
+        ("model.rope_scaling={rope_type:llama3,factor:4}", "llama3 scaling needs a value"),
+        ("model.rope_scaling={rope_type:linear,factor:4,low_freq_factor:1}", "a factor only"),
+        ("model.rope_scaling={rope_type:linear,factor:0.5}", "at least 1"),
+        ("model.rope_scaling.factr=4", "Did you mean model.rope_scaling.factor?"),
+        ("model.sliding_window=0", "at least 1"),
     ],
 )
 def test_refusals_name_culprit_and_remedy(override, words):
