@@ -76,7 +76,7 @@ class Engine:
 
     def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
-        balance = _Balance(self.model, len(micro_batches))
+        balance = _Balance(self.model, sum(batch.tokens for batch in micro_batches))
         for batch in micro_batches:
             loss_sum, routing = self._loss_sum(batch)
             loss = loss_sum / supervised_tokens
@@ -100,28 +100,36 @@ class Engine:
 class _Balance:
     """The load of the experts over a step: the loss that evens it out, and how even it is. A model without experts has neither."""
 
-    def __init__(self, model: CausalLM, micro_batches: int) -> None:
+    def __init__(self, model: CausalLM, tokens: int) -> None:
+        """`tokens`: of this rank's part of the step. Collective."""
         self.config = model.config.moe
-        self.micro_batches = micro_batches
-        self.counts = self.entropy = self.aux = torch.zeros(())
+        if self.config is None:
+            return
+        device = next(model.parameters()).device
+        self.tokens = torch.tensor(float(tokens), device=device)
+        dist.all_reduce(self.tokens)
+        self.counts = torch.zeros((), device=device)
+        self.sums = torch.zeros(2, device=device)  # this rank's part of the load-balancing loss and of the entropies
 
     def loss(self, routing: Routing | None, *, is_real: bool) -> Tensor | float:
         """This rank's part of a micro-batch's share in the step's loss. Collective. `is_real`: False for a rank without a pack."""
-        if routing is None or self.config is None:
+        if self.config is None or routing is None:
             return 0.0
-        counts, entropy = routing.counts * is_real, routing.entropy * is_real
-        dist.all_reduce(counts)
-        aux = load_balancing_loss(counts, routing.probabilities * is_real, self.config.num_experts_per_tok) / self.micro_batches
-        self.counts, self.entropy, self.aux = self.counts + counts, self.entropy + entropy, self.aux + aux.detach()
+        counts, probabilities, entropy = (value * is_real for value in routing)
+        dist.all_reduce(counts := counts.detach())
+        each = self.config.num_experts_per_tok
+        share = counts[0].sum() / each / self.tokens  # of the step's tokens
+        aux = share * load_balancing_loss(counts, probabilities, each)
+        self.counts = self.counts + counts
+        self.sums += torch.stack([aux.detach(), entropy.sum()])
         return self.config.router_aux_loss_coef * aux
 
     def metrics(self) -> dict[str, Tensor]:
-        """`train/aux_loss` before its coefficient; `router/max_load`: tokens of the busiest expert of any layer, of a layer's mean;
+        """`train/aux_loss` before its coefficient; `router/max_load`: tokens of the busiest expert of any layer, over the mean of its layer;
         `router/entropy`: of the probabilities of a token, in nats, mean over tokens and layers. Collective."""
-        if self.config is None or not self.counts.ndim:
+        if self.config is None:
             return {}
-        sums = torch.stack([self.aux, self.entropy.sum()])
-        dist.all_reduce(sums)
-        tokens = self.counts.sum() / self.config.num_experts_per_tok
+        dist.all_reduce(self.sums)
+        aux, entropy = self.sums
         load = self.counts / self.counts.mean(1, keepdim=True)
-        return {"train/aux_loss": sums[0], "router/max_load": load.max(), "router/entropy": sums[1] / tokens}
+        return {"train/aux_loss": aux, "router/max_load": load.max(), "router/entropy": entropy / (self.tokens * len(self.counts))}

@@ -45,7 +45,7 @@ def batch(numbers):
 GROUPINGS = {  # for each rank its micro-batches, each a list of documents; then the documents whose tokens are in one pool; share recomputed
     "1 rank": ([[[0, 1, 2, 3]]], [[0, 1, 2, 3]], 0.0),
     "another order, recomputed": ([[[3, 1, 0, 2]]], [[0, 1, 2, 3]], 1.0),
-    "2 micro-batches": ([[[0, 1], [2, 3]]], [[0, 1], [2, 3]], 0.0),
+    "2 micro-batches": ([[[0, 1, 2], [3]]], [[0, 1, 2], [3]], 0.0),
     "2 ranks": ([[[0, 1]], [[2, 3]]], [[0, 1, 2, 3]], 0.0),
     "2 ranks, recomputed": ([[[1]], [[3, 0, 2]]], [[0, 1, 2, 3]], 1.0),
     "a rank without a pack": ([[[0, 1, 2, 3]], [[]]], [[0, 1, 2, 3]], 0.0),
@@ -92,7 +92,7 @@ class Recorder:
 
 
 def reference(checkpoint, pools):
-    """The same in transformers: each pool of documents one padded batch; the mean of the pools' load-balancing losses."""
+    """The same in transformers: each pool of documents one padded batch; the mean over tokens of the pools' load-balancing losses."""
     model = theirs(checkpoint)
     loss, aux, loads, entropies = torch.zeros(()), torch.zeros(()), 0, []
     for pool in pools:
@@ -102,7 +102,7 @@ def reference(checkpoint, pools):
         labels = torch.nn.utils.rnn.pad_sequence([one[1:] for one in documents], batch_first=True, padding_value=IGNORE)
         out = model(ids, attention_mask=mask, output_router_logits=True)
         loss = loss + F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / SUPERVISED
-        aux = aux + out.aux_loss / len(pools)
+        aux = aux + out.aux_loss * mask.sum() / sum(LENGTHS)
         probabilities = torch.stack([logits.reshape(*mask.shape, -1)[mask.bool()].softmax(-1) for logits in out.router_logits])
         chosen = probabilities.topk(model.config.num_experts_per_tok, -1).indices
         loads = loads + F.one_hot(chosen, probabilities.shape[-1]).sum((1, 2)).float()

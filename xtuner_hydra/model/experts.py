@@ -7,8 +7,8 @@ over the experts that have rows. A layer's experts are two tensors, as in transf
 The load-balancing loss is that of transformers (Switch Transformer, Fedus et al. 2021, equations 4 to 6, with the tokens of all layers in
 one pool): E * sum over experts of (tokens sent there, a token) * (mean probability of being sent there). It is no sum over tokens, so it
 depends on which tokens are pooled: here those that all ranks work on at the same time, one micro-batch each. That makes it the same for any
-number of ranks and any packing of these tokens; a step of several micro-batches takes the mean of theirs, as the counts of a later one are
-not known when an earlier one's gradient is computed."""
+number of ranks and any packing of these tokens; a step of several micro-batches takes the mean of theirs, weighted by their tokens, as the
+counts of a later one are not known when an earlier one's gradient is computed. transformers pools one micro-batch of one rank."""
 
 from __future__ import annotations
 

@@ -44,6 +44,37 @@ def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(checkpo
         assert (parameter.grad - gradients[name]).norm() < 1e-3 * gradients[name].norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama 3.2", "mistral", "qwen2 window"])
+def test_packed_documents_do_not_see_each_other(checkpoint, case, dtype):
+    model = ours(checkpoint(case)).to(dtype)
+    first, other, second, third = document(33, 1), document(33, 2), document(50, 3), document(9, 4)
+    before, after = model(*pack([first, second, third])), model(*pack([other, second, third]))
+    assert not torch.equal(before[:33], after[:33])
+    assert torch.equal(before[33:], after[33:])  # not one bit may leak
+
+
+def test_documents_share_experts_but_do_not_see_each_other(checkpoint):
+    """An expert's product takes all its rows at once, so the last bit may move; nothing else may."""
+    model = ours(checkpoint("qwen3_moe"))
+    first, other, second = document(33, 1), document(33, 2), document(50, 3)
+    before, after = model(*pack([first, second])), model(*pack([other, second]))
+    torch.testing.assert_close(before[33:], after[33:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3_moe"])
+def test_bf16_is_near_fp32(checkpoint, case):
+    documents, targets = [document(40, 1), document(60, 2)], document(100, 3)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = ours(checkpoint(case)).to(dtype)
+        losses.append(model(*pack(documents), rows=torch.arange(100), targets=targets))
+        losses[-1].backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0)
+
+
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
 FAULTS = {  # the case, and what is wrong in our config
     "theta": ("llama 3", {"rope_theta": 4.9e5}),
