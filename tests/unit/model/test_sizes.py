@@ -1,5 +1,6 @@
 """The model groups are the published models: as many parameters, and config.json's values."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner_hydra.app import App
-from xtuner_hydra.model.families import hf_config
+from xtuner_hydra.model.families import hf_config, read_hf_config
 from xtuner_hydra.model.transformer import CausalLM
 
 CONF = Path(__file__).parents[3] / "conf" / "model"
@@ -31,6 +32,7 @@ PUBLISHED = {
     "smollm2_1p7b": 1_711_376_384,
     "mistral_7b": 7_248_023_552,
 }
+CONFIGS = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hf")
 
 
@@ -75,3 +77,12 @@ def test_transformers_builds_the_same_shapes_from_our_config(option):
     assert {name: parameter.shape for name, parameter in ours.named_parameters()} == {
         name: parameter.shape for name, parameter in theirs.named_parameters()
     }
+
+
+@pytest.mark.parametrize("option", CONFIGS)
+def test_an_option_has_the_values_of_the_published_config(option, tmp_path):
+    """published_configs.json holds what the models' own config.json say of the numbers, in the spelling of their time."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[option]))
+    model = compose(option)
+    for name, value in read_hf_config(tmp_path).items():
+        assert getattr(model, name) == value, name
