@@ -6,7 +6,7 @@ anything is filled."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -33,6 +33,7 @@ _SINGLE = "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
 _ROWS = 4096  # of embedding and head compared at a time
+_FEW = 5  # names of a kind in an error
 
 Region = list[tuple[int, int]]
 """(start, stop) in every dimension of a parameter."""
@@ -65,9 +66,13 @@ class _Faults:
     misshapen: list[str] = field(default_factory=list)
     unfilled: set[str] = field(default_factory=set)
 
-    def __str__(self) -> str:
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def text(self, most: int) -> str:
+        """The first `most` of each kind."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.misshapen}
-        return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
+        return "; ".join(f"{kind}: {_some(names, most)}" for kind, names in kinds.items() if names)
 
 
 def check_pretrained(config: ModelConfig) -> None:
@@ -95,8 +100,11 @@ def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) ->
     slots = _slots(model, stored)
     faults = _faults(model, directory, stored, slots)
     _refuse_faults(faults, model, directory)
-    if str(faults):
-        log.warning(f"{directory} does not fit the model config ({faults}); model.strict=false: what it lacks starts from random values")
+    if faults:
+        everything = faults.text(len(stored) + len(slots))
+        log.warning(
+            f"{directory} does not fit the model config ({everything}); model.strict=false: what it lacks starts from random values"
+        )
     initialise(model, seed, only=faults.unfilled)
     parameters = dict(model.named_parameters())
     kept = {name: _local(parameter) for name, parameter in parameters.items()}
@@ -151,12 +159,12 @@ def _faults(model: CausalLM, directory: Path, stored: Mapping[str, _Stored], slo
 
 
 def _refuse_faults(faults: _Faults, model: CausalLM, directory: Path) -> None:
-    if not str(faults) or not model.config.strict:
+    if not faults or not model.config.strict:
         return
     remedy = "model=hf takes every shape from the directory's config.json; model.strict=false starts what is missing from random values"
     if faults.missing == [_HEAD]:
         remedy = "set model.tie_word_embeddings=true if the embedding is meant to be the head too"
-    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults}); {remedy}")
+    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults.text(_FEW)}); {remedy}")
 
 
 def _refuse_untied(directory: Path, stored: Mapping[str, _Stored]) -> None:
@@ -233,7 +241,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 "its weights are pickled (.bin), which are not read; convert them with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
-        raise ConfigError(KEY, directory, f"it lacks {_some(missing)}; is the download complete?")
+        raise ConfigError(KEY, directory, f"it lacks {_some(missing, _FEW)}; is the download complete?")
     return files
 
 
@@ -244,6 +252,5 @@ def _open(file: Path) -> Any:
         raise ConfigError(KEY, file.parent, f"{file.name} cannot be read ({error}); is the download complete?") from None
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
+def _some(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -151,7 +151,7 @@ class Family:
             "rope_scaling": scaling,
             "rope_parameters": {"rope_type": "default"} | (scaling or {}) | {"rope_theta": model.rope_theta},
             "tie_word_embeddings": model.tie_word_embeddings,
-            "attention_bias": model.attention_bias,
+            **({"attention_bias": model.attention_bias} if "attention_bias" in self.open else {}),
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "use_cache": True,
