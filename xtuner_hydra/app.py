@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.hydra import Hydra
@@ -24,12 +25,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from xtuner_hydra.config.names import job_name, run_name
-from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, unknown_key
+from xtuner_hydra.config.schema import Config, SweepConfig
+from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, to_group, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 PACKAGE = Path(__file__).parent
@@ -73,9 +74,13 @@ class App:
     def config_name(self) -> str:
         return self.args.config_name or "config"
 
-    @property
+    @functools.cached_property
     def is_sweep(self) -> bool:
-        return bool(self.args.multirun)
+        """With -m, and where a preset says what to sweep or a sweep is to be resumed."""
+        if self.args.multirun:
+            return True
+        mentioned = any(override.startswith(("sweep=", "sweep.resume=")) for override in self.overrides)
+        return mentioned and bool(self._multirun_config.sweep.params or self._multirun_config.sweep.resume)
 
     def shows_something(self) -> bool:
         """True for --help, --cfg, --info, --hydra-help and --shell-completion, after printing; a config that is shown is checked first."""
@@ -98,21 +103,24 @@ class App:
 
     def compose(self, overrides: list[str]) -> Composition:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
-        parsed = self._check_overrides(overrides)
+        parsed = self.check_overrides(overrides)
         with _readable_errors():
             cfg = self.hydra.compose_config(self.config_name, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
         HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
-    def jobs(self) -> list[list[str]]:
-        """The override lists of a sweep's jobs: Hydra's grid over every value with commas, `choice(...)`, `range(...)`."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-        parsed = self._check_overrides(self.overrides)
+    def compose_job(self, overrides: list[str], swept: list[str], number: int, sweep_dir: Path) -> Composition:
+        """Compose and check a sweep's job: its `overrides`, of which `swept` set it apart, and a directory named by hydra.sweep.subdir."""
+        parsed = self.check_overrides([*overrides, *swept])
         with _readable_errors():
-            task = [override for override in parsed if not override.key_or_group.startswith("hydra.")]
-            (jobs,) = BasicSweeper.split_arguments(task, None)
-        return jobs
+            texts = [*overrides, *swept, *self.hydra_overrides()]
+            cfg = self.hydra.compose_config(self.config_name, texts, run_mode=RunMode.RUN, with_log_configuration=False)
+            with read_write(cfg), open_dict(cfg):
+                cfg.hydra.job.num = number
+                cfg.hydra.overrides.task = swept
+            HydraConfig.instance().set_config(cfg)
+            directory = sweep_dir / str(cfg.hydra.sweep.subdir)
+        return self._typed(cfg, [override.input_line or "" for override in parsed], directory)
 
     def hydra_overrides(self) -> list[str]:
         """The overrides that speak to Hydra (`hydra.sweep.dir=...`), not to the job."""
@@ -121,21 +129,35 @@ class App:
     def sweep_dir(self) -> Path:
         """The sweep's directory."""
         with _readable_errors():
-            cfg = self.hydra.compose_config(self.config_name, list(self.overrides), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
-            HydraConfig.instance().set_config(cfg)
-            return Path(str(cfg.hydra.sweep.dir)).resolve()
+            return Path(str(self._multirun_config.hydra.sweep.dir)).resolve()
 
-    def multirun(self, task: Callable[[Composition], object], sweep_dir: Path) -> None:
-        """Hand the sweep to Hydra's sweeper and launcher, which call `task` for each job with that job's composition."""
+    def sweep_config(self) -> SweepConfig:
+        """The `sweep` group, checked; what is swept itself has no say in it."""
+        return to_group("sweep", SweepConfig, self._multirun_config.sweep)
 
-        def run(cfg: DictConfig) -> object:
-            hydra_cfg = HydraConfig.get()
-            overrides = [str(override) for override in hydra_cfg.overrides.task]
-            return task(self._typed(cfg, overrides, run_dir=Path(hydra_cfg.runtime.output_dir)))
-
-        overrides = [*self.overrides, f"hydra.sweep.dir='{sweep_dir}'", "hydra.mode=MULTIRUN"]
+    def launcher(self) -> tuple[str, dict[str, Any]]:
+        """(the option of hydra/launcher, its values)."""
+        hydra = self._multirun_config.hydra
         with _readable_errors():
-            self.hydra.multirun(self.config_name, run, overrides, with_log_configuration=False)
+            options = OmegaConf.to_container(hydra.launcher, resolve=True)
+        assert isinstance(options, dict)
+        return str(hydra.runtime.choices["hydra/launcher"]), {str(key): value for key, value in options.items()}
+
+    @functools.cached_property
+    def defaults(self) -> Config:
+        """The config of a command line without overrides."""
+        with _readable_errors():
+            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        return self._typed(cfg, []).config
+
+    @functools.cached_property
+    def _multirun_config(self) -> DictConfig:
+        with _readable_errors():
+            self.check_overrides(self.overrides)
+            cfg = self.hydra.compose_config(self.config_name, list(self.overrides), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
 
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
         """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""
@@ -149,7 +171,7 @@ class App:
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
         return Composition(config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices)
 
-    def _check_overrides(self, overrides: list[str]) -> list[Override]:
+    def check_overrides(self, overrides: list[str]) -> list[Override]:
         """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
         try:
             parsed = OverridesParser.create(config_loader=self.hydra.config_loader).parse_overrides(overrides)
@@ -164,7 +186,7 @@ class App:
             key = override.key_or_group
             if override.is_delete():
                 raise RefusedError(f"{override.input_line}: nothing can be removed; set another value, or null where it is allowed")
-            if override.is_sweep_override() and not self.is_sweep:
+            if override.is_sweep_override() and not self.args.multirun:
                 raise RefusedError(f"{override.input_line}: several values; add -m to train each of them, or write {key}=[...] for a list")
             if key.startswith(("hydra.", "hydra/")) or (key in groups and "." not in key):
                 if key in groups and not extra_searchpath:

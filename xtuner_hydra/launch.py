@@ -1,26 +1,18 @@
 """From a composed config to workers: everything that can refuse, then the run directory, then the ranks.
 
-`prepare` creates nothing but the token cache. `run` trains one composition:
-    one rank                 inside this process
-    nproc_per_node ranks     worker processes under torch's elastic launcher
-    under torchrun           rank 0 prepares and publishes the run directory through the rendezvous store; every rank trains in its own process"""
+`prepare` creates nothing but the token cache; `create` makes the run directory; ranks.py trains what stands there. Under torchrun rank 0
+prepares and publishes the run directory through the rendezvous store, and every rank trains in its own process."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.app import Composition
@@ -31,13 +23,13 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
+from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.model.families import check_pretrained
 from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
+from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
 
-log = logging.getLogger("xtuner_hydra")
 _WAIT = timedelta(days=1)  # for rank 0 to tokenise a large data set; torchrun ends the wait if rank 0 dies
 
 
@@ -89,8 +81,8 @@ def resolve(config: Config, ranks: int) -> None:
         config.model.pretrained = str(Path(config.model.pretrained).resolve())
 
 
-def run(composition: Composition, *, isolated: bool = False) -> int:
-    """Prepare and train; returns the exit code. `isolated`: in a process of its own even for one rank."""
+def run(composition: Composition) -> int:
+    """Prepare and train; returns the exit code."""
     prepared = prepare(composition)
     directory = composition.run_dir
     if prepared.is_done:
@@ -98,68 +90,18 @@ def run(composition: Composition, *, isolated: bool = False) -> int:
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    run_dirs.create(directory, prepared.config, composition.overrides, environment(sys.argv))
-    prepared.data.save(directory)
+    create(prepared)
     if started_by_torchrun():
         publish({"run_dir": str(directory)})
-    if started_by_torchrun() or (prepared.ranks == 1 and not isolated):
-        from xtuner_hydra.worker import train
-
-        return train(directory)
-    return start_workers(directory, prepared.ranks)
+        return train_here(directory)
+    return start_ranks(directory, prepared.ranks)
 
 
-def start_workers(directory: Path, ranks: int) -> int:
-    """Run `ranks` workers to their end; the exit code, with the first failing rank's error on screen and in status.json."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-    )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says again, at length, what `_explain` says
-    for stale in (directory / "logs").glob("*.error.json"):
-        stale.unlink()
-    try:
-        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory))
-    except ChildFailedError as error:
-        return _explain(directory, error)
-    except (SignalException, KeyboardInterrupt):
-        if run_dirs.read_status(directory).get("state") == "running":
-            run_dirs.write_status(directory, "interrupted", exit_code=EXIT_INTERRUPTED, error="interrupted (Ctrl-C or SIGTERM)")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
-
-
-def _explain(directory: Path, error: ChildFailedError) -> int:
-    """The first cause among the ranks that failed: one that was killed, else the one that failed first."""
-    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if EXIT_INTERRUPTED in codes.values():
-        return EXIT_INTERRUPTED
-    causes = [json.loads(path.read_text(encoding="utf-8")) for path in (directory / "logs").glob("*.error.json")]
-    # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace; only a rank that never wrote its error was struck itself
-    told = {cause["rank"] for cause in causes}
-    struck = {rank: code for rank, code in codes.items() if code < 0 and code != -15 and rank not in told}
-    if struck:
-        rank, code = min(struck.items())
-        text, details = f"rank {rank} was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}", ""
-    elif causes:
-        first = min(causes, key=lambda cause: cause["time"])
-        rank, text, details = first["rank"], first["error"], first["traceback"]
-    else:
-        rank, code = min(codes.items())
-        text, details = f"exited with code {code}", ""
-    text = text if struck else f"rank {rank}: {text}"
-    print(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})", file=sys.stderr)
-    code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
-    before = run_dirs.read_status(directory)
-    kept = {key: before[key] for key in ("step", "total_steps", "metrics") if key in before}
-    run_dirs.write_status(directory, "failed", exit_code=code, error=text, **kept)
-    return code
+def create(prepared: Prepared) -> None:
+    """Make the run directory with all that workers read."""
+    directory, composition = prepared.composition.run_dir, prepared.composition
+    run_dirs.create(directory, prepared.config, composition.overrides, environment(sys.argv), total_steps=prepared.data.plan.total_steps)
+    prepared.data.save(directory)
 
 
 def publish(message: dict[str, object]) -> None:
@@ -174,9 +116,7 @@ def follow() -> int:
     message = json.loads(store.get(_key()))
     if "run_dir" not in message:
         return int(message["exit_code"])
-    from xtuner_hydra.worker import train
-
-    return train(Path(message["run_dir"]))
+    return train_here(Path(message["run_dir"]))
 
 
 def _store() -> dist.Store:

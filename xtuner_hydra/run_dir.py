@@ -41,7 +41,7 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
         raise RefusedError(f"{key}={directory}: {existing} cannot be written. Choose another directory with {key}=DIR")
 
 
-def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any]) -> None:
+def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, total_steps: int | None = None) -> None:
     """Make the run directory and write what is known before training. A resumed run's files are replaced."""
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
             directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
         )
         write_json(directory / "environment.json", environment)
-        write_status(directory, "running", step=0)
+        write_status(directory, "running", step=0, total_steps=total_steps)
     except OSError as error:
         raise RefusedError(
             f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"

@@ -1,6 +1,6 @@
 """One rank of a run: reads the run directory, builds everything, trains, and says how it ended.
 
-    python -m xtuner_hydra.worker RUN_DIR          (started by launch.py with a rank in the environment)
+    python -m xtuner_hydra.worker RUN_DIR          (started by ranks.py with a rank in the environment)
 
 A worker never sees Hydra. `train` is the same for a rank of its own process and for a single run inside the Hydra process."""
 
@@ -45,7 +45,7 @@ log = logging.getLogger("xtuner_hydra")
 
 def main() -> int:
     """Entry of a worker process."""
-    _die_with_parent()
+    die_with_parent()
     return train(Path(sys.argv[1]), traceback_on_screen=False)
 
 
@@ -57,8 +57,8 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True) -> int:
     final: dict[str, Any] = {}
     code = EXIT_FAILED
     try:
-        config = read_config(run_dir)
         _interrupt_on_sigterm()
+        config = read_config(run_dir)
         with runtime(config) as place:
             trainer = build(config, run_dir, place)
             with_trackers(trainer)
@@ -112,6 +112,7 @@ def with_trackers(trainer: Trainer) -> None:
     step = trainer.resume_if_possible()
     if trainer.runtime.rank == 0:
         config = trainer.config
+        write_status(trainer.run_dir, "running", step=step or 0, total_steps=trainer.total_steps)  # by the process that trains
         trainer.trackers = build_trackers(
             config.tracking,
             trainer.run_dir,
@@ -184,7 +185,7 @@ def _ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux: have this worker terminated when the launcher dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

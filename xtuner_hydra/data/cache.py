@@ -28,7 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +443,13 @@ def _cores() -> int:
 
 
 def _hash_file(file: Path) -> str:
+    """SHA-256 of a file's content. A sweep prepares many jobs on the same files, so one that has not changed is read once a process."""
+    stat = file.stat()
+    return _hash_content(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hash_content(file: Path, size: int, mtime_ns: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -54,6 +54,11 @@ def device_type(device: str) -> str:
     return device
 
 
+def gpu_count(device: str) -> int:
+    """GPUs that trainer.device allows here: 0 on a CPU."""
+    return torch.cuda.device_count() if device_type(device) == "cuda" else 0
+
+
 def param_dtype(name: str, device: str) -> str:
     """`bfloat16` or `float32` for parallelism.param_dtype; `auto` is bfloat16 where the device has instructions to multiply it."""
     if name != "auto":

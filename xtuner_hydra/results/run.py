@@ -14,7 +14,7 @@ import numpy as np
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import to_dict
+from xtuner_hydra.config.strict import flatten, to_dict
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row
@@ -99,17 +99,6 @@ def find_runs(directories: Iterable[Path]) -> Iterator[Path]:
                 if (path := Path(root).resolve()) not in seen:
                     seen.add(path)
                     yield path
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}; lists and empty dicts are values."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _columns(rows: list[Row]) -> dict[str, np.ndarray]:

@@ -59,6 +59,7 @@ class SweepPlan:
     time: float = 0.0
     process: dict[str, Any] = field(default_factory=dict)
     config_dir: str | None = None
+    config_name: str | None = None
 
     def save(self, directory: Path) -> None:
         """Write sweep.json."""

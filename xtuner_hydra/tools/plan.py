@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
 def describe(prepared: Prepared) -> list[str]:
     """The plan as lines of text."""
     config, data = prepared.config, prepared.data
-    parameters, weights = _count(config)
+    parameters = count_parameters(config)
+    weights = 4 * parameters
     return [
         *data.summary(),
         "",
@@ -42,16 +43,15 @@ def describe(prepared: Prepared) -> list[str]:
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
         _line("memory", f"{_gb(weights * 4 / prepared.ranks)} GB a rank for weights, gradients and two moments, activations apart"),
-        _line("disk", _disk(config, weights, data.plan.total_steps)),
+        _line("disk", _disk(config, parameters, data.plan.total_steps)),
     ]
 
 
-def _count(config: Config) -> tuple[int, int]:
-    """(parameters, bytes of the fp32 weights)."""
+def count_parameters(config: Config) -> int:
+    """Parameters of the model."""
     with torch.device("meta"):
         model = CausalLM(config.model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, 4 * parameters
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _schedule(config: Config, total: int) -> str:
@@ -63,12 +63,22 @@ def _schedule(config: Config, total: int) -> str:
     )
 
 
-def _disk(config: Config, weights: int, total: int) -> str:
+def disk_bytes(config: Config, parameters: int, total: int) -> int:
+    """Bytes of the checkpoints (fp32 weights and two moments) and exports (fp32) that a run of `total` steps leaves."""
+    checkpoint = config.checkpoint
+    return (
+        4 * parameters * (3 * _kept(checkpoint.interval, checkpoint.keep, total) + _kept(checkpoint.hf_interval, checkpoint.hf_keep, total))
+    )
+
+
+def _disk(config: Config, parameters: int, total: int) -> str:
     checkpoints = _kept(config.checkpoint.interval, config.checkpoint.keep, total)
     exports = _kept(config.checkpoint.hf_interval, config.checkpoint.hf_keep, total)
     # one more of each stands while the next is written, before the oldest goes
-    size = 3 * weights * checkpoints + weights * exports
-    return f"about {_gb(size)} GB at the end ({checkpoints} checkpoints of {_gb(3 * weights)} GB, {exports} exports of {_gb(weights)} GB)"
+    return (
+        f"about {_gb(disk_bytes(config, parameters, total))} GB at the end "
+        f"({checkpoints} checkpoints of {_gb(12 * parameters)} GB, {exports} exports of {_gb(4 * parameters)} GB)"
+    )
 
 
 def _kept(interval: int | None, keep: int, total: int) -> int:
