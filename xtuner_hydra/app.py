@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from xtuner_hydra.config.names import job_name, run_name
 from xtuner_hydra.config.schema import Config, SweepConfig
-from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, to_group, unknown_key
+from xtuner_hydra.config.strict import did_you_mean, flatten, known_keys, to_config, to_group, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 PACKAGE = Path(__file__).parent
@@ -79,8 +80,10 @@ class App:
         """With -m, and where a preset says what to sweep or a sweep is to be resumed."""
         if self.args.multirun:
             return True
-        mentioned = any(override.startswith(("sweep=", "sweep.resume=")) for override in self.overrides)
-        return mentioned and bool(self._multirun_config.sweep.params or self._multirun_config.sweep.resume)
+        if any(override.startswith(("sweep=", "sweep.resume=")) for override in self.overrides):
+            sweep = self._multirun_config.sweep
+            self.args.multirun = bool(sweep.params or sweep.resume)
+        return bool(self.args.multirun)
 
     def shows_something(self) -> bool:
         """True for --help, --cfg, --info, --hydra-help and --shell-completion, after printing; a config that is shown is checked first."""
@@ -135,6 +138,14 @@ class App:
         """The `sweep` group, checked; what is swept itself has no say in it."""
         return to_group("sweep", SweepConfig, self._multirun_config.sweep)
 
+    def sweep_preset(self) -> dict[str, str]:
+        """What the chosen option of `sweep` sets outside its own group, by full key, as an override would say it."""
+        file = self._file("sweep", str(self._multirun_config.hydra.runtime.choices["sweep"]))
+        values = OmegaConf.to_container(file) if file is not None and "sweep" in file else {}
+        assert isinstance(values, dict)
+        others = flatten({str(key): value for key, value in values.items() if key != "sweep"})
+        return {key: json.dumps(value) for key, value in others.items()}
+
     def launcher(self) -> tuple[str, dict[str, Any]]:
         """(the option of hydra/launcher, its values)."""
         hydra = self._multirun_config.hydra
@@ -142,6 +153,11 @@ class App:
             options = OmegaConf.to_container(hydra.launcher, resolve=True)
         assert isinstance(options, dict)
         return str(hydra.runtime.choices["hydra/launcher"]), {str(key): value for key, value in options.items()}
+
+    @property
+    def launches_elsewhere(self) -> bool:
+        """Whether a sweep's jobs run on other machines."""
+        return self.launcher()[1].get("cluster", "local") != "local"
 
     @functools.cached_property
     def defaults(self) -> Config:
@@ -228,8 +244,13 @@ class App:
         return f"{group}/{choices.get(group)}.yaml"
 
     def _file_has(self, group: str, option: str, key: str) -> bool:
-        file = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
-        return file is not None and OmegaConf.select(file.config, key, throw_on_missing=False) is not None
+        file = self._file(group, option)
+        return file is not None and OmegaConf.select(file, key, throw_on_missing=False) is not None
+
+    def _file(self, group: str, option: str) -> DictConfig | None:
+        """The content of GROUP/OPTION.yaml."""
+        loaded = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
+        return None if loaded is None else loaded.config
 
     @staticmethod
     def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -274,5 +295,10 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip() and not _is_advice(line)]
         raise RefusedError("config: " + " ".join(lines[:2])) from None
+
+
+def _is_advice(line: str) -> bool:
+    """Hydra advises to force an unknown key in with a `+`, which we would refuse."""
+    return line.strip().startswith("To append to your config")

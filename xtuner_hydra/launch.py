@@ -23,7 +23,7 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE
+from xtuner_hydra.errors import EXIT_DONE, ConfigError
 from xtuner_hydra.model.families import check_pretrained
 from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
@@ -54,9 +54,13 @@ class Prepared:
         return done_by_status or (self.checkpoint is not None and step_of(self.checkpoint) >= self.data.plan.total_steps)
 
 
-def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
-    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but the token cache."""
+def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool = False) -> Prepared:
+    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but the token cache.
+
+    elsewhere: the run will be on another machine, whose devices are not known here."""
     config = composition.config
+    if elsewhere and config.parallelism.nproc_per_node is None:
+        raise ConfigError("parallelism.nproc_per_node", None, "must be a number where the job runs on another machine")
     ranks = world_size(config.parallelism, config.trainer.device)
     check(config, ranks)
     run_dirs.refuse_unusable(composition.run_dir, resuming=config.checkpoint.resume == "auto")
@@ -65,6 +69,8 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = state.find(config.checkpoint, composition.run_dir)
     resolve(config, ranks)
+    if not elsewhere:
+        config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, progress=progress)
     if checkpoint is not None:
@@ -74,7 +80,6 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
 
 def resolve(config: Config, ranks: int) -> None:
     """Replace, in place, what was left to the machine by what it is here, so that config.yaml repeats this run elsewhere."""
-    config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     if config.trainer.global_batch_size is None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
     if config.model.pretrained is not None:

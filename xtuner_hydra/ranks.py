@@ -27,6 +27,7 @@ def main() -> int:
 
 def start_ranks(directory: Path, ranks: int) -> int:
     """Train the run of `directory` on `ranks` ranks to its end; returns the exit code."""
+    _resolve_dtype(directory)
     return train_here(directory) if ranks == 1 else _start_workers(directory, ranks)
 
 
@@ -35,6 +36,16 @@ def train_here(directory: Path) -> int:
     from xtuner_hydra.worker import train
 
     return train(directory)
+
+
+def _resolve_dtype(directory: Path) -> None:
+    """`param_dtype=auto` in the config of a job that was prepared on another machine: what it means on this one."""
+    config = run_dirs.read_config(directory)
+    if config.parallelism.param_dtype == "auto":
+        from xtuner_hydra.parallel.runtime import param_dtype
+
+        config.parallelism.param_dtype = param_dtype("auto", config.trainer.device)
+        run_dirs.write_config(directory, config)
 
 
 def _start_workers(directory: Path, ranks: int) -> int:

@@ -45,7 +45,7 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
     """Make the run directory and write what is known before training. A resumed run's files are replaced."""
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
-        write_text(directory / "config.yaml", to_yaml(config))
+        write_config(directory, config)
         write_text(
             directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
         )
@@ -55,6 +55,11 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
         raise RefusedError(
             f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"
         ) from None
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Replace config.yaml."""
+    write_text(directory / "config.yaml", to_yaml(config))
 
 
 def read_config(directory: Path) -> Config:

@@ -12,16 +12,12 @@ from xtuner_hydra import launch
 from xtuner_hydra.app import App, Composition
 from xtuner_hydra.config.schema import Config, SweepConfig
 from xtuner_hydra.config.strict import changed, did_you_mean
+from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.results.sweep import Job
 from xtuner_hydra.sweeps import space
 from xtuner_hydra.sweeps.space import Parameter
-from xtuner_hydra.tools.plan import count_parameters, disk_bytes
 from xtuner_hydra.tracking.base import METRICS
-
-BYTES_A_PARAMETER = 2 * 16
-"""Memory of a job on a CPU: fp32 weights, gradients and two moments, and about as much again for activations and what the allocator keeps."""
-BASE_GB = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def signature(config: Config, default: Config) -> str:
 def _check(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path, earlier: Sequence[JobDraft]) -> JobDraft:
     composition = compose(app, fixed, overrides, number, directory)
     sign = signature(composition.config, app.defaults)
-    prepared = launch.prepare(composition)
+    prepared = launch.prepare(composition, elsewhere=app.launches_elsewhere)
     config, plan = prepared.config, prepared.data.plan
     parameters = count_parameters(config)
     return JobDraft(
@@ -109,7 +105,7 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
         plan.total_steps,
         plan.total_tokens,
         disk_bytes(config, parameters, plan.total_steps),
-        BASE_GB + parameters * BYTES_A_PARAMETER / 2**30,
+        memory_gb(parameters),
         twin=next((one.job.number for one in earlier if one.job.signature == sign), None),
     )
 

@@ -49,10 +49,18 @@ class RunningJob(Protocol):
 
 
 class Launcher(Protocol):
-    """Where jobs run. capacity: how many at once."""
+    """Where jobs run."""
 
     capacity: int
-    grace_seconds: float
+    """Jobs at once."""
+    elsewhere: bool
+    """On other machines, whose devices are not known here."""
+    grace_seconds: int
+    """How long a job that is asked to stop may take to close its files before it is killed."""
+
+    def describe(self) -> str:
+        """The place in a few words."""
+        ...
 
     def start(self, directory: Path) -> RunningJob:
         """Start the job of a prepared run directory."""
@@ -153,7 +161,7 @@ class Driver:
         directory = self.directory / job.name
         job.attempts += 1
         try:
-            prepared = launch.prepare(self.compose(job.number, job.overrides), progress=False)
+            prepared = launch.prepare(self.compose(job.number, job.overrides), progress=False, elsewhere=self.launcher.elsewhere)
             launch.create(prepared)
         except RefusedError as error:  # of a search, or its data or the disk has changed since it was checked
             self._refused(job, directory, str(error))

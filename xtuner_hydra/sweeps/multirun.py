@@ -20,8 +20,10 @@ from xtuner_hydra.sweeps.driver import Driver, Launcher
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Drawn, Listed, Search
 from xtuner_hydra.sweeps.slots import Slots
+from xtuner_hydra.sweeps.submitit import Submitit
 
 SLOTS = "hydra_plugins.xtuner_hydra.SlotsLauncher"
+SUBMITIT = "hydra_plugins.xtuner_hydra.SubmititLauncher"
 # what may differ in a resumed sweep: how jobs are run, not what they are
 _HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "hydra.launcher.")
 
@@ -94,13 +96,14 @@ def _launcher(app: App, draft: Draft) -> Launcher:
     """The launcher that hydra/launcher names, fitted to the jobs. Raises RefusedError for one that is unknown or cannot be had."""
     name, options = app.launcher()
     target = options.pop("_target_", None)
-    if target != SLOTS:
-        raise RefusedError(f"hydra/launcher={name}: sweeps run with slots, submitit_local or submitit_slurm")
-    try:
-        slots = Slots(**options)
-    except TypeError as error:
-        raise RefusedError(f"hydra.launcher: {str(error).partition(') ')[2]}") from None
     ranks = max(job.ranks for job in draft.jobs)
+    if target == SUBMITIT:
+        return Submitit(options, draft.directory, ranks=ranks, jobs=draft.total)
+    if target != SLOTS:
+        raise RefusedError(f"hydra/launcher={name}: jobs of a sweep run in slots, or through submitit_local or submitit_slurm")
+    if unknown := options.keys() - {"slots", "threads", "devices"}:
+        raise RefusedError(f"hydra.launcher.{min(unknown)}: there is no such option; slots has slots, threads, devices")
+    slots = Slots(**options)
     slots.fit(ranks, gpu_count(draft.jobs[0].config.trainer.device), max(job.memory_gb for job in draft.jobs), draft.total)
     return slots
 

@@ -62,7 +62,7 @@ class Drawn:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.total = sweep.trials
         self.distributions = {parameter.key: _distribution(parameter) for parameter in parameters}
-        self.study: optuna.Study = optuna.create_study(
+        self.study = optuna.create_study(
             storage=f"sqlite:///{sweep_dir / DATABASE}", study_name="sweep", load_if_exists=True, direction=sweep.direction
         )
         # jobs and trials are numbered alike
@@ -117,7 +117,7 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.interval is None:
-        return CategoricalDistribution(parameter.values)
+        return CategoricalDistribution(tuple(dict.fromkeys(parameter.values)))
     low, high = parameter.interval
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=parameter.log)

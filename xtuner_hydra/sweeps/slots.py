@@ -9,13 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xtuner_hydra.errors import RefusedError
-
-GRACE_SECONDS = 60
-"""How long a job that is asked to stop may take to close its files before it is killed."""
 
 
 @dataclass
@@ -26,6 +24,9 @@ class Slots:
     threads: int | None = None
     devices: list[int] | None = None
     free: list[int] = field(default_factory=list, init=False)
+    capacity: int = field(default=1, init=False)
+    elsewhere = False
+    grace_seconds = 60
 
     def __post_init__(self) -> None:
         for name in ("slots", "threads"):
@@ -49,7 +50,7 @@ class Slots:
         self.free = list(range(self.capacity))
 
     def describe(self) -> str:
-        """`2 slots of 1 thread`, for the log."""
+        """`2 slots of 1 thread`."""
         share = f"{self.ranks} GPU" if self.on_gpus else f"{self.threads_each * self.ranks} thread"
         plural = "s" * (self.capacity > 1), "s" * (not share.startswith("1 "))
         return f"{self.capacity} slot{plural[0]} of {share}{plural[1]}"
@@ -109,10 +110,8 @@ class LocalJob:
         self._signal_group(signal.SIGKILL)
 
     def _signal_group(self, number: signal.Signals) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def cores() -> int:

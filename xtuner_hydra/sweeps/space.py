@@ -36,13 +36,17 @@ def split(app: App, sweep: SweepConfig) -> tuple[list[str], list[Parameter]]:
     """(the overrides that all jobs share, what is swept) from the command line and sweep.params. Raises RefusedError."""
     typed = [override for override in app.check_overrides(app.overrides) if not _speaks_to_hydra(override)]
     keys = {override.key_or_group for override in typed}
-    preset = [f"{key}={_yaml_text(value)}" for key, value in sweep.params.items() if key not in keys]
-    fixed = [str(override.input_line) for override in typed if not override.is_sweep_override()]
-    swept = [override for override in [*typed, *app.check_overrides(preset)] if override.is_sweep_override()]
-    for text, override in zip(preset, app.check_overrides(preset), strict=True):
+    preset = app.check_overrides([f"{key}={_yaml_text(value)}" for key, value in sweep.params.items() if key not in keys])
+    for override in preset:
         if not override.is_sweep_override():
-            raise RefusedError(f"sweep.params: {text}: one value; a sweep takes several, with commas, or an interval(low, high)")
-    return fixed, [_parameter(override, sweep.search) for override in swept]
+            raise RefusedError(
+                f"sweep.params: {override.input_line}: one value; a sweep takes several, with commas, or an interval(low, high)"
+            )
+    # a job is what it would be alone: the sweep's own keys are not among its overrides, and what else the preset sets is
+    fixed = [str(one.input_line) for one in typed if not one.is_sweep_override() and not one.key_or_group.startswith("sweep")]
+    swept = [one for one in [*typed, *preset] if one.is_sweep_override()]
+    others = [f"{key}={text}" for key, text in app.sweep_preset().items() if key not in keys]
+    return [*others, *fixed], [_parameter(override, sweep.search) for override in swept]
 
 
 def jobs(parameters: Sequence[Parameter], search: str) -> list[list[str]]:
@@ -77,7 +81,7 @@ def _parameter(override: Override, search: str) -> Parameter:
         return Parameter(key, interval=(value.start, value.end), log=log)
     if isinstance(value, RangeSweep) and not value.step:
         raise RefusedError(f"{override.input_line}: the step of a range cannot be 0")
-    values = tuple(dict.fromkeys(override.sweep_string_iterator()))
+    values = tuple(override.sweep_string_iterator())
     if not values:
         raise RefusedError(f"{override.input_line}: holds no value")
     return Parameter(key, values)
