@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -153,6 +153,17 @@ class App:
             options = OmegaConf.to_container(hydra.launcher, resolve=True)
         assert isinstance(options, dict)
         return str(hydra.runtime.choices["hydra/launcher"]), {str(key): value for key, value in options.items()}
+
+    @property
+    def sweeper(self) -> str:
+        """The option of hydra/sweeper: `basic`, or a plug-in's."""
+        return str(self._multirun_config.hydra.runtime.choices["hydra/sweeper"])
+
+    def multirun(self, task: Callable[..., object]) -> None:
+        """Let Hydra's sweeper plug-in choose jobs, which its launcher hands to `task`."""
+        overrides = [*self.overrides, "hydra.mode=MULTIRUN"]
+        with _readable_errors():
+            self.hydra.multirun(self.config_name, task, overrides, with_log_configuration=False)
 
     @property
     def launches_elsewhere(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xtuner_hydra import launch
@@ -50,6 +50,11 @@ class Draft:
         return self.sweep.search in ("grid", "zip")
 
     @property
+    def swept(self) -> list[str]:
+        """The keys that vary."""
+        return list(dict.fromkeys(text.partition("=")[0] for draft in self.jobs for text in draft.job.overrides))
+
+    @property
     def listed(self) -> list[Job]:
         """The jobs to run: each signature once."""
         return [draft.job for draft in self.jobs if draft.twin is None] if self.is_list else []
@@ -66,13 +71,18 @@ def draft(app: App, directory: Path) -> Draft:
     if not parameters:
         raise RefusedError("-m: nothing to sweep; give a key several values (optimizer.lr=1e-5,6e-5), or choose a preset (sweep=seeds)")
     swept = space.jobs(parameters, sweep.search) if sweep.search in ("grid", "zip") else space.corners(parameters)
+    return replace(draft_list(app, sweep, fixed, swept, directory), parameters=parameters)
+
+
+def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[list[str]], directory: Path, *, first: int = 0) -> Draft:
+    """Check jobs that are numbered from `first`, by their swept overrides."""
     jobs: list[JobDraft] = []
     for number, overrides in enumerate(swept):
         try:
-            jobs.append(_check(app, fixed, overrides, number, directory, jobs))
+            jobs.append(_check(app, fixed, overrides, first + number, directory, jobs))
         except RefusedError as error:
             raise RefusedError(f"job {number + 1} of {len(swept)} ({' '.join(overrides)}): {error}") from None
-    return Draft(directory, fixed, parameters, sweep, _metric(sweep, jobs), jobs)
+    return Draft(directory, fixed, [], sweep, _metric(sweep, jobs), jobs)
 
 
 def compose(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path) -> Composition:

@@ -10,11 +10,12 @@ from pathlib import Path
 from xtuner_hydra import run_dir
 from xtuner_hydra.app import App, Composition
 from xtuner_hydra.config.names import job_name
-from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.config.schema import SweepConfig
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
-from xtuner_hydra.results.sweep import FILE_NAME, Job, SweepPlan
+from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
 from xtuner_hydra.sweeps import draft as drafts
-from xtuner_hydra.sweeps import table
+from xtuner_hydra.sweeps import space, table
 from xtuner_hydra.sweeps.draft import Draft
 from xtuner_hydra.sweeps.driver import Driver, Launcher
 from xtuner_hydra.sweeps.screen import Screen
@@ -32,12 +33,14 @@ def sweep(app: App) -> int:
     """Run the sweep of `app`'s command line; returns the exit code."""
     if started_by_torchrun():
         raise RefusedError("-m: a sweep starts workers of its own; run it without torchrun, with parallelism.nproc_per_node=N")
-    resume = app.sweep_config().resume
-    if resume is None:
+    options = app.sweep_config()
+    if app.sweeper != "basic":
+        return _under_plugin(app, options)
+    if options.resume is None:
         directory = app.sweep_dir()
         _refuse_taken(directory)
         return _run(app, drafts.draft(app, directory), None)
-    directory = Path(resume).resolve()
+    directory = Path(options.resume).resolve()
     plan = SweepPlan.load(directory)
     _refuse_running(directory, plan)
     with App(_recorded_arguments(app, plan)) as recorded:
@@ -46,17 +49,56 @@ def sweep(app: App) -> int:
 
 def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     """The drafted sweep, from its beginning or from where `plan` left it."""
-    directory = draft.directory
     launcher = _launcher(app, draft)
-    _make(directory)
-    search = _search(draft, directory)
+    _make(draft.directory)
+    search = _search(draft, draft.directory)
     plan = _new_plan(app, draft) if plan is None else plan
     if draft.is_list:
         plan.jobs = _matched(draft.listed, plan.jobs)
-    print(f"sweep of {plan.total} jobs, {launcher.describe()}: {directory}", *_notes(draft, plan), sep="\n", flush=True)
+    print(f"sweep of {plan.total} jobs, {launcher.describe()}: {draft.directory}", *_notes(draft, plan), sep="\n", flush=True)
+    code = _driver(app, draft, plan, search, launcher).run()
+    _show(draft.directory)
+    return code
 
+
+def _under_plugin(app: App, options: SweepConfig) -> int:
+    """A sweep whose jobs a sweeper plug-in of Hydra chooses, batch by batch."""
+    from xtuner_hydra.sweeps import plugin
+
+    directory = app.sweep_dir()
+    if options.resume is not None or options.search != "grid" or options.params:
+        raise RefusedError(
+            f"hydra/sweeper={app.sweeper}: sweep.resume, sweep.search and sweep.params are for our own searches, not for a plug-in"
+        )
+    _refuse_taken(directory)
+    plugin.register()
+    fixed, codes = space.fixed_overrides(app), [EXIT_DONE]
+    plan: SweepPlan | None = None
+
+    def batch(job_overrides: Sequence[Sequence[str]], first: int) -> list[JobResult]:
+        nonlocal plan
+        swept = [[text for text in job if text not in app.overrides] for job in job_overrides]
+        draft = drafts.draft_list(app, options, fixed, swept, directory, first=first)
+        _make(directory)
+        plan = plan or _new_plan(app, draft)
+        plan.jobs += [one.job for one in draft.jobs]
+        plan.total = len(plan.jobs)
+        codes.append(_driver(app, draft, plan, Listed(), _launcher(app, draft)).run())
+        if codes[-1] == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        return read_sweep(directory).jobs[first:]
+
+    try:
+        app.multirun(batch)
+    except KeyboardInterrupt:
+        codes.append(EXIT_INTERRUPTED)
+    _show(directory)
+    return max(codes)
+
+
+def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: Launcher) -> Driver:
     def compose(number: int, overrides: list[str]) -> Composition:
-        return drafts.compose(app, draft.fixed, overrides, number, directory)
+        return drafts.compose(app, draft.fixed, overrides, number, draft.directory)
 
     def describe(number: int, overrides: list[str]) -> Job:
         """A job that a search has drawn. One that cannot be is refused when it is started."""
@@ -66,10 +108,12 @@ def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
             return Job(number, job_name(number, overrides), overrides, "")
         return Job(number, composition.run_dir.name, overrides, drafts.signature(composition.config, app.defaults))
 
-    code = Driver(directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), table.write).run()
+    return Driver(draft.directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), table.write)
+
+
+def _show(directory: Path) -> None:
     print(table.text(table.read(directory)), flush=True)
     print(f"sweep: {directory / 'sweep.md'}", flush=True)
-    return code
 
 
 def _new_plan(app: App, draft: Draft) -> SweepPlan:
@@ -79,7 +123,7 @@ def _new_plan(app: App, draft: Draft) -> SweepPlan:
         metric=draft.metric,
         direction=draft.sweep.direction,
         keep=draft.sweep.keep,
-        swept=[parameter.key for parameter in draft.parameters],
+        swept=draft.swept,
         total=draft.total,
         config_dir=app.args.config_dir and str(Path(app.args.config_dir).resolve()),
         config_name=app.args.config_name,

@@ -86,7 +86,7 @@ class Drawn:
             assert trial.number == number, "jobs and trials are numbered alike"
             self.trials[number] = trial
         params = self.trials[number].params
-        return [f"{key}={params[key]}" for key in self.distributions]
+        return [f"{key}={_text(params[key])}" for key in self.distributions]
 
     def is_hopeless(self, number: int, tokens: int, value: float) -> bool:
         trial = self.trials[number]
@@ -122,3 +122,8 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=parameter.log)
     return FloatDistribution(low, high, log=parameter.log)
+
+
+def _text(value: object) -> str:
+    """A drawn value as an override says it. Four digits of a float decide nothing less, and can be read."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -42,11 +42,16 @@ def split(app: App, sweep: SweepConfig) -> tuple[list[str], list[Parameter]]:
             raise RefusedError(
                 f"sweep.params: {override.input_line}: one value; a sweep takes several, with commas, or an interval(low, high)"
             )
-    # a job is what it would be alone: the sweep's own keys are not among its overrides, and what else the preset sets is
-    fixed = [str(one.input_line) for one in typed if not one.is_sweep_override() and not one.key_or_group.startswith("sweep")]
     swept = [one for one in [*typed, *preset] if one.is_sweep_override()]
-    others = [f"{key}={text}" for key, text in app.sweep_preset().items() if key not in keys]
-    return [*others, *fixed], [_parameter(override, sweep.search) for override in swept]
+    return fixed_overrides(app), [_parameter(override, sweep.search) for override in swept]
+
+
+def fixed_overrides(app: App) -> list[str]:
+    """The overrides that all jobs share. A job is what it would be alone: the sweep's own keys are left out, what else its preset sets is in."""
+    typed = [override for override in app.check_overrides(app.overrides) if not _speaks_to_hydra(override)]
+    keys = {override.key_or_group for override in typed}
+    fixed = [str(one.input_line) for one in typed if not one.is_sweep_override() and not one.key_or_group.startswith("sweep")]
+    return [*(f"{key}={text}" for key, text in app.sweep_preset().items() if key not in keys), *fixed]
 
 
 def jobs(parameters: Sequence[Parameter], search: str) -> list[list[str]]:

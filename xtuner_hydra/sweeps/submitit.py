@@ -31,8 +31,10 @@ class Submitit:
         self.elsewhere = self.cluster != "local"
         self.capacity = min(jobs, options.pop("jobs") or jobs)
         requeue = options.pop("requeue")
-        shared = {key: options.pop(key) for key in ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb") if key in options}
-        own = {f"{self.cluster}_{key}": value for key, value in options.items()}
+        shared: dict[str, Any] = {
+            key: options.pop(key) for key in ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb") if key in options
+        }
+        own: dict[str, Any] = {f"{self.cluster}_{key}": value for key, value in options.items()}
         parameters = {key: value for key, value in {**shared, **own}.items() if value not in (None, [], {})}
         try:
             self.executor = submitit.AutoExecutor(
@@ -86,7 +88,7 @@ class RunRanks:
     """CPU threads of a rank; None leaves it to the node."""
 
     def __call__(self) -> int:
-        environment = {**os.environ, **({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})}
+        environment = os.environ | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
         with (self.directory / "logs" / "console.log").open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "xtuner_hydra.ranks", str(self.directory), str(self.ranks)],
