@@ -206,7 +206,7 @@ class App:
             raise RefusedError(
                 str(error).strip().splitlines()[0] + "  Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
             ) from None
-        groups, keys = self.hydra.list_all_config_groups(), known_keys()
+        groups, keys = self._groups, known_keys()
         # options behind `hydra.searchpath=` are seen by Hydra's own composition only, which refuses unknown ones too
         extra_searchpath = any(override.key_or_group == "hydra.searchpath" for override in parsed)
         for override in parsed:
@@ -223,6 +223,10 @@ class App:
                     raise RefusedError(f"{key}: there is no such group or key.{close}")
                 raise unknown_key(key, f"the command line: {override.input_line}")
         return parsed
+
+    @functools.cached_property
+    def _groups(self) -> list[str]:
+        return self.hydra.list_all_config_groups()
 
     def _check_option(self, override: Override) -> None:
         group = override.key_or_group

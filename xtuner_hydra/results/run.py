@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         raise RefusedError(f"{directory}: not a run directory (it has no config.yaml)")
     return Run(
         path,
-        run_dir.read_config(path),
+        _config(path, (path / "config.yaml").stat().st_mtime_ns),
         run_dir.read_overrides(path),
         run_dir.read_status(path),
         _json(path / "environment.json"),
@@ -99,6 +99,12 @@ def find_runs(directories: Iterable[Path]) -> Iterator[Path]:
                 if (path := Path(root).resolve()) not in seen:
                     seen.add(path)
                     yield path
+
+
+@lru_cache(maxsize=1024)
+def _config(directory: Path, mtime_ns: int) -> Config:
+    """A sweep reads its jobs again after every job; parsing YAML is the slow part of that."""
+    return run_dir.read_config(directory)
 
 
 def _columns(rows: list[Row]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -161,7 +161,8 @@ class Driver:
         directory = self.directory / job.name
         job.attempts += 1
         try:
-            prepared = launch.prepare(self.compose(job.number, job.overrides), progress=False, elsewhere=self.launcher.elsewhere)
+            composition = replace(self.compose(job.number, job.overrides), run_dir=directory)
+            prepared = launch.prepare(composition, progress=False, elsewhere=self.launcher.elsewhere)
             launch.create(prepared)
         except RefusedError as error:  # of a search, or its data or the disk has changed since it was checked
             self._refused(job, directory, str(error))

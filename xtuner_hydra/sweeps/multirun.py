@@ -3,8 +3,11 @@ one takes its overrides from its directory."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xtuner_hydra import run_dir
@@ -54,7 +57,7 @@ def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     search = _search(draft, draft.directory)
     plan = _new_plan(app, draft) if plan is None else plan
     if draft.is_list:
-        plan.jobs = _matched(draft.listed, plan.jobs)
+        _list_jobs(plan, draft.listed)
     print(f"sweep of {plan.total} jobs, {launcher.describe()}: {draft.directory}", *_notes(draft, plan), sep="\n", flush=True)
     code = _driver(app, draft, plan, search, launcher).run()
     _show(draft.directory)
@@ -130,10 +133,16 @@ def _new_plan(app: App, draft: Draft) -> SweepPlan:
     )
 
 
-def _matched(listed: Sequence[Job], known: Sequence[Job]) -> list[Job]:
-    """The listed jobs; one that is known by its signature keeps its directory and attempts."""
-    before = {job.signature: job for job in known}
-    return [before.get(job.signature, job) for job in listed]
+def _list_jobs(plan: SweepPlan, listed: Sequence[Job]) -> None:
+    """Plan the listed jobs. One that is known by its signature keeps its number, directory and attempts; the others get numbers that are free."""
+    known = {job.signature: job for job in plan.jobs}
+    free = itertools.count(1 + max((job.number for job in plan.jobs), default=-1))
+    plan.jobs = [known.get(job.signature) or (_renumbered(job, next(free)) if known else job) for job in listed]
+    plan.total = len(plan.jobs)
+
+
+def _renumbered(job: Job, number: int) -> Job:
+    return replace(job, number=number, name=re.sub(rf"^{job.number}(?!\d)", str(number), job.name))
 
 
 def _launcher(app: App, draft: Draft) -> Launcher:

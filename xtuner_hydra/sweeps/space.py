@@ -43,6 +43,9 @@ def split(app: App, sweep: SweepConfig) -> tuple[list[str], list[Parameter]]:
                 f"sweep.params: {override.input_line}: one value; a sweep takes several, with commas, or an interval(low, high)"
             )
     swept = [one for one in [*typed, *preset] if one.is_sweep_override()]
+    for one in swept:
+        if sum(other.key_or_group == one.key_or_group for other in typed) > 1:
+            raise RefusedError(f"{one.key_or_group}: is given twice; a sweep takes all values in one place, with commas")
     return fixed_overrides(app), [_parameter(override, sweep.search) for override in swept]
 
 

@@ -20,7 +20,10 @@ def test_values_with_commas_are_swept_and_the_rest_is_shared():
     assert [(one.key, one.values) for one in parameters] == [("optimizer.lr", ("1e-05", "6e-05"))]
 
 
-@pytest.mark.parametrize(("text", "values"), [("range(1,4)", ("1", "2", "3")), ("choice(3,1)", ("3", "1")), ("[0.9,0.9],[0.8,0.9]", ("[0.9,0.9]", "[0.8,0.9]"))])
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("range(1,4)", ("1", "2", "3")), ("choice(3,1)", ("3", "1")), ("[0.9,0.9],[0.8,0.9]", ("[0.9,0.9]", "[0.8,0.9]"))],
+)
 def test_hydras_ways_to_say_several_values(text, values):
     key = "optimizer.betas" if text.startswith("[") else "trainer.seed"
     _, (parameter,) = split(f"{key}={text}")
@@ -29,7 +32,10 @@ def test_hydras_ways_to_say_several_values(text, values):
 
 def test_a_preset_is_swept_and_the_command_line_wins_over_it():
     fixed, parameters = split("sweep=lr_x_packing", "optimizer.lr=1e-3,1e-4")
-    assert {one.key: one.values for one in parameters} == {"optimizer.lr": ("0.001", "0.0001"), "data.pack_max_length": ("1024", "2048", "4096")}
+    assert {one.key: one.values for one in parameters} == {
+        "optimizer.lr": ("0.001", "0.0001"),
+        "data.pack_max_length": ("1024", "2048", "4096"),
+    }
     assert fixed == ["trainer.total_tokens=50000"]
     fixed, parameters = split("sweep=lr_x_packing", "optimizer.lr=1e-3", "trainer.total_tokens=9")
     assert [one.key for one in parameters] == ["data.pack_max_length"]
@@ -51,7 +57,9 @@ def test_zip_takes_first_values_together_and_refuses_unequal_numbers():
 
 
 def test_corners_try_every_value_and_both_ends():
-    _, parameters = split("sweep.search=random", "optimizer.lr=tag(log,interval(1e-6,1e-3))", "trainer.seed=1,2,3", "data.max_length=int(interval(8,16))")
+    _, parameters = split(
+        "sweep.search=random", "optimizer.lr=tag(log,interval(1e-6,1e-3))", "trainer.seed=1,2,3", "data.max_length=int(interval(8,16))"
+    )
     tried = space.corners(parameters)
     for parameter, ends in zip(parameters, (("1e-06", "0.001"), ("1", "2", "3"), ("8", "16")), strict=True):
         assert {text for job in tried for text in job if text.startswith(parameter.key)} == {f"{parameter.key}={end}" for end in ends}
@@ -65,6 +73,7 @@ def test_corners_try_every_value_and_both_ends():
         (["sweep.search=bayes", "optimizer.lr=tag(log,interval(0,1))"], "above 0 for log"),
         (["sweep.keep=best,all"], "only what a job is made of"),
         (["trainer.seed=range(1,1)"], "holds no value"),
+        (["optimizer.lr=1,2", "optimizer.lr=3"], "given twice"),
         (["optimizer.lrr=1,2"], r"optimizer\.lr"),
     ],
 )
