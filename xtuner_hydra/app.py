@@ -226,7 +226,7 @@ class App:
 
     @functools.cached_property
     def _groups(self) -> list[str]:
-        return self.hydra.list_all_config_groups()
+        return list(self.hydra.list_all_config_groups())
 
     def _check_option(self, override: Override) -> None:
         group = override.key_or_group

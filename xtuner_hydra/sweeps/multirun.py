@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.app import App, Composition
@@ -28,6 +30,7 @@ from xtuner_hydra.sweeps.submitit import Submitit
 
 SLOTS = "hydra_plugins.xtuner_hydra.SlotsLauncher"
 SUBMITIT = "hydra_plugins.xtuner_hydra.SubmititLauncher"
+DYING_SECONDS = 20
 # what may differ in a resumed sweep: how jobs are run, not what they are
 _HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "hydra.launcher.")
 
@@ -206,16 +209,22 @@ def _refuse_taken(directory: Path) -> None:
 
 
 def _refuse_running(directory: Path, plan: SweepPlan) -> None:
-    """Two processes must not run the same jobs."""
+    """Two processes must not run the same jobs. Those of a sweep that was just killed are given a while to end."""
     if plan.state == "running" and run_dir.is_alive(plan.process, directory):
         raise RefusedError(f"sweep.resume={directory}: is still run by process {plan.process['pid']} on {plan.process['host']}")
-    for job in plan.jobs:
-        status = run_dir.read_status(directory / job.name)
-        if run_dir.state_of(directory / job.name, status) == "running":
-            process = status["process"]
+    deadline = time.monotonic() + DYING_SECONDS
+    while alive := _running_jobs(directory, plan):
+        if time.monotonic() > deadline:
+            job, process = alive[0]
             raise RefusedError(
                 f"sweep.resume={directory}: job {job.number} is still running (process {process['pid']} on {process['host']}); end it first"
             )
+        time.sleep(0.2)
+
+
+def _running_jobs(directory: Path, plan: SweepPlan) -> list[tuple[Job, dict[str, Any]]]:
+    statuses = [(job, run_dir.read_status(directory / job.name)) for job in plan.jobs]
+    return [(job, status["process"]) for job, status in statuses if run_dir.state_of(directory / job.name, status) == "running"]
 
 
 def _make(directory: Path) -> None:
