@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ class Run:
     def step(self) -> int:
         """Steps done."""
         return int(self.final.get("train/step", 0))
+
+    @property
+    def seconds(self) -> float | None:
+        """From its start (the last one, where it was resumed) to its last status; None where either is not known."""
+        try:
+            return max(0.0, self.status["time"] - datetime.fromisoformat(self.environment["time"]).timestamp())
+        except (KeyError, ValueError):
+            return None
 
     @property
     def total_steps(self) -> int | None:

@@ -1,0 +1,307 @@
+"""What a sweep says, in words and numbers that all its reports share: who won, by how much, whether that is more than chance, what mattered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
+from typing import Any
+
+from xtuner_hydra.reports import commands, words
+from xtuner_hydra.reports.curves import Scale
+from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
+
+STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
+CLEAR, UNSURE = 3.0, 1.0
+"""A lead of CLEAR times its standard error is called clear, one below UNSURE chance."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How much a swept key moves the metric: the range of its values' means (of thirds, where nearly all values differ)."""
+
+    key: str
+    size: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A SweepResult with what can be read from it."""
+
+    result: SweepResult
+
+    @property
+    def metric(self) -> str:
+        return self.result.plan.metric
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The swept keys that make settings: all but the seed."""
+        seen = dict.fromkeys([*self.result.plan.swept, *(key for setting in self.settings for key in setting.swept)])
+        return [key for key in seen if key != SEED and any(key in setting.swept for setting in self.settings)]
+
+    @cached_property
+    def short(self) -> dict[str, str]:
+        """Swept key -> its name for tight places."""
+        return words.short(self.keys)
+
+    @property
+    def settings(self) -> list[Setting]:
+        return self.result.settings
+
+    @cached_property
+    def ranked(self) -> list[Setting]:
+        """The settings that have a value, best first."""
+        return [setting for setting in self.settings if setting.mean is not None]
+
+    @property
+    def best(self) -> Setting | None:
+        return self.result.best_setting
+
+    @cached_property
+    def digits(self) -> int:
+        """Decimals of the metric that tell settings apart."""
+        return words.decimals(setting.mean for setting in self.ranked)
+
+    def number(self, value: float | None) -> str:
+        """A value of the metric."""
+        return words.fixed(value, self.digits)
+
+    def difference(self, value: float) -> str:
+        """A difference of the metric; so small a one that it would be 0.00 keeps a digit."""
+        text = words.fixed(value, self.digits)
+        return text if float(text.replace(",", "")) or not value else f"{value:.1g}"
+
+    def score(self, setting: Setting) -> str:
+        """`8.441 ± 0.021`."""
+        return self.number(setting.mean) + (f" ± {self.difference(setting.spread)}" if setting.spread is not None else "")
+
+    def name(self, setting: Setting) -> str:
+        """`lr 6e-5, pack_max_length 2048`; where nothing was swept, the only setting there is."""
+        return (
+            ", ".join(f"{self.short[key]} {words.value(setting.swept[key])}" for key in self.keys if key in setting.swept) or "the setting"
+        )
+
+    def job_name(self, job: JobResult) -> str:
+        """The setting of a job and its seed."""
+        parts = [f"{self.short.get(key, key.rpartition('.')[2])} {words.value(value)}" for key, value in job.swept.items()]
+        return ", ".join(parts) or job.name
+
+    def at(self, setting: Setting, key: str) -> Any:
+        """The setting's value of `key`; a list as text, so that it can be looked up."""
+        value = setting.swept.get(key)
+        return words.value(value) if isinstance(value, list) else value
+
+    def rank(self, setting: Setting) -> int | None:
+        """1 for the best; None without a value."""
+        return self.ranked.index(setting) + 1 if setting in self.ranked else None
+
+    def setting_of(self, job: JobResult) -> Setting:
+        return next(setting for setting in self.settings if job in setting.jobs)
+
+    # --- who won, and whether it is more than chance
+
+    @cached_property
+    def lead(self) -> float | None:
+        """How far the best setting's mean is from the next one's, 0 or more."""
+        if len(self.ranked) < 2:
+            return None
+        first, second = self.ranked[0].mean, self.ranked[1].mean
+        return abs(first - second) if first is not None and second is not None else None
+
+    @cached_property
+    def noise(self) -> float | None:
+        """Standard deviation between jobs that differ in their seed alone, pooled over all settings; None where no setting has two values."""
+        squares = [(len(s.values) - 1, s.spread**2) for s in self.ranked if s.spread is not None]
+        freedom = sum(n for n, _ in squares)
+        return math.sqrt(sum(n * square for n, square in squares) / freedom) if freedom else None
+
+    @cached_property
+    def certainty(self) -> float | None:
+        """The lead in standard errors of a difference of two means; None where one of the two is not known."""
+        if self.lead is None or self.noise is None:
+            return None
+        error = self.noise * math.sqrt(sum(1 / len(setting.values) for setting in self.ranked[:2]))
+        return self.lead / error if error else math.inf
+
+    @property
+    def verdict(self) -> str:
+        """clear, unsure, chance, or unknown."""
+        if self.certainty is None:
+            return "unknown"
+        return "clear" if self.certainty >= CLEAR else "unsure" if self.certainty >= UNSURE else "chance"
+
+    @property
+    def verdict_text(self) -> str:
+        """Whether the lead is more than chance, in a sentence."""
+        if self.lead is None:
+            return "There is nothing to compare it with yet." if self.ranked else "No job has completed yet."
+        if self.noise is None or self.certainty is None:
+            return "One seed a setting, so how much of this is chance is not known: sweep trainer.seed=0,1,2 too."
+        times = (
+            f"{self.lead / self.noise:.1f} times the seed spread of {self.difference(self.noise)}"
+            if self.noise
+            else "with no spread between seeds"
+        )
+        return {
+            "clear": f"{times}: not chance.",
+            "unsure": f"{times}: likely, not certain. More seeds would tell.",
+            "chance": f"{times}: within chance. More seeds would tell.",
+        }[self.verdict]
+
+    @cached_property
+    def answer(self) -> str:
+        """The sweep in one sentence."""
+        best = self.best
+        if best is None:
+            waiting = self.result.count("running", "waiting")
+            return "No job has completed yet." if waiting else "No job has completed, so there is no ranking."
+        if self.verdict == "chance":
+            second = self.ranked[1]
+            return f"{self.name(best)} and {self.name(second)} cannot be told apart: {self.metric} {self.score(best)} against {self.score(second)}."
+        seeds = f" over {words.counted(len(best.values), 'seed')}" if len(best.values) > 1 else ""
+        text = f"{self.name(best)} {'leads so far' if self.unfinished else 'wins'}: {self.metric} {self.score(best)}{seeds}"
+        if self.lead is not None:
+            side = "below" if self.result.plan.direction == "minimize" else "above"
+            text += f", {self.difference(self.lead)} {side} the next ({self.name(self.ranked[1])})"
+        return text + "."
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether jobs are still to come."""
+        planned = self.result.plan.total - len(self.result.jobs)
+        return bool(self.result.count("running", "waiting")) or (planned > 0 and self.result.plan.state == "running")
+
+    # --- what mattered
+
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """Of each swept key, largest first; keys with one value among the ranked settings are left out."""
+        found = [Effect(key, size) for key in self.keys if (size := self._effect(key)) is not None]
+        return sorted(found, key=lambda effect: -effect.size)
+
+    def _effect(self, key: str) -> float | None:
+        points = [(self.at(setting, key), setting.mean) for setting in self.ranked if setting.mean is not None]
+        groups: dict[Any, list[float]] = {}
+        for value, score in points:
+            groups.setdefault(value, []).append(score)
+        if len(groups) < 2:
+            return None
+        if len(groups) > 0.7 * len(points) and len(points) >= 6 and Scale.of(groups).kind != "places":
+            scores = [score for _, score in sorted(points, key=lambda point: point[0])]
+            third = max(1, len(scores) // 3)
+            parts = [scores[:third], scores[third:-third], scores[-third:]]
+        else:
+            parts = list(groups.values())
+        means = [mean(part) for part in parts if part]
+        return max(means) - min(means)
+
+    @property
+    def effects_text(self) -> str:
+        """`lr moves eval/loss by 0.91, pack_max_length by 0.12.`; nothing for fewer than two keys."""
+        if len(self.effects) < 2:
+            return ""
+        first, *others = self.effects[:4]
+        text = f"{self.short[first.key]} moves {self.metric} by {self.difference(first.size)}"
+        return ", ".join([text, *(f"{self.short[effect.key]} by {self.difference(effect.size)}" for effect in others)]) + "."
+
+    @property
+    def telling_keys(self) -> list[str]:
+        """The swept keys, those that move the metric most first."""
+        moved = [effect.key for effect in self.effects]
+        return moved + [key for key in self.keys if key not in moved]
+
+    # --- whether it is fair
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Training tokens of the jobs that count."""
+        return [int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last("train/total_tokens")) is not None]
+
+    @cached_property
+    def eval_tokens(self) -> list[int]:
+        """Supervised held-out tokens of the jobs that count, each number once."""
+        counts = {int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last("eval/tokens")) is not None}
+        return sorted(counts)
+
+    def span(self, numbers: Sequence[int]) -> str:
+        """`1,000`, or `1,000 to 1,010`."""
+        return f"{min(numbers):,}" + (f" to {max(numbers):,}" if min(numbers) != max(numbers) else "")
+
+    @property
+    def basis(self) -> list[tuple[str, str]]:
+        """How the jobs were compared, as name and value."""
+        plan = self.result.plan
+        side = "lowest" if plan.direction == "minimize" else "highest"
+        rows = [("decides", f"{plan.metric}, {side}, its last value in each completed job")]
+        if self.eval_tokens:
+            rows.append(
+                ("held-out tokens", self.span(self.eval_tokens) + " supervised" + (" in every job" if len(self.eval_tokens) == 1 else ""))
+            )
+        if self.tokens:
+            rows.append(("training tokens", self.span(self.tokens) + " a job"))
+        if self.noise is not None:
+            rows.append(
+                ("spread", f"standard deviation over the jobs of a setting; {self.difference(self.noise)} pooled over all settings")
+            )
+        rows.append(("search", plan.search))
+        if plan.state:
+            rows.append(("sweep", plan.state))
+        return rows
+
+    # --- how it stands
+
+    def state(self, jobs: Sequence[JobResult]) -> str:
+        """`2 completed`, `1 completed, 1 failed`."""
+        return ", ".join(f"{n} {state}" for state in STATES if (n := sum(job.state == state for job in jobs))) or words.counted(
+            len(jobs), "job"
+        )
+
+    @property
+    def standing(self) -> str:
+        """`18 jobs: 17 completed, 1 failed; 42 min`."""
+        plan = self.result.plan
+        to_come = plan.total - len(self.result.jobs)
+        text = f"{words.counted(max(plan.total, len(self.result.jobs)), 'job')}: {self.state(self.result.jobs) if self.result.jobs else 'none started'}"
+        text += f", {to_come} to come" if to_come > 0 else ""
+        return text + (f"; {words.duration(plan.seconds)}" if plan.seconds else "")
+
+    @property
+    def failures(self) -> list[JobResult]:
+        """Jobs that ended badly, in their order."""
+        return [job for job in self.result.jobs if job.state in ("failed", "killed", "interrupted")]
+
+    def average(self, setting: Setting, metric: str) -> float | None:
+        """Mean of the last `metric` over the setting's jobs, the completed ones where there are any; None where none has it."""
+        jobs = [job for job in setting.jobs if job.state == "completed"] or setting.jobs
+        values = [value for job in jobs if (value := job.last(metric)) is not None and math.isfinite(value)]
+        return mean(values) if values else None
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether any setting has more than one job."""
+        return any(len(setting.jobs) > 1 for setting in self.settings)
+
+    # --- what to do next
+
+    @cached_property
+    def repeat(self) -> str | None:
+        """The command that runs the best job again."""
+        return commands.repeat(self.result, self.result.best_job) if self.result.best_job else None
+
+    @cached_property
+    def refine(self) -> tuple[str, int] | None:
+        """The command that looks closer around the best setting, and its jobs."""
+        if self.best is None:
+            return None
+        job = next(job for job in self.best.jobs if job.value is not None)
+        return commands.refine(self.result, job, self.telling_keys)
+
+    def grid(self) -> tuple[list[Any], list[Any]] | None:
+        """(values of the first key, values of the second) where two keys were swept and make a grid that is mostly filled."""
+        if len(self.keys) != 2:
+            return None
+        first, second = (list(Scale.of(self.at(setting, key) for setting in self.settings).values) for key in self.keys)
+        return (first, second) if len(first) * len(second) <= 2 * len(self.settings) and len(first) <= 14 and len(second) <= 14 else None
