@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from xtuner_hydra.reports import commands, words
@@ -28,9 +28,15 @@ class Effect:
 
 @dataclass(frozen=True)
 class Findings:
-    """A SweepResult with what can be read from it."""
+    """A SweepResult with what can be read from it. title: of the report; else the name of the sweep's directory."""
 
     result: SweepResult
+    title: str = ""
+
+    @property
+    def heading(self) -> str:
+        """What the report is of."""
+        return self.title or self.result.directory.name
 
     @property
     def metric(self) -> str:
@@ -81,12 +87,13 @@ class Findings:
     def name(self, setting: Setting) -> str:
         """`lr 6e-5, pack_max_length 2048`; where nothing was swept, the only setting there is."""
         return (
-            ", ".join(f"{self.short[key]} {words.value(setting.swept[key])}" for key in self.keys if key in setting.swept) or "the setting"
+            ", ".join(f"{self.short[key]} {words.value(setting.swept[key], 3)}" for key in self.keys if key in setting.swept)
+            or "the setting"
         )
 
     def job_name(self, job: JobResult) -> str:
         """The setting of a job and its seed."""
-        parts = [f"{self.short.get(key, key.rpartition('.')[2])} {words.value(value)}" for key, value in job.swept.items()]
+        parts = [f"{self.short.get(key, key.rpartition('.')[2])} {words.value(value, 3)}" for key, value in job.swept.items()]
         return ", ".join(parts) or job.name
 
     def at(self, setting: Setting, key: str) -> Any:
@@ -139,7 +146,7 @@ class Findings:
         if self.lead is None:
             return "There is nothing to compare it with yet." if self.ranked else "No job has completed yet."
         if self.noise is None or self.certainty is None:
-            return "One seed a setting, so how much of this is chance is not known: sweep trainer.seed=0,1,2 too."
+            return "One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
         times = (
             f"{self.lead / self.noise:.1f} times the seed spread of {self.difference(self.noise)}"
             if self.noise
@@ -165,7 +172,7 @@ class Findings:
         text = f"{self.name(best)} {'leads so far' if self.unfinished else 'wins'}: {self.metric} {self.score(best)}{seeds}"
         if self.lead is not None:
             side = "below" if self.result.plan.direction == "minimize" else "above"
-            text += f", {self.difference(self.lead)} {side} the next ({self.name(self.ranked[1])})"
+            text += f", {self.difference(self.lead)} {side} the next" + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
         return text + "."
 
     @property
@@ -212,6 +219,40 @@ class Findings:
         """The swept keys, those that move the metric most first."""
         moved = [effect.key for effect in self.effects]
         return moved + [key for key in self.keys if key not in moved]
+
+    # --- how it is drawn
+
+    @cached_property
+    def metric_range(self) -> tuple[float, float]:
+        """The range of the metric over all jobs, without those that are far on the wrong side: they must not squeeze the others together."""
+        values = [value for setting in self.ranked for value in setting.values]
+        if not values:
+            return 0.0, 1.0
+        low, high, middle = min(values), max(values), median(values)
+        if self.result.plan.direction == "minimize":
+            return low, min(high, middle + 4 * (middle - low)) if middle > low else high
+        return max(low, middle - 4 * (high - middle)) if high > middle else low, high
+
+    def place(self, setting: Setting) -> float:
+        """Where the setting's mean stands in `metric_range`, 0 (low) to 1."""
+        low, high = self.metric_range
+        return 0.5 if setting.mean is None or high == low else min(max((setting.mean - low) / (high - low), 0.0), 1.0)
+
+    def goodness(self, setting: Setting) -> float:
+        """1 for the best, 0 for the worst."""
+        return 1 - self.place(setting) if self.result.plan.direction == "minimize" else self.place(setting)
+
+    def colours(self, most: int) -> tuple[dict[int, int | None], list[tuple[int | None, str]]]:
+        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most; where these are more than
+        `most`, colour 0 for the best setting and None for the others."""
+        key = self.telling_keys[0] if self.keys else None
+        values = list(Scale.of(self.at(setting, key) for setting in self.settings).values) if key else []
+        if key and 1 < len(values) <= most:
+            colours = {job.number: values.index(self.at(setting, key)) for setting in self.settings for job in setting.jobs}
+            return {**colours}, [(place, f"{self.short[key]} {words.value(value)}") for place, value in enumerate(values)]
+        best = self.best.jobs if self.best else []
+        entries: list[tuple[int | None, str]] = [(0, "best"), (None, "others")] if best and len(self.settings) > 1 else []
+        return {job.number: 0 if job in best or len(self.settings) == 1 else None for job in self.result.jobs}, entries
 
     # --- whether it is fair
 

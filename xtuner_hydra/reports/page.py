@@ -85,8 +85,10 @@ def table(
     jobs: Sequence[str] = (),
     sortable: bool = True,
     kind: str = "",
+    most: int | None = None,
 ) -> Markup:
-    """A table that scrolls inside its own box. kinds: a CSS class a row. jobs: the numbers of a row's jobs, which light up with it."""
+    """A table that scrolls inside its own box. kinds: a CSS class a row. jobs: the numbers of a row's jobs, which light up with it.
+    most: rows that are seen at first, where there are many."""
     columns = [any(row[column].number for row in rows) for column in range(len(heads))]
     head = [
         tag("th", tag("button", text, type="button") if sortable and text else text, class_="n" if right else None, scope="col")
@@ -96,7 +98,7 @@ def table(
         tag("tr", [_cell(cell) for cell in row], class_=kinds[i] or None if kinds else None, data_job=jobs[i] if jobs else None)
         for i, row in enumerate(rows)
     ]
-    return tag("div", tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_=kind or None), class_="scroll")
+    return tag("div", tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_=kind or None, data_most=most), class_="scroll")
 
 
 def _cell(cell: Cell) -> Markup:

@@ -13,6 +13,8 @@ from xtuner_hydra.reports.curves import Curve, Scale, limits, padded, ticks
 from xtuner_hydra.reports.markup import Markup, tag
 
 WIDTH, HEIGHT = 560, 320
+SMALL = (360, 240)
+"""Of a chart that stands beside two others."""
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 14, 46
 
 
@@ -66,14 +68,14 @@ def lines(
     label: str,
     x_label: str,
     y_range: tuple[float, float] | None = None,
-    show: Callable[[float], str] | None = None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Markup:
-    """Curves over a common x from 0. show: how y values are written."""
+    """Curves over a common x from 0."""
     drawn = [line for line in series if len(line.curve)]
     right = max((float(line.curve.x[-1]) for line in drawn), default=1.0)
-    frame = Frame((0.0, right), y_range or limits([line.curve for line in drawn]))
+    frame = Frame((0.0, right), y_range or limits([line.curve for line in drawn]), *size)
     marks = [_line(frame, line) for line in drawn]
-    grid = [*_y_axis(frame, show or words.compact), *_x_axis(frame, ticks(0, right, 5), x_label)]
+    grid = [*_y_axis(frame), *_x_axis(frame, ticks(0, right, max(4, size[0] // 110)), x_label)]
     return frame.svg(*grid, tag("g", marks, class_="plot"), label=label, probe=True)
 
 
@@ -109,13 +111,25 @@ def _end(kind: str, x: float, y: float) -> Markup:
     return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_="end open" if kind == "o" else "dot")
 
 
-def _y_axis(frame: Frame, show: Callable[[float], str], most: int = 6) -> list[Markup]:
+def _y_axis(frame: Frame) -> list[Markup]:
     marks = []
-    for value in ticks(*frame.y, most):
+    values = ticks(*frame.y, 6)
+    show = _labels(values)
+    for value in values:
         y = f"{frame.at_y(value):.1f}"
         marks.append(tag("line", x1=LEFT, x2=frame.width - RIGHT, y1=y, y2=y, class_="grid"))
         marks.append(tag("text", show(value), x=LEFT - 8, y=y, dy="0.35em", class_="tick end-anchor"))
     return marks
+
+
+def _labels(values: Sequence[float]) -> Callable[[float], str]:
+    """How the marks of an axis are written: all alike, with as many decimals as their distance asks for."""
+    apart = values[1] - values[0] if len(values) > 1 else 1.0
+    largest = max(map(abs, values), default=1.0)
+    if largest >= 10_000 or 0 < largest < 0.001:
+        return lambda value: words.compact(value) if largest >= 10_000 else words.value(value, 2)
+    decimals = next((digits for digits in range(6) if abs(round(apart, digits) - apart) < 1e-9 * max(1.0, apart)), 6)
+    return lambda value: words.fixed(value, decimals)
 
 
 def _x_axis(frame: Frame, values: Sequence[float], label: str, texts: Sequence[str] | None = None) -> list[Markup]:
@@ -141,19 +155,19 @@ class Point:
     job: str | None = None
 
 
-def curve(points: Sequence[Point], *, label: str, x_label: str, digits: int, connect: bool = True) -> Markup:
+def curve(points: Sequence[Point], *, label: str, x_label: str, connect: bool = True, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Markup:
     """The metric over one swept key: means with their spread, each job a small dot; a line where the values are numbers and `connect`."""
     scale = Scale.of(point.x for point in points)
     values = np.array([value for point in points for value in (*point.values, point.mean)])
     low, high = limits([Curve(values, values)])
-    frame = Frame((-0.04, 1.04), (min(low, float(values.min())), high))
+    frame = Frame((-0.04, 1.04), (min(low, float(values.min())), high), *size)
     ordered = sorted(points, key=lambda point: scale(point.x))
     marks = [_point(frame, scale(point.x), point) for point in ordered]
     if connect and scale.kind != "places":
         means = Curve(np.array([scale(point.x) for point in ordered]), np.array([point.mean for point in ordered]))
         marks.insert(0, tag("path", d=_path(frame, means), class_="join"))
-    at, texts = _places(scale)
-    grid = [*_y_axis(frame, lambda value: words.fixed(value, max(1, digits - 1))), *_x_axis(frame, at, x_label, texts)]
+    at, texts = _places(scale, 0.16 if size[0] < WIDTH else 0.09)
+    grid = [*_y_axis(frame), *_x_axis(frame, at, x_label, texts)]
     return frame.svg(*grid, marks, label=label)
 
 
@@ -162,9 +176,8 @@ def _places(scale: Scale, apart: float = 0.09) -> tuple[list[float], list[str]]:
     at: list[float] = []
     texts: list[str] = []
     for value in scale.values:
-        place, text = scale(value), words.value(value)
-        text = f"{value:.2g}" if isinstance(value, float) and len(text) > 6 else text
-        if not at or place - at[-1] >= max(apart, 0.02 * (len(text) + len(texts[-1]))):
+        place, text = scale(value), words.value(value, 2)
+        if not at or place - at[-1] >= max(apart, 0.22 * apart * (len(text) + len(texts[-1]))):
             at.append(place)
             texts.append(text)
     return at, texts
@@ -178,7 +191,8 @@ def _point(frame: Frame, place: float, point: Point) -> Markup:
         parts.append(tag("path", d=f"M{x:.1f},{low:.1f}V{high:.1f}m-5,0h10M{x - 5:.1f},{low:.1f}h10", class_="spread"))
     if len(point.values) > 1:
         parts += [
-            tag("circle", cx=f"{x:.1f}", cy=f"{frame.at_y(_clipped(frame, value)):.1f}", r=2.6, class_="seed") for value in point.values
+            tag("circle", cx=f"{x + 10:.1f}", cy=f"{frame.at_y(_clipped(frame, value)):.1f}", r=2.4, class_="seed")
+            for value in point.values
         ]
     parts.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6 if point.best else 4.4, class_="mean"))
     return tag("g", parts, class_="point best" if point.best else "point", data_job=point.job)
@@ -212,16 +226,14 @@ class Axis:
 
 
 def _brief(value: object) -> str:
-    text = words.value(value)
-    text = f"{value:.2g}" if isinstance(value, float) and len(text) > 6 else text
+    text = words.value(value, 2)
     return text if len(text) <= 14 else text[:13] + "…"
 
 
 def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Markup:
-    """Parallel coordinates: an upright axis a key, the metric last; a line a setting, the better the stronger. Worst first, so the best lies on top."""
-    width, top, bottom = 90 + 150 * (len(axes) - 1) + 90, 44, 26
-    height = 340
-    x = [90 + 150 * number for number in range(len(axes))]
+    """Parallel coordinates: an upright axis a key, the metric last; a line a setting, the better the stronger, the best on top."""
+    width, height, side, top, bottom = 1140, 340, 80, 44, 26
+    x = [round(side + (width - 2 * side) * number / max(1, len(axes) - 1)) for number in range(len(axes))]
 
     def y(place: float) -> float:
         return height - bottom - place * (height - top - bottom)
@@ -254,9 +266,9 @@ def strip(values: Sequence[float], mean: float, spread: float | None, span: tupl
     frame = padded(*span)
 
     def x(value: float) -> float:
-        return 4 + min(max((value - frame[0]) / (frame[1] - frame[0]), 0), 1) * 152
+        return 4 + min(max((value - frame[0]) / (frame[1] - frame[0]), 0), 1) * 112
 
-    parts = [tag("line", x1=4, x2=156, y1=10, y2=10, class_="grid")]
+    parts = [tag("line", x1=4, x2=116, y1=10, y2=10, class_="grid")]
     if spread:
         parts.append(
             tag(
@@ -271,4 +283,4 @@ def strip(values: Sequence[float], mean: float, spread: float | None, span: tupl
         )
     parts += [tag("circle", cx=f"{x(value):.1f}", cy=10, r=2.6, class_="seed") for value in values]
     parts.append(tag("line", x1=f"{x(mean):.1f}", x2=f"{x(mean):.1f}", y1=3, y2=17, class_="mean"))
-    return tag("svg", parts, viewBox="0 0 160 20", class_="strip", aria_hidden="true")
+    return tag("svg", parts, viewBox="0 0 120 20", class_="strip", aria_hidden="true")

@@ -7,6 +7,7 @@ from pathlib import Path
 from xtuner_hydra.files import write_text
 from xtuner_hydra.reports import tables
 from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.pictures import sweep_png
 from xtuner_hydra.reports.sweep_page import sweep_page
 from xtuner_hydra.results.sweep import SweepResult, read_sweep
 
@@ -20,6 +21,7 @@ def write_sweep(directory: Path) -> SweepResult:
     write_text(directory / "sweep.csv", tables.as_csv(findings))
     write_text(directory / "sweep.md", tables.markdown(findings))
     write_text(directory / "sweep.html", sweep_page(findings))
+    sweep_png(findings)
     return result
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from statistics import median
 
 from xtuner_hydra.reports import page, svg, words
 from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smoothed, thinned
@@ -24,20 +23,30 @@ def sweep_page(findings: Findings) -> str:
     """The page."""
     result = findings.result
     return page.document(
-        f"{result.directory.name}: {findings.answer}",
-        tag("div", tag("h1", result.directory.name), tag("span", findings.standing), class_="top"),
+        f"{findings.heading}: {findings.answer}",
+        tag("div", tag("h1", findings.heading), tag("span", findings.standing), class_="top"),
         tag("p", findings.answer, class_="answer"),
         tag("div", _facts(findings), class_="facts"),
         page.note("Before you trust the ranking", result.doubts),
         _ranking(findings),
-        page.group([part for part in (_main_chart(findings), _losses(findings)) if part]),
-        _effects(findings),
-        page.group([part for part in (_evaluations(findings), _speed(findings)) if part]),
+        *_charts(findings),
         _failures(findings),
         _next(findings),
         _jobs(findings),
         page.card("How the jobs were compared", page.pairs(list(findings.basis))),
     )
+
+
+def _charts(findings: Findings) -> list[Content]:
+    """What was swept against the metric, then what the jobs did over time; parallel coordinates need the whole width."""
+    main, losses, evaluations, speed = _main_chart(findings), _losses(findings), _evaluations(findings), _speed(findings)
+    if len(findings.keys) > 2 or (len(findings.keys) == 2 and not findings.grid()):
+        return [main, _effects(findings), _side_by_side(losses, evaluations), speed]
+    return [_side_by_side(main, losses), _side_by_side(evaluations, speed)]
+
+
+def _side_by_side(*cards: Markup | None) -> Markup:
+    return page.group([part for part in cards if part])
 
 
 def _facts(findings: Findings) -> list[Markup]:
@@ -81,9 +90,9 @@ def _fastest(findings: Findings) -> Markup | None:
         return None
     top, fastest = max(speeds, key=lambda pair: pair[0])
     text = f"{words.fixed(own, 0)} tokens/s a device"
-    if top <= 1.03 * own or fastest.mean is None or findings.best.mean is None:
+    if top <= 1.05 * own or fastest.mean is None or findings.best.mean is None:
         return page.fact(
-            "No setting is faster" if len(speeds) > 1 else "Speed", text + (", nor is any faster by over 3 %." if len(speeds) > 1 else ".")
+            "No setting is faster" if len(speeds) > 1 else "Speed", text + ("; none is over 5 % faster." if len(speeds) > 1 else ".")
         )
     cost = findings.difference(abs(fastest.mean - findings.best.mean))
     side = "higher" if fastest.mean > findings.best.mean else "lower"
@@ -97,22 +106,17 @@ def _fastest(findings: Findings) -> Markup | None:
 
 
 def _ranking(findings: Findings) -> Markup:
-    span = _span(findings)
+    span = findings.metric_range
     heads = ["", *(findings.short[key] for key in findings.keys), findings.metric, "± spread"]
     heads = heads if findings.has_repeats else heads[:-1]
     heads += ["", *["seeds"] * findings.has_repeats, "tokens", "tokens/s", "memory GB", "state"]
     rows = [_ranking_row(findings, setting, span) for setting in findings.settings]
     direction = "lower" if findings.result.plan.direction == "minimize" else "higher"
     dots = " The strip shows every seed as a circle, the mean as a bar, the spread shaded." if findings.has_repeats else ""
-    return page.card(
-        "Ranking",
-        page.table(
-            heads, rows, kinds=["best" if findings.rank(setting) == 1 else "" for setting in findings.settings], jobs=_numbers(findings)
-        ),
-        sub=f"{findings.metric}, {direction} is better; averaged over seeds.{dots}"
-        if findings.has_repeats
-        else f"{findings.metric}, {direction} is better.",
-    )
+    averaged = "; averaged over seeds" * findings.has_repeats
+    kinds = ["best" if findings.rank(setting) == 1 else "" for setting in findings.settings]
+    table = page.table(heads, rows, kinds=kinds, jobs=_numbers(findings), most=12)
+    return page.card("Ranking", table, sub=f"{findings.metric}, {direction} is better{averaged}.{dots}")
 
 
 def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]) -> list[Cell]:
@@ -148,17 +152,6 @@ def _numbers(findings: Findings) -> list[str]:
     return [" ".join(str(job.number) for job in setting.jobs) for setting in findings.settings]
 
 
-def _span(findings: Findings) -> tuple[float, float]:
-    """The range of the metric, without those that are far off."""
-    values = [value for setting in findings.ranked for value in setting.values]
-    if not values:
-        return 0.0, 1.0
-    low, high, middle = min(values), max(values), median(values)
-    if findings.result.plan.direction == "minimize":
-        return low, min(high, middle + 4 * (middle - low)) if middle > low else high
-    return max(low, middle - 4 * (high - middle)) if high > middle else low, high
-
-
 # --- charts
 
 
@@ -169,15 +162,6 @@ def _main_chart(findings: Findings) -> Markup | None:
     if findings.grid():
         return _heat_map(findings)
     return _curve_card(findings, findings.keys[0]) if len(findings.keys) == 1 else _parallel(findings)
-
-
-def _goodness(findings: Findings, setting: Setting) -> float:
-    """1 for the best, 0 for the worst; those far off do not squeeze the others together."""
-    low, high = _span(findings)
-    if setting.mean is None or high == low:
-        return 1.0
-    share = min(max((setting.mean - low) / (high - low), 0.0), 1.0)
-    return 1 - share if findings.result.plan.direction == "minimize" else share
 
 
 def _heat_map(findings: Findings) -> Markup:
@@ -206,8 +190,8 @@ def _heat_cell(findings: Findings, setting: Setting | None) -> Markup:
     jobs = " ".join(str(job.number) for job in setting.jobs)
     if setting.mean is None:
         return tag("td", findings.state(setting.jobs), class_="none", data_job=jobs)
-    good = _goodness(findings, setting)
-    kinds = ["best"] * (findings.rank(setting) == 1) + ["dark"] * (good > 0.72)
+    good = findings.goodness(setting)
+    kinds = ["best"] * (findings.rank(setting) == 1) + ["dark"] * (good > 0.8)
     small = "± " + findings.difference(setting.spread) if setting.spread is not None else None
     share = round(8 + 84 * good)
     return tag(
@@ -236,24 +220,25 @@ def _points(findings: Findings, key: str) -> list[svg.Point]:
     ]
 
 
-def _curve_card(findings: Findings, key: str, *, connect: bool = True) -> Markup:
-    chart = svg.curve(
-        _points(findings, key), label=f"{findings.metric} by {key}", x_label=findings.short[key], digits=findings.digits, connect=connect
-    )
-    sub = "Means with their spread over seeds; circles are single jobs." if findings.has_repeats else ""
-    return page.card(f"{findings.metric} by {findings.short[key]}", chart, sub=sub if connect else "")
+def _curve_card(findings: Findings, key: str, *, alone: bool = True) -> Markup:
+    """The metric over one key; one of several, it is small, and its points are not joined, as other keys differ between them."""
+    title = f"{findings.metric} by {findings.short[key]}"
+    size = (svg.WIDTH, svg.HEIGHT) if alone else svg.SMALL
+    chart = svg.curve(_points(findings, key), label=title, x_label=findings.short[key], connect=alone, size=size)
+    sub = "Means with their spread over seeds; the small circles are single jobs." if findings.has_repeats and alone else ""
+    return page.card(title, chart, sub=sub)
 
 
 def _parallel(findings: Findings) -> Markup:
     keys = findings.telling_keys[:7]
     scales = {key: Scale.of(findings.at(setting, key) for setting in findings.ranked) for key in keys}
-    low, high = _span(findings)
+    low, high = findings.metric_range
     axes = [svg.Axis.of(findings.short[key], scales[key]) for key in keys]
     axes.append(svg.Axis(findings.metric, {0.0: findings.number(low), 1.0: findings.number(high)}))
     tracks = [
         svg.Track(
-            [*(scales[key](findings.at(setting, key)) for key in keys), min(max((setting.mean - low) / ((high - low) or 1), 0), 1)],
-            _goodness(findings, setting),
+            [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)],
+            findings.goodness(setting),
             f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}",
             findings.rank(setting) == 1,
             " ".join(str(job.number) for job in setting.jobs),
@@ -273,22 +258,16 @@ def _effects(findings: Findings) -> Markup | None:
     if len(findings.keys) < 2 or findings.grid() or len(findings.ranked) < 3:
         return None
     keys = [effect.key for effect in findings.effects[:6]]
-    cards = [_curve_card(findings, key, connect=False) for key in keys]
+    cards = [_curve_card(findings, key, alone=False) for key in keys]
     return page.group(cards, "trio" if len(cards) > 2 else "pair")
 
 
 def _colours(findings: Findings) -> tuple[dict[int, str], list[tuple[str, str]]]:
-    """Job number -> CSS class of its colour, and the legend: by the value of the key that matters most, or the best against the rest."""
+    """(job number -> CSS classes of its curve, legend)."""
+    colours, entries = findings.colours(COLOURS)
     best = {job.number for job in findings.best.jobs} if findings.best else set()
-    key = findings.telling_keys[0] if findings.keys else None
-    values = list(Scale.of(findings.at(setting, key) for setting in findings.settings).values) if key else []
-    if key and 1 < len(values) <= COLOURS:
-        colour = {job.number: f"k{values.index(findings.at(setting, key))}" for setting in findings.settings for job in setting.jobs}
-        entries = [(f"k{place}", f"{findings.short[key]} {words.value(value)}") for place, value in enumerate(values)]
-    else:
-        colour = {job.number: "k0" if job.number in best else "km" for job in findings.result.jobs}
-        entries = [("k0", "best"), ("km", "others")] if best and len(findings.settings) > 1 else []
-    return {number: f"{kind} strong" if number in best else kind for number, kind in colour.items()}, entries
+    kinds = {number: ("km" if place is None else f"k{place}") + " strong" * (number in best) for number, place in colours.items()}
+    return kinds, [("km" if place is None else f"k{place}", text) for place, text in entries]
 
 
 def _losses(findings: Findings) -> Markup | None:
@@ -334,13 +313,11 @@ def _evaluations(findings: Findings) -> Markup | None:
     found = [(job, curve(job.run, "eval/loss")) for job in _best_last(findings) if job.run]
     if not any(len(line) > 1 for _, line in found):
         return None
-    lines = [
-        svg.Line(
-            line, _title(findings, job), colours[job.number] + (" pruned" if job.state == "pruned" else ""), str(job.number), ENDS.get(job.state, ""),
-            line if len(line) <= 30 else None,
-        )
-        for job, line in found
-    ]  # fmt: skip
+    lines = []
+    for job, line in found:
+        kind = colours[job.number] + " pruned" * (job.state == "pruned")
+        dots = line if len(line) <= 30 else None
+        lines.append(svg.Line(line, _title(findings, job), kind, str(job.number), ENDS.get(job.state, ""), dots))
     chart = svg.lines(lines, label="evaluation loss of all jobs over tokens", x_label="tokens")
     return page.card(
         "Evaluation loss over tokens", chart, page.legend(entries), sub="On the held-out data. Point at a curve to see its job."
@@ -378,11 +355,17 @@ def _speed(findings: Findings) -> Markup | None:
 def _failures(findings: Findings) -> Markup | None:
     if not findings.failures:
         return None
-    rows = [
-        [Cell(_job_link(findings, job)), page.state(job.state), Cell(job.run.step if job.run else 0, number=True), Cell(words.first_line(job.error, 300) or "no message", kind="wrap"), Cell(_log_link(findings, job))]
-        for job in findings.failures
-    ]  # fmt: skip
-    return page.card("Failures", page.table(["job", "state", "step", "first error", "log"], rows, sortable=False))
+    return page.card("Failures", [_failure(findings, job) for job in findings.failures])
+
+
+def _failure(findings: Findings, job: JobResult) -> Markup:
+    log = job.run.directory / "logs" / "rank0.log" if job.run else None
+    parts = [
+        _job_link(findings, job),
+        tag("span", f"{job.state} after {words.counted(job.run.step, 'step') if job.run else 'nothing'}", class_=f"state {job.state}"),
+        page.link(log, findings.result.directory, f"{job.name}/logs/rank0.log") if log and log.is_file() else None,
+    ]
+    return tag("div", tag("div", parts, class_="top"), tag("p", words.first_line(job.error, 400) or "no message"), class_="failure")
 
 
 def _job_link(findings: Findings, job: JobResult, text: str = "") -> Content:
@@ -394,18 +377,15 @@ def _job_link(findings: Findings, job: JobResult, text: str = "") -> Content:
     return page.link(report if report.is_file() else job.run.directory, findings.result.directory, text)
 
 
-def _log_link(findings: Findings, job: JobResult) -> Content:
-    log = job.run.directory / "logs" / "rank0.log" if job.run else None
-    return page.link(log, findings.result.directory, "logs/rank0.log") if log and log.is_file() else None
-
-
 def _next(findings: Findings) -> Markup | None:
     if findings.repeat is None:
         return None
-    parts: list[Content] = [tag("p", "Repeat the best job:"), page.command(findings.repeat)]
+    best = findings.result.best_job
+    name = f" ({findings.job_name(best)})" if best else ""
+    parts: list[Content] = [tag("p", f"Repeat the best single job{name}:"), page.command(findings.repeat)]
     if findings.refine:
         command, jobs = findings.refine
-        parts += [tag("p", f"Look closer around the best ({words.counted(jobs, 'job')}):"), page.command(command)]
+        parts += [tag("p", f"Look closer around the best setting ({words.counted(jobs, 'job')}):"), page.command(command)]
     return page.card("What to run next", *parts)
 
 
@@ -432,7 +412,7 @@ def _jobs(findings: Findings) -> Markup:
     jobs = [str(job.number) for job in findings.result.jobs]
     return page.card(
         "Jobs",
-        page.table(heads, rows, kinds=kinds, jobs=jobs),
+        page.table(heads, rows, kinds=kinds, jobs=jobs, most=24),
         sub="Every job with a link to its own report; the best single job is set off.",
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from typing import Any
 
 from xtuner_hydra.reports import words
@@ -48,7 +47,7 @@ def markdown(findings: Findings) -> str:
     """sweep.md."""
     result = findings.result
     parts = [
-        f"# {os.path.basename(result.directory)}",
+        f"# {findings.heading}",
         findings.standing,
         f"**{findings.answer}** {_capital(findings.verdict_text)}".strip(),
     ]

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-def value(thing: Any) -> str:
-    """A config value as one would type it: 6e-05 is 6e-5, a long float has four significant digits, a path its last two parts."""
+def value(thing: Any, digits: int = 4) -> str:
+    """A config value as one would type it: 6e-05 is 6e-5, a long float has `digits` significant ones, a path its last two parts."""
     if isinstance(thing, bool) or thing is None:
         return {True: "true", False: "false", None: "null"}[thing]
     if isinstance(thing, float):
-        return _float(thing)
+        return _float(thing, digits)
     text = ", ".join(map(value, thing)) if isinstance(thing, list) else str(thing)
     if text.startswith("/"):
         text = "/".join(text.rsplit("/", 2)[-2:])
@@ -24,13 +24,13 @@ def exact(thing: Any) -> str:
     return repr(thing).replace("e-0", "e-") if isinstance(thing, float) else value(thing)
 
 
-def _float(number: float) -> str:
+def _float(number: float, digits: int) -> str:
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     if 1e-3 <= abs(number) < 1e6:
-        return f"{number:.4g}" if abs(number) < 1e4 else f"{number:.0f}"
-    mantissa, _, exponent = f"{number:.3e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return f"{number:.{digits}g}" if abs(number) < 10**digits else f"{number:.0f}"
+    mantissa, _, exponent = f"{number:.{digits - 1}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
 def short(keys: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy
 import pytest
 
-from xtuner_hydra.tracking.plots import loss_png
+from xtuner_hydra.reports.pictures import loss_png
 
 
 def row(step, loss):
