@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def thinned(line: Curve, points: int = POINTS) -> Curve:
         return line
     edges = np.linspace(0, len(line), points // 2 + 1).astype(int)
     kept = {0, len(line) - 1}
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         part = line.y[start:stop]
         kept |= {start + int(part.argmin()), start + int(part.argmax())}
     index = np.array(sorted(kept))

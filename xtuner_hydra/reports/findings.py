@@ -14,8 +14,8 @@ from xtuner_hydra.reports.curves import Scale
 from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
-CLEAR, UNSURE = 3.0, 1.0
-"""A lead of CLEAR times its standard error is called clear, one below UNSURE chance."""
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom; beyond, 1.96 + 2.6 / degrees is within 0.01."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class Findings:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The swept keys that make settings: all but the seed."""
+        """The swept keys that tell settings apart; all of them where there is but one setting. The seed is none."""
         seen = dict.fromkeys([*self.result.plan.swept, *(key for setting in self.settings for key in setting.swept)])
-        return [key for key in seen if key != SEED and any(key in setting.swept for setting in self.settings)]
+        keys = [key for key in seen if any(key in setting.swept for setting in self.settings)]
+        varied = [key for key in keys if len({self.at(setting, key) for setting in self.settings}) > 1]
+        return varied or [key for key in keys if key != SEED]
 
     @cached_property
     def short(self) -> dict[str, str]:
@@ -68,8 +70,9 @@ class Findings:
 
     @cached_property
     def digits(self) -> int:
-        """Decimals of the metric that tell settings apart."""
-        return words.decimals(setting.mean for setting in self.ranked)
+        """Decimals of the metric that tell settings apart, and show two digits of their noise."""
+        apart = words.decimals(setting.mean for setting in self.ranked)
+        return max(apart, min(5, 1 - math.floor(math.log10(self.noise) + 1e-6))) if self.noise else apart
 
     def number(self, value: float | None) -> str:
         """A value of the metric."""
@@ -121,9 +124,13 @@ class Findings:
     @cached_property
     def noise(self) -> float | None:
         """Standard deviation between jobs that differ in their seed alone, pooled over all settings; None where no setting has two values."""
-        squares = [(len(s.values) - 1, s.spread**2) for s in self.ranked if s.spread is not None]
-        freedom = sum(n for n, _ in squares)
-        return math.sqrt(sum(n * square for n, square in squares) / freedom) if freedom else None
+        squares = sum((len(setting.values) - 1) * setting.spread**2 for setting in self.ranked if setting.spread is not None)
+        return math.sqrt(squares / self.freedom) if self.freedom else None
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of `noise`."""
+        return sum(len(setting.values) - 1 for setting in self.ranked)
 
     @cached_property
     def certainty(self) -> float | None:
@@ -135,10 +142,11 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """clear, unsure, chance, or unknown."""
+        """Of the lead. clear: beyond the 95 % interval of chance (Student's t); chance: below one standard error; unsure between; or unknown."""
         if self.certainty is None:
             return "unknown"
-        return "clear" if self.certainty >= CLEAR else "unsure" if self.certainty >= UNSURE else "chance"
+        enough = STUDENT[self.freedom - 1] if self.freedom <= len(STUDENT) else 1.96 + 2.6 / self.freedom
+        return "clear" if self.certainty >= enough else "unsure" if self.certainty >= 1 else "chance"
 
     @property
     def verdict_text(self) -> str:
@@ -287,6 +295,7 @@ class Findings:
             rows.append(
                 ("spread", f"standard deviation over the jobs of a setting; {self.difference(self.noise)} pooled over all settings")
             )
+            rows.append(("a lead is clear", "beyond the 95 % interval of chance (Student's t), no winner below one standard error"))
         rows.append(("search", plan.search))
         if plan.state:
             rows.append(("sweep", plan.state))
@@ -305,7 +314,8 @@ class Findings:
         """`18 jobs: 17 completed, 1 failed; 42 min`."""
         plan = self.result.plan
         to_come = plan.total - len(self.result.jobs)
-        text = f"{words.counted(max(plan.total, len(self.result.jobs)), 'job')}: {self.state(self.result.jobs) if self.result.jobs else 'none started'}"
+        states = self.state(self.result.jobs) if self.result.jobs else "none started"
+        text = f"{words.counted(max(plan.total, len(self.result.jobs)), 'job')}: {states}"
         text += f", {to_come} to come" if to_come > 0 else ""
         return text + (f"; {words.duration(plan.seconds)}" if plan.seconds else "")
 

@@ -120,7 +120,8 @@ max-width:min(360px,80vw);white-space:pre-line;overflow-wrap:anywhere;opacity:0}
 .failure{padding:9px 0;border-top:1px solid var(--grid)}.failure:first-of-type{border-top:0;padding-top:4px}
 .failure .top{font-size:14px}.failure p{overflow-wrap:anywhere;margin-top:2px}
 dd summary{font-size:inherit;font-weight:inherit}
-@media(max-width:560px){.only-wide{display:none}.only-narrow{display:block}th,td{padding:5px 7px}table{font-size:14px}
+@media(max-width:560px){.bar{grid-template-columns:minmax(22px,1fr) 3.2em;min-width:78px}.only-wide{display:none}
+.only-narrow{display:block}th,td{padding:5px 7px}table{font-size:14px}
 .trio{grid-template-columns:minmax(0,1fr)}main{padding:18px 12px 40px}.answer{font-size:19px}.card{padding:13px 14px}
 .scroll{margin:0 -14px;padding:0 14px}
 .chart text,.chart .label{font-size:17px}.trio .chart text{font-size:12.5px}.heat td{font-size:14px;height:54px}

@@ -74,7 +74,8 @@ def _fairness(findings: Findings) -> Markup | None:
     if not findings.ranked:
         return None
     if doubts:
-        return page.fact("Not a fair comparison", "See the note below." if len(doubts) == 1 else "See the notes below.", "bad")
+        reason = doubts[0].partition(", so")[0].rstrip(".")
+        return page.fact("Not a fair comparison", f"{reason}. See below.", "bad")
     parts = []
     if findings.eval_tokens:
         parts.append(f"the same {findings.span(findings.eval_tokens)} held-out tokens")

@@ -46,27 +46,23 @@ def text(findings: Findings) -> str:
 def markdown(findings: Findings) -> str:
     """sweep.md."""
     result = findings.result
-    parts = [
-        f"# {findings.heading}",
-        findings.standing,
-        f"**{findings.answer}** {_capital(findings.verdict_text)}".strip(),
-    ]
+    parts = [f"# {_plain(findings.heading)}", findings.standing, f"**{_plain(findings.answer)}** {_capital(findings.verdict_text)}"]
     if result.doubts:
-        parts.append("\n".join(f"> **Note**: {doubt}" + ("\n>" if doubt is not result.doubts[-1] else "") for doubt in result.doubts))
+        parts.append("\n>\n".join(f"> **Note**: {_plain(doubt)}" for doubt in result.doubts))
     parts.append(_markdown_table(ranking(findings)))
     if findings.effects_text:
-        parts.append(findings.effects_text)
+        parts.append(_plain(findings.effects_text))
     if findings.failures:
         parts += [
             "## Failures",
             "\n".join(f"- `{job.name}` {job.state}: {_plain(words.first_line(job.error))}" for job in findings.failures),
         ]
     if findings.repeat:
-        parts += ["## The best job again", f"```\n{findings.repeat}\n```"]
+        parts += ["## The best job again", _code(findings.repeat)]
     if findings.refine:
         command, jobs = findings.refine
-        parts += [f"## Closer around the best ({words.counted(jobs, 'job')})", f"```\n{command}\n```"]
-    parts.append("## How the jobs were compared\n\n" + "\n".join(f"- {name}: {value}" for name, value in findings.basis))
+        parts += [f"## Closer around the best setting ({words.counted(jobs, 'job')})", _code(command)]
+    parts.append("## How the jobs were compared\n\n" + "\n".join(f"- {name}: {_plain(value)}" for name, value in findings.basis))
     return "\n\n".join(parts) + "\n"
 
 
@@ -95,6 +91,11 @@ def _cells(findings: Findings, setting: Setting) -> list[str]:
 def _markdown_table(lines: list[list[str]]) -> str:
     rows = ["| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def _code(text: str) -> str:
+    """An indented block, which no text can end."""
+    return "\n".join("    " + line for line in text.splitlines())
 
 
 def _plain(cell: str) -> str:

@@ -47,7 +47,7 @@ def decimals(numbers: Iterable[float | None]) -> int:
     """Decimals that tell `numbers` apart: three digits of their range; 3 where there is no range; from 2 to 6."""
     finite = [number for number in numbers if number is not None and math.isfinite(number)]
     span = max(finite) - min(finite) if finite else 0.0
-    return min(6, max(2, 2 - math.floor(math.log10(span)))) if span > 0 else 3
+    return min(6, max(2, 2 - math.floor(math.log10(span) + 1e-6))) if span > 0 else 3
 
 
 def fixed(number: float | None, digits: int) -> str:
