@@ -48,13 +48,15 @@ def loss_png(run_dir: Path) -> Path | None:
 def sweep_png(findings: Findings) -> Path:
     """Draw a sweep's answer, its main chart and its loss curves to sweep.png."""
     lines = textwrap.wrap(findings.answer, 118, max_lines=2, placeholder=" …")
-    figure = _figure(13, 5.4 + 0.3 * len(lines))
-    top = 1 - 0.06 * len(lines) - 0.075
+    head = 0.12 + 0.27 * len(lines) + 0.3  # inches
+    height = 5 + head
+    figure = _figure(13, height)
+    top = 1 - head / height
     figure.get_layout_engine().set(rect=(0, 0, 1, top))  # type: ignore[union-attr, call-arg]
     main, losses = figure.subplots(1, 2, width_ratios=(1, 1.1))
     _draw_main(main, findings)
     _draw_losses(losses, findings)
-    figure.text(0.01, 0.985, "\n".join(lines), fontsize=13.5, fontweight="bold", color=TEXT, va="top")
+    figure.text(0.01, 1 - 0.1 / height, "\n".join(lines), fontsize=13.5, fontweight="bold", color=TEXT, va="top")
     figure.text(0.01, top + 0.01, f"{findings.standing}. {findings.verdict_text}", fontsize=10.5, color="#5d656d", va="bottom")
     return _save(figure, findings.result.directory / "sweep.png")
 
@@ -194,7 +196,7 @@ def _draw_losses(axes: Axes, findings: Findings) -> None:
         axes.set_ylim(*limits(shown))
         axes.set_xlim(0, None)
     axes.xaxis.set_major_formatter(lambda value, _: words.compact(value))
-    axes.set(xlabel="tokens", title="training loss")
+    axes.set(xlabel="tokens", title="training loss, the best setting thick" if findings.best else "training loss")
     if entries:
         axes.legend(frameon=False)
     _plain(axes)

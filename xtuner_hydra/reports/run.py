@@ -207,7 +207,7 @@ def _environment(run: Run) -> Markup:
     return page.card(
         "Environment",
         page.pairs(rows),
-        tag("p", "Command line:", class_="dim") if command else None,
+        tag("p", "Command line:", class_="dim apart") if command else None,
         page.command(command) if command else None,
     )
 

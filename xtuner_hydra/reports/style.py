@@ -49,7 +49,7 @@ th.n button:after{margin-right:-.4em}
 th[aria-sort=ascending] button:after{content:"\\2191"}th[aria-sort=descending] button:after{content:"\\2193"}
 tr.best{background:var(--soft)}tr.best td{font-weight:650}
 tr.lit td,tr.lit th{background:var(--soft)}
-.dim{color:var(--muted)}
+.dim{color:var(--muted)}.apart{margin-top:12px}
 .state{display:inline-flex;align-items:center;gap:6px}.state:before{content:"";width:8px;height:8px;border-radius:50%;
 background:var(--muted);flex:none}
 .state.completed:before{background:var(--good)}.state.failed:before,.state.killed:before{background:var(--bad);border-radius:1px}

@@ -221,13 +221,11 @@ def _points(findings: Findings, key: str) -> list[svg.Point]:
     ]
 
 
-def _curve_card(findings: Findings, key: str, *, alone: bool = True) -> Markup:
-    """The metric over one key; one of several, it is small, and its points are not joined, as other keys differ between them."""
+def _curve_card(findings: Findings, key: str) -> Markup:
+    """The metric over the only key."""
     title = f"{findings.metric} by {findings.short[key]}"
-    size = (svg.WIDTH, svg.HEIGHT) if alone else svg.SMALL
-    chart = svg.curve(_points(findings, key), label=title, x_label=findings.short[key], connect=alone, size=size)
-    sub = "Means with their spread over seeds; the small circles are single jobs." if findings.has_repeats and alone else ""
-    return page.card(title, chart, sub=sub)
+    sub = "Means with their spread over seeds; the small circles are single jobs." if findings.has_repeats else ""
+    return page.card(title, svg.curve(_points(findings, key), label=title, x_label=findings.short[key]), sub=sub)
 
 
 def _parallel(findings: Findings) -> Markup:
@@ -259,8 +257,14 @@ def _effects(findings: Findings) -> Markup | None:
     if len(findings.keys) < 2 or findings.grid() or len(findings.ranked) < 3:
         return None
     keys = [effect.key for effect in findings.effects[:6]]
-    cards = [_curve_card(findings, key, alone=False) for key in keys]
-    return page.group(cards, "trio" if len(cards) > 2 else "pair")
+    kind, size = ("pair", (svg.WIDTH, svg.HEIGHT)) if len(keys) in (2, 4) else ("trio", svg.SMALL)
+    return page.group([_effect(findings, key, size) for key in keys], kind)
+
+
+def _effect(findings: Findings, key: str, size: tuple[int, int]) -> Markup:
+    """The metric over one key of several: its points are not joined, as other keys differ between them."""
+    title = f"{findings.metric} by {findings.short[key]}"
+    return page.card(title, svg.curve(_points(findings, key), label=title, x_label=findings.short[key], connect=False, size=size))
 
 
 def _colours(findings: Findings) -> tuple[dict[int, str], list[tuple[str, str]]]:

@@ -84,7 +84,7 @@ def _cells(findings: Findings, setting: Setting) -> list[str]:
         words.fixed(tokens, 0),
         words.fixed(speed, 0 if (speed or 0) >= 100 else 1),
         words.fixed(memory, 2),
-        findings.state(setting.jobs),
+        setting.jobs[0].state if len(setting.jobs) == 1 else findings.state(setting.jobs),
     ]
 
 

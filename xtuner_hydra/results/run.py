@@ -56,8 +56,9 @@ class Run:
 
     @cached_property
     def final(self) -> dict[str, float | int]:
-        """The last value of every metric."""
-        return {name: value for row in self.rows for name, value in row.items() if value is not None}
+        """The last value of every metric; of a run without metrics.jsonl those that status.json kept."""
+        rows = [self.status.get("metrics") or {}, *self.rows]
+        return {name: value for row in rows for name, value in row.items() if value is not None}
 
     @property
     def step(self) -> int:
@@ -88,9 +89,13 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     path = Path(directory).resolve()
     if not (path / "config.yaml").is_file():
         raise RefusedError(f"{directory}: not a run directory (it has no config.yaml)")
+    try:
+        config = copy.deepcopy(_config((path / "config.yaml").read_text(encoding="utf-8")))
+    except RefusedError as error:
+        raise RefusedError(f"{directory}: its config cannot be read by this version: {error}") from None
     return Run(
         path,
-        copy.deepcopy(_config((path / "config.yaml").read_text(encoding="utf-8"))),
+        config,
         run_dir.read_overrides(path),
         run_dir.read_status(path),
         _json(path / "environment.json"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.reports.comparison import write_comparison
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.reports.sweep import FILES, text, write_sweep
-from xtuner_hydra.results.run import find_runs, load_run
+from xtuner_hydra.results.run import Run, find_runs, load_run
 from xtuner_hydra.results.sweep import FILE_NAME
 
 DEFAULT = Path("comparison.html")
@@ -34,13 +36,24 @@ def main(argv: list[str]) -> int:
 
 
 def _compare(directories: list[Path], to: Path) -> Path:
-    runs = [load_run(path) for path in find_runs(directories)]
+    runs = _readable(find_runs(directories))
     if not runs:
         raise RefusedError(f"report: there is no run in or below {', '.join(map(str, directories))}")
     if not to.parent.is_dir():
         raise RefusedError(f"report: --to {to}: {to.parent} is not a directory")
     write_comparison(runs, to)
     return to
+
+
+def _readable(directories: Iterable[Path]) -> list[Run]:
+    """The runs, but those that this version cannot read: one of many must not cost the others their page."""
+    runs = []
+    for directory in directories:
+        try:
+            runs.append(load_run(directory))
+        except RefusedError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return runs
 
 
 def _parser() -> argparse.ArgumentParser:

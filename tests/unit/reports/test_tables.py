@@ -75,7 +75,7 @@ def test_text_stands_in_columns_and_long_errors_are_cut(tmp_path):
     make_sweep(tmp_path, [({LR: 0.1}, finished(2.5)), ({LR: 1.0}, FAILED | {"error": "x" * 500}), ({LR: 2.0}, None)])
     lines = tables.text(Findings(read_sweep(tmp_path))).splitlines()
     column = lines[0].index("state")
-    assert [line[column:] for line in lines[:4]] == ["state", "1 completed", "1 failed", "1 waiting"]
+    assert [line[column:] for line in lines[:4]] == ["state", "completed", "failed", "waiting"]
     assert "x" * 100 in lines[5]
     assert "x" * 200 not in lines[5]
 
@@ -93,5 +93,5 @@ def test_seeds_are_averaged_and_counted(tmp_path):
 def test_a_sweep_that_has_not_begun_is_a_table_too(tmp_path):
     findings = Findings(read_sweep(make_sweep(tmp_path, [({LR: 0.1}, None)])))
     assert "No job has completed yet." in tables.markdown(findings)
-    assert "1 waiting" in tables.text(findings)
+    assert "waiting" in tables.text(findings).splitlines()[1]
     assert [row["state"] for row in read_csv(tmp_path)] == ["waiting"]

@@ -79,3 +79,10 @@ def test_a_loss_that_is_no_number_is_no_value(tmp_path):
     result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, {"rows": [{"train/step": 1, "eval/loss": None}]})]))
     assert [job.value for job in result.jobs] == [2.0, None]
     assert result.best_job.number == 0
+
+
+def test_without_metrics_jsonl_the_last_status_counts(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0))])
+    (tmp_path / "0_job" / "metrics.jsonl").unlink()
+    (job,) = read_sweep(tmp_path).jobs
+    assert (job.value, job.run.step) == (2.0, 3)

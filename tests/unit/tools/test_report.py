@@ -50,6 +50,14 @@ def test_what_holds_no_run_is_refused(tmp_path):
         main([str(tmp_path / "gone")])
 
 
+def test_a_run_that_cannot_be_read_is_left_out_and_named(sweep, tmp_path, capsys):
+    (sweep / "0_job" / "config.yaml").write_text("optimizer: {no_such_key: 1}\n")
+    assert main([str(sweep), "--to", str(tmp_path / "page.html")]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "0_job: its config cannot be read by this version: optimizer.no_such_key" in line
+    assert "1 job: 1 completed" in (tmp_path / "page.html").read_text()
+
+
 def test_the_command_needs_no_torch(sweep):
     code = "import sys; from xtuner_hydra.__main__ import main; code = main(sys.argv[1:]); "
     code += "print(code, sorted({'torch', 'hydra', 'wandb'} & set(sys.modules)))"
