@@ -15,7 +15,12 @@ from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom; beyond, 1.96 + 2.6 / degrees is within 0.01."""
+"""97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom."""
+
+
+def enough(freedom: int) -> float:
+    """How many standard errors a difference must be to lie beyond the 95 % interval of chance. Above ten degrees of freedom within 0.01."""
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.6 / freedom
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,7 @@ class Findings:
         """Of the lead. clear: beyond the 95 % interval of chance (Student's t); chance: below one standard error; unsure between; or unknown."""
         if self.certainty is None:
             return "unknown"
-        enough = STUDENT[self.freedom - 1] if self.freedom <= len(STUDENT) else 1.96 + 2.6 / self.freedom
-        return "clear" if self.certainty >= enough else "unsure" if self.certainty >= 1 else "chance"
+        return "clear" if self.certainty >= enough(self.freedom) else "unsure" if self.certainty >= 1 else "chance"
 
     @property
     def verdict_text(self) -> str:
