@@ -66,7 +66,14 @@ def doctor(argv: list[str]) -> int:
     return doctor_main(argv[1:])
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor}
+def report(argv: list[str]) -> int:
+    """`report DIR...`: write reports of runs and sweeps."""
+    from xtuner_hydra.tools.report import main as report_main
+
+    return report_main(argv[1:])
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor, "report": report}
 
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:

@@ -34,10 +34,11 @@ from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.optim.optimizers import build_optimizer
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
+from xtuner_hydra.reports.pictures import loss_png
+from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.run_dir import read_config, read_overrides, write_status
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
-from xtuner_hydra.tracking.plots import loss_png
 from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
@@ -161,14 +162,23 @@ def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_scr
 
 
 def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> None:
-    """Close the trackers, draw the curve, write the last status."""
+    """Close the trackers, write the last status, then the report of it all."""
     metrics: Row = trainer.metrics if trainer else {}
     step, total = (trainer.state.step, trainer.total_steps) if trainer else (0, None)
     if trainer:
         trainer.trackers.finish(final["state"], final["exit_code"])
-        loss_png(run_dir)
     write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
+    _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
+
+
+def _report(run_dir: Path) -> None:
+    """loss.png and report.html. What cannot be drawn is not worth a run."""
+    for write in (loss_png, write_run):
+        try:
+            write(run_dir)
+        except Exception as error:
+            log.warning(f"{write.__name__} failed, the run is not affected: {type(error).__name__}: {error}")
 
 
 def _interrupt_on_sigterm() -> None:

@@ -62,7 +62,9 @@ def parts_used_by(part):
         ("reports", {"config", "errors", "files", "results", "run_dir", "tracking"}),
         ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel"}),
         ("trainer", {"checkpoint", "config", "data", "engine", "errors", "metrics", "model", "optim", "parallel", "tracking"}),
-        ("sweeps", {"app", "errors", "files", "launch", "parallel", "run_dir"}),
+        ("sweeps", {"app", "config", "cost", "errors", "launch", "parallel", "reports", "results", "run_dir", "tracking"}),
+        ("cost", {"config", "model"}),
+        ("ranks", {"errors", "parallel", "run_dir", "worker"}),
         ("app", {"config", "errors", "model"}),
     ],
 )

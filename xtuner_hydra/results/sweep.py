@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from xtuner_hydra import run_dir
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.results.run import Run, load_run
@@ -77,12 +78,15 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class JobResult:
-    """A job as it stands. `run` is None while it waits. value: of the sweep's metric, None until the job has completed."""
+    """A job as it stands. `run` is None while it waits, and where it was refused before its directory was filled.
+
+    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it."""
 
     job: Job
     run: Run | None
     value: float | None
     state: str  # waiting, or a run's state
+    error: str = ""
 
     @property
     def number(self) -> int:
@@ -96,16 +100,11 @@ class JobResult:
     def swept(self) -> dict[str, Any]:
         """Swept key -> this job's value: typed where the key is a value of the config, the text where it is a group."""
         typed = self.run.values if self.run else {}
-        texts = dict(override.lstrip("+").split("=", 1) for override in self.job.overrides)
-        return {key: typed.get(key, text) for key, text in texts.items()}
+        return {key: typed.get(key, _typed(text)) for key, text in _texts(self.job).items()}
 
     def last(self, metric: str) -> float | None:
         """The job's last value of `metric`."""
         return self.run.final.get(metric) if self.run else None
-
-    @property
-    def error(self) -> str:
-        return (self.run.status.get("error") or "") if self.run else ""
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,9 @@ class SweepResult:
         """Best first; those without a value last, in their jobs' order."""
         groups: dict[str, list[JobResult]] = {}
         for job in self.jobs:
-            groups.setdefault(repr(_without_seed(job.swept)), []).append(job)
-        settings = [Setting(_without_seed(jobs[0].swept), jobs) for jobs in groups.values()]
+            # by what was typed: a job that waits has no typed values yet, and must not stand apart from its twins
+            groups.setdefault(repr(_without_seed(_texts(job.job))), []).append(job)
+        settings = [Setting(_without_seed(_started_first(jobs).swept), jobs) for jobs in groups.values()]
         sign = 1 if self.plan.direction == "minimize" else -1
         return sorted(settings, key=lambda setting: math.inf if setting.mean is None else sign * setting.mean)
 
@@ -153,9 +153,9 @@ class SweepResult:
     @cached_property
     def best_job(self) -> JobResult | None:
         """The completed job with the best value."""
-        done = [job for job in self.jobs if job.value is not None]
-        choose = min if self.plan.direction == "minimize" else max
-        return choose(done, key=lambda job: job.value) if done else None
+        sign = 1 if self.plan.direction == "minimize" else -1
+        done = [(sign * job.value, place) for place, job in enumerate(self.jobs) if job.value is not None]
+        return self.jobs[min(done)[1]] if done else None
 
     @property
     def has_seeds(self) -> bool:
@@ -186,10 +186,31 @@ def read_sweep(directory: Path) -> SweepResult:
 def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
     """A job as it stands in its directory."""
     directory = sweep_dir / job.name
-    run = load_run(directory) if (directory / "config.yaml").is_file() else None
-    state = run.state if run else "waiting"
+    status = run_dir.read_status(directory)
+    # status.json comes last of the files that a run begins with, so a run that has it can be read
+    run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
+    state = run.state if run else str(status.get("state", "waiting"))
     value = run.final.get(metric) if run and state == "completed" else None
-    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state)
+    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state, str(status.get("error") or ""))
+
+
+def _texts(job: Job) -> dict[str, str]:
+    """Swept key -> its value as typed."""
+    return {key: text for key, _, text in (override.lstrip("+").partition("=") for override in job.overrides)}
+
+
+def _typed(text: str) -> Any:
+    """The number that `text` spells, or `text`."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _started_first(jobs: Sequence[JobResult]) -> JobResult:
+    return next((job for job in jobs if job.run), jobs[0])
 
 
 def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:

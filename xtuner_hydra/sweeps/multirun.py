@@ -18,9 +18,10 @@ from xtuner_hydra.config.names import job_name
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
+from xtuner_hydra.reports.sweep import text, write_sweep
 from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
 from xtuner_hydra.sweeps import draft as drafts
-from xtuner_hydra.sweeps import space, table
+from xtuner_hydra.sweeps import space
 from xtuner_hydra.sweeps.draft import Draft
 from xtuner_hydra.sweeps.driver import Driver, Launcher
 from xtuner_hydra.sweeps.screen import Screen
@@ -114,12 +115,12 @@ def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: L
             return Job(number, job_name(number, overrides), overrides, "")
         return Job(number, composition.run_dir.name, overrides, drafts.signature(composition.config, app.defaults))
 
-    return Driver(draft.directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), table.write)
+    return Driver(draft.directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), write_sweep)
 
 
 def _show(directory: Path) -> None:
-    print(table.text(table.read(directory)), flush=True)
-    print(f"sweep: {directory / 'sweep.md'}", flush=True)
+    print(f"\n{text(read_sweep(directory))}", flush=True)
+    print(f"report: {directory / 'sweep.html'}", flush=True)
 
 
 def _new_plan(app: App, draft: Draft) -> SweepPlan:
