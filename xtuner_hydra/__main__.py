@@ -64,7 +64,34 @@ def doctor(argv: list[str]) -> int:
     return doctor_main(argv[1:])
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor}
+def runs(argv: list[str]) -> int:
+    """`runs [DIR...]`: list runs with how they stand."""
+    from xtuner_hydra.tools.runs import main as runs_main
+
+    return runs_main(argv[1:])
+
+
+def diff(argv: list[str]) -> int:
+    """`diff RUN RUN`: what differs between two runs."""
+    from xtuner_hydra.tools.diff import main as diff_main
+
+    return diff_main(argv[1:])
+
+
+def rerun(argv: list[str]) -> int:
+    """`rerun RUN [overrides]`: repeat a run."""
+    from xtuner_hydra.tools import rerun as tool
+
+    return tool.follow(argv) if _rank() > 0 else tool.main(argv[1:])
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "plan": plan,
+    "doctor": doctor,
+    "runs": runs,
+    "diff": diff,
+    "rerun": rerun,
+}
 
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:

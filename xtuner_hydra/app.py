@@ -24,12 +24,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from xtuner_hydra.config.names import job_name, run_name
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, unknown_key
+from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, to_dict, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 PACKAGE = Path(__file__).parent
@@ -38,12 +38,16 @@ CHECKOUT_CONF = PACKAGE.parent / "conf"
 
 @dataclass(frozen=True)
 class Composition:
-    """What a command line composes to: the typed config, where the run goes, and how it came about."""
+    """What a command line composes to: the typed config, where the run goes, and how it came about.
+
+    defaults(): the config of a command line without overrides. rerun_of: the run directory that this repeats."""
 
     config: Config
     run_dir: Path
     overrides: list[str]
     choices: dict[str, str | None]
+    defaults: Callable[[], Config]
+    rerun_of: Path | None = None
 
 
 class App:
@@ -104,6 +108,62 @@ class App:
         HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
+    @functools.cached_property
+    def defaults(self) -> Config:
+        """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
+        with _readable_errors():
+            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        try:
+            return self._typed(cfg, []).config
+        except RefusedError:
+            return Config()
+
+    def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
+        """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
+
+        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: its overrides."""
+        parsed = self._check_overrides(self.overrides)
+        chosen: dict[str, str | None] = {override.key_or_group: self._option(override) for override in parsed if self._is_group(override)}
+        own = [f"{group}={option}" for group, option in chosen.items()]
+        with _readable_errors():
+            composed = self.hydra.compose_config(
+                self.config_name, [*own, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
+            )
+            with read_write(composed), open_dict(composed):
+                composed.hydra.runtime.choices.rerun = name
+                composed.hydra.overrides.task = [override for override in self.overrides if override not in self.hydra_overrides()]
+        HydraConfig.instance().set_config(composed)
+        cfg = OmegaConf.create(to_dict(config))
+        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
+            if group in chosen:
+                self._replace_group(cfg, group, str(chosen[group]))
+        for override in parsed:
+            if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        fill_from_pretrained(cfg)
+        with _readable_errors():
+            again = to_config(cfg, functools.partial(self._where_set, self.overrides, chosen))
+            run_dir = Path(str(composed.hydra.run.dir)).resolve()
+        return Composition(again, run_dir, _joined(typed, composed.hydra.overrides.task), chosen, lambda: self.defaults, rerun_of)
+
+    def _is_group(self, override: Override) -> bool:
+        return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
+
+    @staticmethod
+    def _option(override: Override) -> str:
+        option = override.value()
+        if not isinstance(option, str) or override.package is not None:
+            raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
+        return option
+
+    def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
+        with _readable_errors():
+            alone = self.hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
+        if group in cfg:
+            cfg[group] = to_dict(Config())[group]
+        cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
+
     def jobs(self) -> list[list[str]]:
         """The override lists of a sweep's jobs: Hydra's grid over every value with commas, `choice(...)`, `range(...)`."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -147,7 +207,9 @@ class App:
             where = functools.partial(self._where_set, overrides, choices)
             config = to_config(job, where)
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
-        return Composition(config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices)
+        return Composition(
+            config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices, lambda: self.defaults
+        )
 
     def _check_overrides(self, overrides: list[str]) -> list[Override]:
         """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
@@ -203,7 +265,7 @@ class App:
             option = choices.get(owner)
             if option and self._file_has(owner, option, inner):
                 return f"{owner}/{option}.yaml"
-        return f"{group}/{choices.get(group)}.yaml"
+        return f"{group}/{choices[group]}.yaml" if choices.get(group) else "config.yaml"
 
     def _file_has(self, group: str, option: str, key: str) -> bool:
         file = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
@@ -229,6 +291,17 @@ def fill_from_pretrained(cfg: DictConfig) -> None:
     for key, value in read_hf_config(Path(str(model.pretrained))).items():
         if key == "family" or OmegaConf.is_missing(model, key):
             model[key] = value
+
+
+def _joined(before: list[str], after: Sequence[str]) -> list[str]:
+    """Overrides `before` that `after` leaves in force, then `after`."""
+    replaced = {_key(override) for override in after}
+    kept = [override for override in before if _key(override) not in replaced and _key(override).partition(".")[0] not in replaced]
+    return [*kept, *after]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]
 
 
 def _conf_dir() -> str:

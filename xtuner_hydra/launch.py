@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -15,8 +16,10 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from omegaconf import MISSING
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,12 +31,14 @@ from xtuner_hydra.checkpoint import state
 from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
+from xtuner_hydra.files import write_json
 from xtuner_hydra.model.families import check_pretrained
-from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
+from xtuner_hydra.parallel.runtime import param_dtype, ranks_here, started_by_torchrun, world_size
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
 
@@ -73,6 +78,8 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = state.find(config.checkpoint, composition.run_dir)
     resolve(config, ranks)
+    if config.checkpoint.resume not in ("auto", "never"):
+        config.checkpoint.resume = str(checkpoint)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, progress=progress)
     if checkpoint is not None:
@@ -85,20 +92,36 @@ def resolve(config: Config, ranks: int) -> None:
     config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     if config.trainer.global_batch_size is None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
+    config.parallelism.nproc_per_node = ranks_here(ranks)
     if config.model.pretrained is not None:
         config.model.pretrained = str(Path(config.model.pretrained).resolve())
+    config.data.path = _absolute(config.data.path)
+    config.data.eval_path = _absolute(config.data.eval_path)
+    config.data.cache_dir = _absolute(config.data.cache_dir)
+
+
+def _absolute(path: Any) -> Any:
+    """Files, directories and globs, one or a list, as seen from this working directory; what is no path (null, ???) as it is."""
+    if isinstance(path, list):
+        return [_absolute(one) for one in path]
+    return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) and path != MISSING else path
 
 
 def run(composition: Composition, *, isolated: bool = False) -> int:
     """Prepare and train; returns the exit code. `isolated`: in a process of its own even for one rank."""
-    prepared = prepare(composition)
-    directory = composition.run_dir
+    return start(prepare(composition), isolated=isolated)
+
+
+def start(prepared: Prepared, *, isolated: bool = False) -> int:
+    """Train what has been prepared; see `run`."""
+    composition, directory = prepared.composition, prepared.composition.run_dir
     if prepared.is_done:
         print(f"{directory}: this run is complete ({prepared.data.plan.total_steps} steps); nothing to do")
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    run_dirs.create(directory, prepared.config, composition.overrides, environment(sys.argv))
+    run_dirs.create(directory, prepared.config, composition.overrides, _environment(composition))
+    write_json(directory / "changed.json", changed_here(prepared))
     prepared.data.save(directory)
     if started_by_torchrun():
         publish({"run_dir": str(directory)})
@@ -107,6 +130,20 @@ def run(composition: Composition, *, isolated: bool = False) -> int:
 
         return train(directory)
     return start_workers(directory, prepared.ranks)
+
+
+def changed_here(prepared: Prepared) -> dict[str, list[Any]]:
+    """Key -> [default, value] of what sets this run apart from one without overrides on this machine."""
+    default = copy.deepcopy(prepared.composition.defaults())
+    device, default.trainer.device = default.trainer.device, prepared.config.trainer.device  # which decides what an automatic dtype is
+    resolve(default, prepared.ranks)
+    default.trainer.device = device
+    return changed(prepared.config, default)
+
+
+def _environment(composition: Composition) -> dict[str, Any]:
+    origin = composition.rerun_of
+    return environment(sys.argv) | ({"rerun_of": str(origin)} if origin else {})
 
 
 def start_workers(directory: Path, ranks: int) -> int:

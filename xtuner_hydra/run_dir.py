@@ -57,6 +57,12 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
         ) from None
 
 
+def note(directory: Path, **entries: Any) -> None:
+    """Add to environment.json what only the process that trains knows."""
+    path = directory / "environment.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+
+
 def read_config(directory: Path) -> Config:
     """The resolved config of a run."""
     return from_yaml((directory / "config.yaml").read_text(encoding="utf-8"))

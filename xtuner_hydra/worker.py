@@ -34,7 +34,7 @@ from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.optim.optimizers import build_optimizer
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
-from xtuner_hydra.run_dir import read_config, read_overrides, write_status
+from xtuner_hydra.run_dir import note, read_config, read_overrides, write_status
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
 from xtuner_hydra.tracking.plots import loss_png
@@ -112,6 +112,7 @@ def with_trackers(trainer: Trainer) -> None:
     step = trainer.resume_if_possible()
     if trainer.runtime.rank == 0:
         config = trainer.config
+        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
         trainer.trackers = build_trackers(
             config.tracking,
             trainer.run_dir,

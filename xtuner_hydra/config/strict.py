@@ -6,6 +6,7 @@ dataclasses of schema.py. Nothing here imports Hydra."""
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -74,9 +75,10 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
 
 
 def from_yaml(text: str) -> Config:
-    """The Config of a run's config.yaml."""
+    """The Config of a run's config.yaml. Raises RefusedError, or yaml.YAMLError for what is no YAML."""
     cfg = OmegaConf.create(text)
-    assert isinstance(cfg, DictConfig)
+    if not isinstance(cfg, DictConfig):
+        raise RefusedError("config.yaml: holds a list, not groups of keys")
     return to_config(cfg, lambda key: "config.yaml")
 
 
@@ -90,6 +92,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def by_key(config: Config) -> dict[str, Any]:
+    """`config` by full key, in the order of the schema: {"optimizer.lr": 6e-5}; lists and `sweep.params` are values."""
+    plain = to_dict(config)
+    return {key: functools.reduce(lambda part, name: part[name], key.split("."), plain) for key, group in known_keys().items() if not group}
+
+
+def changed(config: Config, default: Config) -> dict[str, list[Any]]:
+    """Full key -> [default, value] of every value in which `config` differs from `default`, in the order of the schema."""
+    before = by_key(default)
+    return {key: [before[key], value] for key, value in by_key(config).items() if value != before[key]}
 
 
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
