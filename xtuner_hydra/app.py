@@ -122,40 +122,39 @@ class App:
     def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
         """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
 
-        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: its overrides."""
+        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
         parsed = self._check_overrides(self.overrides)
-        chosen: dict[str, str | None] = {override.key_or_group: self._option(override) for override in parsed if self._is_group(override)}
-        own = [f"{group}={option}" for group, option in chosen.items()]
-        with _readable_errors():
-            composed = self.hydra.compose_config(
-                self.config_name, [*own, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
-            )
-            with read_write(composed), open_dict(composed):
-                composed.hydra.runtime.choices.rerun = name
-                composed.hydra.overrides.task = [override for override in self.overrides if override not in self.hydra_overrides()]
-        HydraConfig.instance().set_config(composed)
+        chosen = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
+        task = [override for override in self.overrides if override not in self.hydra_overrides()]
+        composed = self._compose_choices(chosen, task, name)
         cfg = OmegaConf.create(to_dict(config))
         for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
             if group in chosen:
-                self._replace_group(cfg, group, str(chosen[group]))
+                self._replace_group(cfg, group, chosen[group])
         for override in parsed:
             if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
         fill_from_pretrained(cfg)
         with _readable_errors():
-            again = to_config(cfg, functools.partial(self._where_set, self.overrides, chosen))
+            again = to_config(cfg, functools.partial(self._where_set, task, dict(chosen)))
             run_dir = Path(str(composed.hydra.run.dir)).resolve()
-        return Composition(again, run_dir, _joined(typed, composed.hydra.overrides.task), chosen, lambda: self.defaults, rerun_of)
+        return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
+
+    def _compose_choices(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
+        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
+        groups = [f"{group}={option}" for group, option in chosen.items()]
+        with _readable_errors():
+            cfg = self.hydra.compose_config(
+                self.config_name, [*groups, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
+            )
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.runtime.choices.rerun = name
+            cfg.hydra.overrides.task = task
+        HydraConfig.instance().set_config(cfg)
+        return cfg
 
     def _is_group(self, override: Override) -> bool:
         return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
-
-    @staticmethod
-    def _option(override: Override) -> str:
-        option = override.value()
-        if not isinstance(option, str) or override.package is not None:
-            raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
-        return option
 
     def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
         with _readable_errors():
@@ -291,6 +290,14 @@ def fill_from_pretrained(cfg: DictConfig) -> None:
     for key, value in read_hf_config(Path(str(model.pretrained))).items():
         if key == "family" or OmegaConf.is_missing(model, key):
             model[key] = value
+
+
+def _option(override: Override) -> str:
+    """The option that `GROUP=OPTION` names."""
+    option = override.value()
+    if not isinstance(option, str) or override.package is not None:
+        raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
+    return option
 
 
 def _joined(before: list[str], after: Sequence[str]) -> list[str]:
