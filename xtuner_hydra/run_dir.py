@@ -85,11 +85,12 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or an empty dict where there is none."""
+    """status.json, or an empty dict where there is none that can be read."""
     try:
-        return json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
+    return status if isinstance(status, dict) else {}
 
 
 def state_of(directory: Path, status: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     prepared = launch.prepare(composition)
     data = prepared.data.describe()
-    _refuse_other_data(run, data, composition.config, given)
+    refuse_other_data(run, data, composition.config, given)
     for line in differences(run, data, prepared.ranks):
         print(f"not exactly the same: {line}", file=sys.stderr)
     return launch.start(prepared)
@@ -129,7 +129,7 @@ def _single(run: Run) -> Config:
     return config
 
 
-def _refuse_other_data(run: Run, now: dict[str, Any], config: Config, given: set[str]) -> None:
+def refuse_other_data(run: Run, now: dict[str, Any], config: Config, given: set[str]) -> None:
     """DataError where files have another content than they had, unless they are `given` by an override."""
     for part, key, unchanged in (
         ("train", "data.path", config.data.path == run.config.data.path),
