@@ -1,7 +1,7 @@
 """What launch puts into config.yaml and changed.json, so that a run can be repeated from anywhere and reports know what was chosen."""
 
 import pytest
-from runs import make_config
+from run_dirs import make_config
 
 from xtuner_hydra import launch
 from xtuner_hydra.app import App

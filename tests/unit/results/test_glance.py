@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import make_run
+from run_dirs import make_run
 
 from xtuner_hydra.results.glance import glance
 from xtuner_hydra.results.run import find_runs, load_run

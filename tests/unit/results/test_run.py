@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from runs import make_run
+from run_dirs import make_run
 
 import xtuner_hydra
 from xtuner_hydra.errors import RefusedError

@@ -1,7 +1,7 @@
 """diff finds what differs, says in a line what does not, and where two runs part."""
 
 import pytest
-from runs import make_run
+from run_dirs import make_run
 
 from xtuner_hydra.__main__ import main
 from xtuner_hydra.results.run import load_run

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import describe, make_run
+from run_dirs import describe, make_run
 
 from xtuner_hydra.app import App
 from xtuner_hydra.config.strict import changed, to_yaml

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import REPOSITORY
-from runs import make_run
+from run_dirs import make_run
 
 from xtuner_hydra.__main__ import main
 
