@@ -9,7 +9,7 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from xtuner_hydra.config.names import job_name, run_name
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, to_dict, unknown_key
+from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 PACKAGE = Path(__file__).parent
@@ -102,72 +102,17 @@ class App:
 
     def compose(self, overrides: list[str]) -> Composition:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
-        parsed = self._check_overrides(overrides)
+        parsed = self.check_overrides(overrides)
         with _readable_errors():
             cfg = self.hydra.compose_config(self.config_name, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
         HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
-    @functools.cached_property
-    def defaults(self) -> Config:
-        """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
-        with _readable_errors():
-            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
-        HydraConfig.instance().set_config(cfg)
-        try:
-            return self._typed(cfg, []).config
-        except RefusedError:
-            return Config()
-
-    def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
-        """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
-
-        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
-        parsed = self._check_overrides(self.overrides)
-        chosen = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
-        task = [override for override in self.overrides if override not in self.hydra_overrides()]
-        composed = self._compose_choices(chosen, task, name)
-        cfg = OmegaConf.create(to_dict(config))
-        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
-            if group in chosen:
-                self._replace_group(cfg, group, chosen[group])
-        for override in parsed:
-            if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
-                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-        fill_from_pretrained(cfg)
-        with _readable_errors():
-            again = to_config(cfg, functools.partial(self._where_set, task, dict(chosen)))
-            run_dir = Path(str(composed.hydra.run.dir)).resolve()
-        return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
-
-    def _compose_choices(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
-        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
-        groups = [f"{group}={option}" for group, option in chosen.items()]
-        with _readable_errors():
-            cfg = self.hydra.compose_config(
-                self.config_name, [*groups, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
-            )
-        with read_write(cfg), open_dict(cfg):
-            cfg.hydra.runtime.choices.rerun = name
-            cfg.hydra.overrides.task = task
-        HydraConfig.instance().set_config(cfg)
-        return cfg
-
-    def _is_group(self, override: Override) -> bool:
-        return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
-
-    def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
-        with _readable_errors():
-            alone = self.hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
-        if group in cfg:
-            cfg[group] = to_dict(Config())[group]
-        cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
-
     def jobs(self) -> list[list[str]]:
         """The override lists of a sweep's jobs: Hydra's grid over every value with commas, `choice(...)`, `range(...)`."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        parsed = self._check_overrides(self.overrides)
+        parsed = self.check_overrides(self.overrides)
         with _readable_errors():
             task = [override for override in parsed if not override.key_or_group.startswith("hydra.")]
             (jobs,) = BasicSweeper.split_arguments(task, None)
@@ -196,6 +141,17 @@ class App:
         with _readable_errors():
             self.hydra.multirun(self.config_name, run, overrides, with_log_configuration=False)
 
+    @functools.cached_property
+    def defaults(self) -> Config:
+        """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
+        with _readable_errors():
+            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        try:
+            return self._typed(cfg, []).config
+        except RefusedError:
+            return Config()
+
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
         """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""
         hydra = HydraConfig.get()
@@ -210,7 +166,7 @@ class App:
             config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices, lambda: self.defaults
         )
 
-    def _check_overrides(self, overrides: list[str]) -> list[Override]:
+    def check_overrides(self, overrides: list[str]) -> list[Override]:
         """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
         try:
             parsed = OverridesParser.create(config_loader=self.hydra.config_loader).parse_overrides(overrides)
@@ -252,6 +208,50 @@ class App:
                     f"{group}={'null' if choice is None else name}: there is no such option.{did_you_mean(name, options)}"
                     f" Options of {group}: {', '.join(options) or 'none'}"
                 )
+
+    def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
+        """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
+
+        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
+        parsed = self.check_overrides(self.overrides)
+        chosen = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
+        task = [override for override in self.overrides if override not in self.hydra_overrides()]
+        composed = self._compose_choices(chosen, task, name)
+        cfg = OmegaConf.create(asdict(config))
+        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
+            if group in chosen:
+                self._replace_group(cfg, group, chosen[group])
+        for override in parsed:
+            if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        fill_from_pretrained(cfg)
+        with _readable_errors():
+            again = to_config(cfg, functools.partial(self._where_set, task, dict(chosen)))
+            run_dir = Path(str(composed.hydra.run.dir)).resolve()
+        return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
+
+    def _compose_choices(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
+        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
+        groups = [f"{group}={option}" for group, option in chosen.items()]
+        with _readable_errors():
+            cfg = self.hydra.compose_config(
+                self.config_name, [*groups, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
+            )
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.runtime.choices.rerun = name
+            cfg.hydra.overrides.task = task
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    def _is_group(self, override: Override) -> bool:
+        return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
+
+    def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
+        with _readable_errors():
+            alone = self.hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
+        if group in cfg:
+            cfg[group] = asdict(Config())[group]
+        cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
 
     def _where_set(self, overrides: list[str], choices: dict[str, str | None], key: str) -> str:
         """The override or the file that gave `key` its value (the last one wins)."""

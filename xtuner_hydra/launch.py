@@ -132,7 +132,7 @@ def start(prepared: Prepared, *, isolated: bool = False) -> int:
     return start_workers(directory, prepared.ranks)
 
 
-def changed_here(prepared: Prepared) -> dict[str, list[Any]]:
+def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
     """Key -> [default, value] of what sets this run apart from one without overrides on this machine."""
     default = copy.deepcopy(prepared.composition.defaults())
     device, default.trainer.device = default.trainer.device, prepared.config.trainer.device  # which decides what an automatic dtype is

@@ -112,7 +112,7 @@ def with_trackers(trainer: Trainer) -> None:
     step = trainer.resume_if_possible()
     if trainer.runtime.rank == 0:
         config = trainer.config
-        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
+        write_status(trainer.run_dir, "running", step=step or 0, total_steps=trainer.total_steps)  # by the process that trains
         trainer.trackers = build_trackers(
             config.tracking,
             trainer.run_dir,
@@ -121,6 +121,7 @@ def with_trackers(trainer: Trainer) -> None:
             total_steps=trainer.total_steps,
             start_step=step or 0,
         )
+        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 
 
 def _tell(trainer: Trainer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from yaml import YAMLError
 
 from xtuner_hydra import run_dir
+from xtuner_hydra.config.strict import flatten
 from xtuner_hydra.tracking.base import Row
 
 _TAIL = 1 << 18
@@ -63,7 +63,7 @@ def _glance(directory: Path) -> Glance:
         status.get("total_steps"),
         [str(override) for override in overrides],
         metrics,
-        dict(_leaves(config)),
+        flatten(config),
         status.get("error"),
     )
 
@@ -81,14 +81,6 @@ def _config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError("config.yaml is missing or cannot be read")
     return config
-
-
-def _leaves(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, dict) and f"{prefix}{key}" != "sweep.params":
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _last_metrics(path: Path) -> Row:

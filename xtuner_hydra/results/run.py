@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import by_key
+from xtuner_hydra.config.strict import flatten, to_dict
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row
@@ -73,7 +73,7 @@ class Run:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The config by full key: `optimizer.lr`."""
-        return by_key(self.config)
+        return flatten(to_dict(self.config))
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         raise RefusedError(f"{directory}: not a run directory (it has no config.yaml)")
     return Run(
         path,
-        _read("config.yaml", path, run_dir.read_config),
+        _read("config.yaml", path, lambda path: _config(path, (path / "config.yaml").stat().st_mtime_ns)),
         _read("overrides.yaml", path, run_dir.read_overrides),
         _read("status.json", path, run_dir.read_status),
         _json(path / "environment.json"),
@@ -121,6 +121,12 @@ def _read(name: str, directory: Path, read: Callable[[Path], T]) -> T:
         return read(directory)
     except (RefusedError, OSError, ValueError, YAMLError) as error:
         raise RefusedError(f"{directory}: {name} cannot be read: {' '.join(str(error).split())}") from None
+
+
+@lru_cache(maxsize=1024)
+def _config(directory: Path, mtime_ns: int) -> Config:
+    """A sweep reads its jobs again after every job; parsing YAML is the slow part of that."""
+    return run_dir.read_config(directory)
 
 
 def _columns(rows: list[Row]) -> dict[str, np.ndarray]:

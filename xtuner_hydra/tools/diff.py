@@ -59,12 +59,12 @@ def _part(name: str, lines: list[str], equal: str) -> list[str]:
     return ["", f"{name}: {len(lines)} differ", *lines] if lines else ["", f"{name}: equal ({equal})"]
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     keys = dict.fromkeys([*a, *b])
-    return {key: [a.get(key, _ABSENT), b.get(key, _ABSENT)] for key in keys if a.get(key, _ABSENT) != b.get(key, _ABSENT)}
+    return {key: (a.get(key, _ABSENT), b.get(key, _ABSENT)) for key in keys if a.get(key, _ABSENT) != b.get(key, _ABSENT)}
 
 
-def _arrows(differences: Mapping[str, list[Any]]) -> list[str]:
+def _arrows(differences: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """`  optimizer.lr  6e-05 -> 0.0001`, in columns."""
     width = max(map(len, differences), default=0)
     return [f"  {key.ljust(width)}  {_told(before)} -> {_told(after)}" for key, (before, after) in differences.items()]

@@ -49,9 +49,9 @@ def test_the_directory_is_todays_with_the_runs_name_and_what_is_new(run):
 def test_single_values_change_alone_and_with_their_type(run):
     composition = again(run, "optimizer.lr=1", "data.path=[a, b]", "++tracking.wandb.tags=[x]")
     assert changed(composition.config, run.config) == {
-        "data.path": ["/data/train.jsonl", ["a", "b"]],
-        "optimizer.lr": [2e-4, 1.0],
-        "tracking.wandb.tags": [[], ["x"]],
+        "data.path": ("/data/train.jsonl", ["a", "b"]),
+        "optimizer.lr": (2e-4, 1.0),
+        "tracking.wandb.tags": ([], ["x"]),
     }
     assert isinstance(composition.config.optimizer.lr, float)
 
@@ -60,9 +60,9 @@ def test_a_group_is_replaced_whole_and_a_value_wins_over_it(run):
     run = edit(run, lambda config: setattr(config.optimizer, "weight_decay", 0.7))
     composition = again(run, "optimizer.eps=1e-7", "optimizer=adamw")
     assert changed(composition.config, run.config) == {
-        "optimizer.lr": [2e-4, 6e-5],
-        "optimizer.weight_decay": [0.7, 0.01],
-        "optimizer.eps": [1e-8, 1e-7],
+        "optimizer.lr": (2e-4, 6e-5),
+        "optimizer.weight_decay": (0.7, 0.01),
+        "optimizer.eps": (1e-8, 1e-7),
     }
     assert composition.overrides == ["model.num_hidden_layers=1", "optimizer.eps=1e-7", "optimizer=adamw"]
 
