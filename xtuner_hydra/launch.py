@@ -135,9 +135,9 @@ def start(prepared: Prepared, *, isolated: bool = False) -> int:
 def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
     """Key -> [default, value] of what sets this run apart from one without overrides on this machine."""
     default = copy.deepcopy(prepared.composition.defaults())
-    device, default.trainer.device = default.trainer.device, prepared.config.trainer.device  # which decides what an automatic dtype is
+    # first, by the device that this run is on, which decides what an automatic dtype is
+    default.parallelism.param_dtype = param_dtype(default.parallelism.param_dtype, prepared.config.trainer.device)
     resolve(default, prepared.ranks)
-    default.trainer.device = device
     return changed(prepared.config, default)
 
 
