@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, TrainingError
 
@@ -52,28 +53,8 @@ def train(argv: list[str]) -> int:
     return run(composition)
 
 
-def plan(argv: list[str]) -> int:
-    """`plan [overrides]`: say what a run would do, and stop."""
-    from xtuner_hydra.tools.plan import main as plan_main
-
-    return plan_main(argv[1:])
-
-
-def doctor(argv: list[str]) -> int:
-    """`doctor`: check this machine."""
-    from xtuner_hydra.tools.doctor import main as doctor_main
-
-    return doctor_main(argv[1:])
-
-
-def report(argv: list[str]) -> int:
-    """`report DIR...`: write reports of runs and sweeps."""
-    from xtuner_hydra.tools.report import main as report_main
-
-    return report_main(argv[1:])
-
-
-VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor, "report": report}
+VERBS = ("plan", "doctor", "report", "runs", "diff", "rerun")
+"""The words that a command line can begin with; each is a module of xtuner_hydra.tools with a `main(arguments)`."""
 
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:
@@ -81,7 +62,7 @@ def _verb(argv: list[str]) -> Callable[[list[str]], int]:
     if not argv or argv[0].startswith("-") or "=" in argv[0] or argv[0].startswith(("+", "~")):
         return train
     if argv[0] in VERBS:
-        return VERBS[argv[0]]
+        return lambda words: import_module(f"xtuner_hydra.tools.{words[0]}").main(words[1:])
     from xtuner_hydra.config.strict import did_you_mean
 
     hint = did_you_mean(argv[0], list(VERBS))

@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,16 @@ CHECKOUT_CONF = PACKAGE.parent / "conf"
 
 @dataclass(frozen=True)
 class Composition:
-    """What a command line composes to: the typed config, where the run goes, and how it came about."""
+    """What a command line composes to: the typed config, where the run goes, and how it came about.
+
+    defaults(): the config of a command line without overrides. rerun_of: the run directory that this repeats."""
 
     config: Config
     run_dir: Path
     overrides: list[str]
     choices: dict[str, str | None]
+    defaults: Callable[[], Config]
+    rerun_of: Path | None = None
 
 
 class App:
@@ -171,20 +175,23 @@ class App:
         return self.launcher()[1].get("cluster", "local") != "local"
 
     @functools.cached_property
-    def defaults(self) -> Config:
-        """The config of a command line without overrides."""
-        with _readable_errors():
-            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
-        HydraConfig.instance().set_config(cfg)
-        return self._typed(cfg, []).config
-
-    @functools.cached_property
     def _multirun_config(self) -> DictConfig:
         with _readable_errors():
             self.check_overrides(self.overrides)
             cfg = self.hydra.compose_config(self.config_name, list(self.overrides), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
         HydraConfig.instance().set_config(cfg)
         return cfg
+
+    @functools.cached_property
+    def defaults(self) -> Config:
+        """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
+        with _readable_errors():
+            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        try:
+            return self._typed(cfg, []).config
+        except RefusedError:
+            return Config()
 
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
         """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""
@@ -196,7 +203,9 @@ class App:
             where = functools.partial(self._where_set, overrides, choices)
             config = to_config(job, where)
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
-        return Composition(config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices)
+        return Composition(
+            config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices, lambda: self.defaults
+        )
 
     def check_overrides(self, overrides: list[str]) -> list[Override]:
         """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
@@ -245,6 +254,50 @@ class App:
                     f" Options of {group}: {', '.join(options) or 'none'}"
                 )
 
+    def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
+        """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
+
+        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
+        parsed = self.check_overrides(self.overrides)
+        chosen = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
+        task = [override for override in self.overrides if override not in self.hydra_overrides()]
+        composed = self._compose_choices(chosen, task, name)
+        cfg = OmegaConf.create(asdict(config))
+        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
+            if group in chosen:
+                self._replace_group(cfg, group, chosen[group])
+        for override in parsed:
+            if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        fill_from_pretrained(cfg)
+        with _readable_errors():
+            again = to_config(cfg, functools.partial(self._where_set, task, dict(chosen)))
+            run_dir = Path(str(composed.hydra.run.dir)).resolve()
+        return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
+
+    def _compose_choices(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
+        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
+        groups = [f"{group}={option}" for group, option in chosen.items()]
+        with _readable_errors():
+            cfg = self.hydra.compose_config(
+                self.config_name, [*groups, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
+            )
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.runtime.choices.rerun = name
+            cfg.hydra.overrides.task = task
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    def _is_group(self, override: Override) -> bool:
+        return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
+
+    def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
+        with _readable_errors():
+            alone = self.hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
+        if group in cfg:
+            cfg[group] = asdict(Config())[group]
+        cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
+
     def _where_set(self, overrides: list[str], choices: dict[str, str | None], key: str) -> str:
         """The override or the file that gave `key` its value (the last one wins)."""
         for override in reversed(overrides):
@@ -256,7 +309,7 @@ class App:
             option = choices.get(owner)
             if option and self._file_has(owner, option, inner):
                 return f"{owner}/{option}.yaml"
-        return f"{group}/{choices.get(group)}.yaml"
+        return f"{group}/{choices[group]}.yaml" if choices.get(group) else "config.yaml"
 
     def _file_has(self, group: str, option: str, key: str) -> bool:
         file = self._file(group, option)
@@ -287,6 +340,25 @@ def fill_from_pretrained(cfg: DictConfig) -> None:
     for key, value in read_hf_config(Path(str(model.pretrained))).items():
         if key == "family" or OmegaConf.is_missing(model, key):
             model[key] = value
+
+
+def _option(override: Override) -> str:
+    """The option that `GROUP=OPTION` names."""
+    option = override.value()
+    if not isinstance(option, str) or override.package is not None:
+        raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
+    return option
+
+
+def _joined(before: list[str], after: Sequence[str]) -> list[str]:
+    """Overrides `before` that `after` leaves in force, then `after`."""
+    replaced = {_key(override) for override in after}
+    kept = [override for override in before if _key(override) not in replaced and _key(override).partition(".")[0] not in replaced]
+    return [*kept, *after]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]
 
 
 def _conf_dir() -> str:

@@ -5,14 +5,17 @@ prepares and publishes the run directory through the rendezvous store, and every
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from omegaconf import MISSING
 
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.app import Composition
@@ -20,12 +23,14 @@ from xtuner_hydra.checkpoint import state
 from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, ConfigError
+from xtuner_hydra.files import write_json
 from xtuner_hydra.model.families import check_pretrained
-from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
+from xtuner_hydra.parallel.runtime import param_dtype, ranks_here, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
@@ -71,6 +76,8 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     resolve(config, ranks)
     if not elsewhere:
         config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
+    if config.checkpoint.resume not in ("auto", "never"):
+        config.checkpoint.resume = str(checkpoint)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, progress=progress)
     if checkpoint is not None:
@@ -82,14 +89,29 @@ def resolve(config: Config, ranks: int) -> None:
     """Replace, in place, what was left to the machine by what it is here, so that config.yaml repeats this run elsewhere."""
     if config.trainer.global_batch_size is None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
+    config.parallelism.nproc_per_node = ranks_here(ranks)
     if config.model.pretrained is not None:
         config.model.pretrained = str(Path(config.model.pretrained).resolve())
+    config.data.path = _absolute(config.data.path)
+    config.data.eval_path = _absolute(config.data.eval_path)
+    config.data.cache_dir = _absolute(config.data.cache_dir)
+
+
+def _absolute(path: Any) -> Any:
+    """Files, directories and globs, one or a list, as seen from this working directory; what is no path (null, ???) as it is."""
+    if isinstance(path, list):
+        return [_absolute(one) for one in path]
+    return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) and path != MISSING else path
 
 
 def run(composition: Composition) -> int:
     """Prepare and train; returns the exit code."""
-    prepared = prepare(composition)
-    directory = composition.run_dir
+    return start(prepare(composition))
+
+
+def start(prepared: Prepared) -> int:
+    """Train what has been prepared; returns the exit code."""
+    directory = prepared.composition.run_dir
     if prepared.is_done:
         print(f"{directory}: this run is complete ({prepared.data.plan.total_steps} steps); nothing to do")
         if started_by_torchrun():
@@ -104,9 +126,26 @@ def run(composition: Composition) -> int:
 
 def create(prepared: Prepared) -> None:
     """Make the run directory with all that workers read."""
-    directory, composition = prepared.composition.run_dir, prepared.composition
-    run_dirs.create(directory, prepared.config, composition.overrides, environment(sys.argv), total_steps=prepared.data.plan.total_steps)
+    composition, directory = prepared.composition, prepared.composition.run_dir
+    total_steps = prepared.data.plan.total_steps
+    run_dirs.create(directory, prepared.config, composition.overrides, _environment(composition), total_steps=total_steps)
+    write_json(directory / "changed.json", changed_here(prepared))
     prepared.data.save(directory)
+
+
+def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
+    """Key -> [default, value] of what sets this run apart from one without overrides on this machine."""
+    default = copy.deepcopy(prepared.composition.defaults())
+    dtype = prepared.config.parallelism.param_dtype
+    if dtype != "auto":  # first, by the device that this run is on, which decides what an automatic dtype is
+        default.parallelism.param_dtype = param_dtype(default.parallelism.param_dtype, prepared.config.trainer.device)
+    resolve(default, prepared.ranks)
+    return changed(prepared.config, default)
+
+
+def _environment(composition: Composition) -> dict[str, Any]:
+    origin = composition.rerun_of
+    return environment(sys.argv) | ({"rerun_of": str(origin)} if origin else {})
 
 
 def publish(message: dict[str, object]) -> None:

@@ -73,6 +73,12 @@ def read_overrides(directory: Path) -> list[str]:
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
+def note(directory: Path, **entries: Any) -> None:
+    """Add to environment.json what only the process that trains knows."""
+    path = directory / "environment.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+
+
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     if "metrics" in fields:
@@ -84,11 +90,12 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or an empty dict where there is none."""
+    """status.json, or an empty dict where there is none that can be read."""
     try:
-        return json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
+    return status if isinstance(status, dict) else {}
 
 
 def state_of(directory: Path, status: dict[str, Any]) -> str:

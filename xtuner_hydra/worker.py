@@ -36,7 +36,7 @@ from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
-from xtuner_hydra.run_dir import read_config, read_overrides, write_status
+from xtuner_hydra.run_dir import note, read_config, read_overrides, write_status
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
 from xtuner_hydra.trainer import Trainer
@@ -122,6 +122,7 @@ def with_trackers(trainer: Trainer) -> None:
             total_steps=trainer.total_steps,
             start_step=step or 0,
         )
+        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 
 
 def _tell(trainer: Trainer) -> None:

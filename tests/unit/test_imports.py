@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import xtuner_hydra
+from xtuner_hydra.__main__ import VERBS
 
 PACKAGE = Path(xtuner_hydra.__file__).parent
 MODULES = {
@@ -88,7 +89,9 @@ def test_every_module_is_imported_by_another():
     assert {name for name in MODULES if name not in used and not any(one.startswith(name + ".") for one in used)} <= {
         "xtuner_hydra.__main__",
         "xtuner_hydra.examples",
+        *(f"xtuner_hydra.tools.{verb}" for verb in VERBS),
     }
+    assert {f"xtuner_hydra.tools.{verb}" for verb in VERBS} <= MODULES.keys()
 
 
 def loaded_by(*command):

@@ -89,9 +89,10 @@ def to_group(name: str, schema: type[T], cfg: DictConfig) -> T:
 
 
 def from_yaml(text: str) -> Config:
-    """The Config of a run's config.yaml."""
+    """The Config of a run's config.yaml. Raises RefusedError, or yaml.YAMLError for what is no YAML."""
     cfg = OmegaConf.create(text)
-    assert isinstance(cfg, DictConfig)
+    if not isinstance(cfg, DictConfig):
+        raise RefusedError("config.yaml: holds a list, not groups of keys")
     return to_config(cfg, lambda key: "config.yaml")
 
 

@@ -45,6 +45,11 @@ def world_size(parallelism: ParallelismConfig, device: str) -> int:
     return max(1, torch.cuda.device_count()) if device_type(device) == "cuda" else 1
 
 
+def ranks_here(ranks: int) -> int:
+    """Those of `ranks` ranks that run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if started_by_torchrun() else ranks
+
+
 def device_type(device: str) -> str:
     """`cpu` or `cuda` for trainer.device; raises ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -54,7 +54,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(sweep, tmp_path, capsys
     (sweep / "0_job" / "config.yaml").write_text("optimizer: {no_such_key: 1}\n")
     assert main([str(sweep), "--to", str(tmp_path / "page.html")]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "0_job: its config cannot be read by this version: optimizer.no_such_key" in line
+    assert "0_job: config.yaml cannot be read: optimizer.no_such_key" in line
     assert "1 job: 1 completed" in (tmp_path / "page.html").read_text()
 
 
