@@ -64,7 +64,14 @@ def doctor(argv: list[str]) -> int:
     return doctor_main(argv[1:])
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor}
+def wandb(argv: list[str]) -> int:
+    """`wandb dashboard`, `wandb sync DIR...`: W&B besides training."""
+    from xtuner_hydra.tools.wandb import main as wandb_main
+
+    return wandb_main(argv[1:])
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor, "wandb": wandb}
 
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:

@@ -98,7 +98,7 @@ def run(composition: Composition, *, isolated: bool = False) -> int:
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    run_dirs.create(directory, prepared.config, composition.overrides, environment(sys.argv))
+    run_dirs.create(directory, prepared.config, composition.overrides, {**environment(sys.argv), "options": composition.choices})
     prepared.data.save(directory)
     if started_by_torchrun():
         publish({"run_dir": str(directory)})
