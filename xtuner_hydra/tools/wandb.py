@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
 def dashboard(project: str, entity: str | None, to: Path | None) -> int:
     """Push the workspace with a login, write its definition without one (or where `to` asks for it).
 
-    Pushing is wandb-workspaces' documented `Workspace.save()`. It needs an account, so only the definition has been tested, not the push.
-    Every push makes a new view of the project; W&B prints its address."""
+    Pushing is wandb-workspaces' documented `Workspace.save()`. It needs an account, so it has been tried against a server of our own only
+    (tests/wandb_server.py), never against W&B's. Every push makes a new view of the project; W&B prints its address."""
     if to is None and has_api_key():
-        workspace(project, entity or _default_entity()).save()
+        _save(project, entity)
         return EXIT_DONE
     path = to or Path(DEFINITION)
     text = definition(project, entity or "")
@@ -156,14 +156,16 @@ def _line(title: str, *metrics: str, x: str = "train/step", log_y: bool | None =
     return wr.LinePlot(title=title, x=x, y=list(metrics), title_x=title_x, log_y=log_y)
 
 
-def _default_entity() -> str:
-    """The account's own entity."""
+def _save(project: str, entity: str | None) -> None:
+    """Push the workspace. Raises RefusedError with W&B's own words, whatever kind of error they come in."""
+    board = workspace(project, entity or "")
     import wandb
 
-    entity = wandb.Api().default_entity
-    if not entity:
-        raise RefusedError("wandb dashboard: the account has no default entity; give --entity NAME")
-    return str(entity)
+    try:
+        board.entity = board.entity or wandb.Api().default_entity or ""
+        board.save()
+    except Exception as error:
+        raise RefusedError(f"wandb dashboard: W&B did not take it ({error}); --to FILE writes the definition without W&B") from None
 
 
 # --- sync ---
@@ -198,9 +200,9 @@ def sync(directories: Sequence[Path], *, dry_run: bool) -> int:
         return EXIT_DONE
     failed = 0
     for number, run in enumerate(ready, 1):
-        why = push(run.parts)
-        failed += why is not None
-        print(f"{number}/{len(ready)} {run.directory}: {'pushed' if why is None else f'not pushed: {why}'}", flush=True)
+        pushed = push(run.parts)
+        failed += not pushed
+        print(f"{number}/{len(ready)} {run.directory}: {'pushed' if pushed else 'not pushed; the reason stands above'}", flush=True)
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -221,18 +223,12 @@ def offline(directory: Path) -> Offline:
     return Offline(directory, [part.parent for part in parts if not _is_pushed(part)], running)
 
 
-def push(parts: Sequence[Path]) -> str | None:
-    """Push the parts of one run with `wandb sync`; None, or why it did not work. Its exit code is 0 either way, so its marks are looked at."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", *map(str, parts)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-    )
-    if all(_is_pushed(file) for part in parts for file in part.glob("*.wandb")):
-        return None
-    said = [line for line in done.stdout.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return said[-1].removeprefix("wandb: ").strip() if said else f"`wandb sync` ended with exit code {done.returncode}"
+def push(parts: Sequence[Path]) -> bool:
+    """Push the parts of one run with `wandb sync`, which says on the screen how it goes, and tries again for long where the server is silent.
+
+    Its exit code is 0 even where it failed, so its marks tell whether it worked."""
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, parts)], stdin=subprocess.DEVNULL)
+    return all(_is_pushed(file) for part in parts for file in part.glob("*.wandb"))
 
 
 def _is_pushed(file: Path) -> bool:
