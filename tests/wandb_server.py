@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """`runs`: what each run was created or updated with, in order. `history`: rows by run id. `artifacts`, `views`: what was sent. `refuses`: names of runs that are not taken."""
+    """`runs`: what each run was created or updated with, in order. `history`: rows by run id. `artifacts`, `views`: what was sent.
+    `refuses`: names of runs that are not taken."""
 
     daemon_threads = True
 

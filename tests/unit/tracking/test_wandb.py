@@ -156,9 +156,7 @@ def commit(run_dir, *steps, folder="hf"):
 
 
 def logged(found):
-    return {
-        artifact.name.partition("-")[0]: (json.loads(artifact.metadata)["step"], set(artifact.aliases)) for artifact in found.artifacts
-    }
+    return {artifact.name.partition("-")[0]: (json.loads(artifact.metadata)["step"], set(artifact.aliases)) for artifact in found.artifacts}
 
 
 def test_export_and_checkpoint_of_the_best_step_are_logged_whole(tmp_path):
@@ -218,7 +216,12 @@ def test_in_a_sweep_only_jobs_whose_files_stay_are_uploaded(tmp_path, keep, dire
 
 def test_an_agents_run_is_the_one_it_named(tmp_path, monkeypatch):
     (tmp_path / "parameters.yaml").write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.0002\n")
-    for name, value in {"SWEEP_ID": "sw1", "RUN_ID": "run77", "PROJECT": "theirs", "SWEEP_PARAM_PATH": tmp_path / "parameters.yaml"}.items():
+    for name, value in {
+        "SWEEP_ID": "sw1",
+        "RUN_ID": "run77",
+        "PROJECT": "theirs",
+        "SWEEP_PARAM_PATH": tmp_path / "parameters.yaml",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     wandb.teardown()  # it reads its environment once
     found = track(tmp_path / "run", project="ours", group="ours")
