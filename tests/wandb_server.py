@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """`runs`: what each run was created or updated with, in order. `history`: rows by run id. `artifacts`, `views`: what was sent.
-    `refuses`: names of runs that are not taken."""
+    """`runs`: what each run was created or updated with, in order. `history`: rows by run id. `artifacts`: those that
+    were uploaded whole, by name. `views`: workspaces. `refuses`: names of runs that are not taken."""
 
     daemon_threads = True
 
@@ -29,10 +29,25 @@ class Server(ThreadingHTTPServer):
             project = {"id": "P", "name": variables["project"], "entity": {"id": "E", "name": "me"}}
             bucket = {"id": "R", "name": variables["name"], "displayName": variables.get("displayName"), "project": project}
             return {"data": {"upsertBucket": {"bucket": {**bucket, "config": "{}", "historyLineCount": 0}, "inserted": True}}}
-        if "createArtifact" in query:
-            self.artifacts.append(variables["input"])
-            artifact = {"id": "A", "state": "COMMITTED", "artifactSequence": {"id": "S", "latestArtifact": None}}
+        if "createArtifact(" in query:
+            artifact = {
+                "id": variables["input"]["artifactCollectionName"],
+                "state": "PENDING",
+                "artifactSequence": {"latestArtifact": None},
+            }
             return {"data": {"createArtifact": {"artifact": artifact}}}
+        if "createArtifactManifest" in query:
+            file = {"id": "F", "directUrl": f"{self.url}/manifest", "uploadUrl": f"{self.url}/manifest", "uploadHeaders": []}
+            return {"data": {"createArtifactManifest": {"artifactManifest": {"id": "M", "file": file}}}}
+        if "createArtifactFiles" in query:
+            artifact = {"id": variables["input"]["artifactFiles"][0]["artifactID"]}
+            names = [file["name"] for file in variables["input"]["artifactFiles"]]
+            nodes = [{"name": name, "displayName": name, "uploadUrl": f"{self.url}/{name}", "uploadHeaders": []} for name in names]
+            edges = [{"node": {"id": "F", "storagePath": "", "uploadMultipartUrls": None, "artifact": artifact, **node}} for node in nodes]
+            return {"data": {"createArtifactFiles": {"files": {"edges": edges}}}}
+        if "commitArtifact" in query:
+            self.artifacts.append(variables["artifactID"])
+            return {"data": {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}}}
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "R", "uploadHeaders": [], "files": files}}}

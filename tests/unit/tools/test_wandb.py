@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import shutil
 
 import pytest
 import wandb
@@ -191,13 +192,22 @@ def test_a_sweep_is_pushed_in_the_order_of_its_jobs_with_group_steps_and_artifac
     assert list(dict.fromkeys(run["name"] for run in server.runs)) == list(ids.values())
     assert {(run["displayName"], run["groupName"]) for run in server.runs if run.get("displayName")} == {(name, "sweep") for name in ids}
     assert [row["train/step"] for row in server.history[ids["2_lr1e-5"]]] == [1, 2]  # both starts, one curve
-    assert {artifact["artifactCollectionName"] for artifact in server.artifacts} == {f"export-{number}" for number in ids.values()}
+    assert server.artifacts == [f"export-{number}" for number in ids.values()]
     assert capsys.readouterr().out.count(": pushed") == 3
 
     server.runs.clear()
     assert main(["wandb", "sync", str(sweep)]) == 0
     assert "nothing offline to push" in capsys.readouterr().out
     assert server.runs == []
+
+
+def test_what_a_sweep_has_removed_does_not_keep_the_run_back(server, sweep):
+    """The export of a job that was the best for a while and was overtaken."""
+    shutil.rmtree(sweep / "2_lr1e-5" / "hf")
+    assert main(["wandb", "sync", str(sweep)]) == 0
+    kept = [(sweep / name / "wandb" / "run_id").read_text() for name in ("10_lr2e-5", "100_lr4e-5")]
+    assert server.artifacts == [f"export-{number}" for number in kept]
+    assert len({run["name"] for run in server.runs}) == 3
 
 
 def test_one_that_fails_is_reported_and_the_others_are_pushed(server, sweep, capfd):
