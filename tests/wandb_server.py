@@ -1,4 +1,4 @@
-"""As much of W&B's server as pushing a run or a workspace needs: it takes everything, and keeps what it was told."""
+"""As much of W&B's server as online runs, `wandb sync` and workspaces need: it takes everything, and keeps what it was told."""
 
 import gzip
 import json
@@ -28,7 +28,10 @@ class Server(ThreadingHTTPServer):
             self.runs.append(variables)
             project = {"id": "P", "name": variables["project"], "entity": {"id": "E", "name": "me"}}
             bucket = {"id": "R", "name": variables["name"], "displayName": variables.get("displayName"), "project": project}
-            return {"data": {"upsertBucket": {"bucket": {**bucket, "config": "{}", "historyLineCount": 0}, "inserted": True}}}
+            count = len(self.history.get(variables["name"], []))
+            return {"data": {"upsertBucket": {"bucket": {**bucket, "config": "{}", "historyLineCount": count}, "inserted": not count}}}
+        if "RunResumeStatus" in query:
+            return {"data": {"model": self.resume_status(variables["name"])}}
         if "createArtifact(" in query:
             artifact = {
                 "id": variables["input"]["artifactCollectionName"],
@@ -57,6 +60,15 @@ class Server(ThreadingHTTPServer):
             self.views.append(variables)
             return {"data": {"upsertView": {"view": {"id": "W", "name": variables["name"]}, "inserted": True}}}
         return {"data": {}}
+
+    def resume_status(self, name):
+        """What a run that resumes is told of its earlier part; None where there is none."""
+        if not (rows := self.history.get(name)):
+            return None
+        counts = {"historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]", "tags": []}
+        texts = {"historyTail": json.dumps([json.dumps(rows[-1])]), "summaryMetrics": json.dumps({"_step": rows[-1]["_step"]})}
+        bucket = {"id": "R", "name": name, "displayName": name, "config": "{}", "wandbConfig": '{"t": 1}', **counts, **texts}
+        return {"id": "P", "name": "P", "entity": {"id": "E", "name": "me"}, "bucket": bucket}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -98,9 +98,9 @@ def test_a_failed_run_ends_with_its_code(cli):
 def test_ctrl_c_and_a_resume_make_one_run_with_the_right_steps(cli):
     """Ctrl-C in a terminal reaches every process of the group, W&B's service too."""
     run = cli.directory / "run"
-    command = ("debug=fast", "trainer.total_steps=60", "checkpoint.interval=5", "checkpoint.hf_interval=null", "data.eval_path=null")
+    command = ("debug=fast", "trainer.total_steps=60", "checkpoint.interval=20", "checkpoint.hf_interval=null", "data.eval_path=null")
     process = cli.start(*command, "hydra.run.dir=run")
-    wait_for(lambda: (run / "checkpoints" / "step-5").exists(), process)
+    wait_for(lambda: (run / "checkpoints" / "step-20").exists(), process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     stopped = read_status(run)["step"]
@@ -114,7 +114,7 @@ def test_ctrl_c_and_a_resume_make_one_run_with_the_right_steps(cli):
     assert second.run.run_id == first.run.run_id
     steps = [row["_step"] for row in second.history]
     assert steps == list(range(steps[0], 61))
-    assert steps[0] % 5 == 1  # after the last checkpoint
+    assert steps[0] % 20 == 1  # after the last checkpoint
     assert plain(second.history) == read_rows(run)[steps[0] - 1 :]
     assert second.summary["throughput/best_tgs"] == max(row["throughput/tgs"] for row in read_rows(run))
     assert (second.exit.exit_code, second.summary["state"]) == (0, "completed")

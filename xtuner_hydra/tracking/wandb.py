@@ -72,14 +72,21 @@ class WandbTracker:
             log.warning(f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {run_dir}` uploads it later")
             wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
             self.run = wandb.init(mode="offline", **arguments)
+        self.known_step = int(self.run.summary.get("_step") or 0)  # the server's; a run that is new or offline starts from none
         self.run.define_metric("train/step")
         self.run.define_metric("*", step_metric="train/step")
         self._continue_from([row for row in jsonl.read(run_dir / "metrics.jsonl") if (row["train/step"] or 0) <= start_step])
         log.info(f"W&B: {self.run.dir if self.run.offline else self.run.url}")
 
     def log(self, row: Row) -> None:
-        """Send the row. A step and its evaluation are one row of W&B's history, numbered by `train/step`."""
-        self.run.log({name: value for name, value in row.items() if value is not None}, step=int(row["train/step"] or 0))
+        """Send the row. A step and its evaluation are one row of W&B's history, numbered by `train/step`.
+
+        A resumed run repeats the steps after its checkpoint. W&B takes none twice, so those it has already go into the summary alone."""
+        values, step = {name: value for name, value in row.items() if value is not None}, int(row["train/step"] or 0)
+        if step <= self.known_step:
+            self.run.summary.update(values)
+        else:
+            self.run.log(values, step=step)
         if better := self.summary.improve(row):
             self.run.summary.update(better)
 

@@ -8,6 +8,7 @@ import socket
 import pytest
 import wandb
 import wandb_file
+import wandb_server
 
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError
@@ -231,6 +232,28 @@ def test_an_agents_run_is_the_one_it_named(tmp_path, monkeypatch):
 
 
 # --- online or not ---
+
+
+def test_an_online_run_that_resumes_goes_on_with_the_curve_on_the_server(tmp_path, monkeypatch, capfd):
+    """It stopped in step 3's evaluation and goes back to step 1."""
+    with wandb_server.serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        tracker = begin(tmp_path)
+        for row in ROWS[:-1]:
+            tracker.log(row)
+        end(tracker, "interrupted", 130)
+        (history,) = server.history.values()
+        assert [row["_step"] for row in history] == [1, 2, 3]
+
+        tracker = begin(tmp_path, start_step=1)
+        for row in (*ROWS[1:], {"train/step": 4, "train/loss": 1.25}):
+            tracker.log(row)
+        assert tracker.run.summary["eval/loss"] == 2.75  # of step 3, which the server has already, but without an evaluation
+        end(tracker)
+    (history,) = server.history.values()
+    assert [(row["_step"], row["train/loss"]) for row in history] == [(1, 2.5), (2, 2.0), (3, 1.5), (4, 1.25)]
+    assert "monotonically" not in capfd.readouterr().err
 
 
 def test_a_server_that_cannot_be_reached_makes_the_run_offline(tmp_path, monkeypatch, caplog):
