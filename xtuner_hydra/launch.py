@@ -145,7 +145,7 @@ def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
 
 def _environment(composition: Composition) -> dict[str, Any]:
     origin = composition.rerun_of
-    return environment(sys.argv) | ({"rerun_of": str(origin)} if origin else {})
+    return environment(sys.argv) | {"options": composition.choices} | ({"rerun_of": str(origin)} if origin else {})
 
 
 def publish(message: dict[str, object]) -> None:
