@@ -65,7 +65,8 @@ def _round(like: float, number: float) -> float:
 
 
 def _seen(result: SweepResult, key: str) -> list[Any]:
-    return [job.swept[key] for job in result.jobs if key in job.swept]
+    """Values of the jobs that trained at all; a rate at which training fails is no neighbour to look near."""
+    return [job.swept[key] for job in result.jobs if key in job.swept and job.state != "failed"]
 
 
 def _overrides(job: JobResult) -> list[str]:

@@ -16,7 +16,6 @@ from xtuner_hydra.results.sweep import JobResult, Setting
 ENDS = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}
 COLOURS = 6
 MOST_BARS = 24
-UNFINISHED = "jobs have no result"
 
 
 def sweep_page(findings: Findings) -> str:
@@ -70,11 +69,11 @@ def _lead(findings: Findings) -> Markup:
 
 
 def _fairness(findings: Findings) -> Markup | None:
-    doubts = [doubt for doubt in findings.result.doubts if UNFINISHED not in doubt]
+    unfair = findings.result.unfair
     if not findings.ranked:
         return None
-    if doubts:
-        reason = doubts[0].partition(", so")[0].rstrip(".")
+    if unfair:
+        reason = unfair[0].partition(", so")[0].rstrip(".")
         return page.fact("Not a fair comparison", f"{reason}. See below.", "bad")
     parts = []
     if findings.eval_tokens:

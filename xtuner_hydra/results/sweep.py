@@ -166,14 +166,23 @@ class SweepResult:
         return sum(job.state in states for job in self.jobs)
 
     @cached_property
-    def doubts(self) -> list[str]:
-        """Why the ranking may mislead, a sentence each; empty where it is fair."""
+    def unfair(self) -> list[str]:
+        """Why the jobs do not compare, a sentence each; empty where they do."""
         done = [job for job in self.jobs if job.value is not None]
-        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric), self._unfinished()) if text]
+        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric)) if text]
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the ranking may mislead, a sentence each: an unfair comparison, or an incomplete one."""
+        return [*self.unfair, *([text] if (text := self._unfinished()) else [])]
 
     def _unfinished(self) -> str | None:
         left = self.plan.total - self.count("completed", "pruned")
-        return f"{left} of {self.plan.total} jobs have no result (yet); the ranking is of the others." if left > 0 else None
+        if left <= 0:
+            return None
+        failed = self.count("failed", "killed")
+        told = f"{failed} failed" if failed == left else f"{failed} failed, {left - failed} not ended" if failed else f"{left} have not ended"
+        return f"Of {self.plan.total} jobs {told}; the ranking is of the others."
 
 
 def read_sweep(directory: Path) -> SweepResult:
@@ -229,12 +238,20 @@ def _unlike_evaluations(done: Sequence[JobResult]) -> str | None:
 
 def _unlike_tokens(done: Sequence[JobResult]) -> str | None:
     tokens = [int(value) for job in done if (value := job.last("train/total_tokens")) is not None]
+    planned = {job.run.config.trainer.total_tokens for job in done if job.run}
     if not tokens or max(tokens) - min(tokens) <= FAIR * max(tokens):
         return None
+    if len(planned) == 1 and None not in planned and max(tokens) - min(tokens) <= _largest_step(done):
+        return None  # each stops with the step that reaches trainer.total_tokens
     return (
         f"The jobs were trained on different numbers of tokens ({min(tokens):,} to {max(tokens):,}), so the longer ones have an advantage. "
         "Set trainer.total_tokens to compare at equal tokens."
     )
+
+
+def _largest_step(done: Sequence[JobResult]) -> float:
+    """Tokens of the largest last step."""
+    return max(job.last("train/tokens") or 0 for job in done)
 
 
 def _noisy(metric: str) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from statistics import mean
@@ -22,7 +24,14 @@ class Screen:
         from rich.console import Console
         from rich.live import Live
 
-        self.console = Console(highlight=False, soft_wrap=True)
+        class Unbroken(Console):
+            """A sweep goes on when nobody reads on (`| head`)."""
+
+            def on_broken_pipe(self) -> None:
+                self.quiet = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+        self.console = Unbroken(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         self.started_at = time.monotonic()
 

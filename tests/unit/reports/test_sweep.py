@@ -46,7 +46,7 @@ def test_all_files_are_written_and_nothing_else_is_left(tmp_path):
 def test_the_answer_comes_first_then_doubts_then_the_ranking(tmp_path):
     words = page_of(tmp_path, [*grid(), ({LR: 1e-4, PACK: 64, SEED: 0}, FAILED)]).words
     answer = words.index("lr 6e-5, pack_max_length 64 wins: eval/loss 2.0690 ± 0.0071 over 2 seeds, 0.0640 below the next")
-    doubt, ranking = words.index("1 of 9 jobs have no result"), words.index("Ranking")
+    doubt, ranking = words.index("Of 9 jobs 1 failed"), words.index("Ranking")
     assert answer < doubt < ranking
     assert "Clear lead" in words
     assert "Fair comparison The same 500 held-out tokens, 300 training tokens each." in words

@@ -61,7 +61,7 @@ def test_the_best_setting_is_marked(sweep):
 
 def test_doubts_come_before_the_ranking_and_failures_have_their_first_line(sweep):
     text = tables.markdown(Findings(read_sweep(sweep)))
-    assert 0 < text.index("> **Note**: 1 of 4 jobs have no result") < text.index("| 1 * |")
+    assert 0 < text.index("> **Note**: Of 4 jobs 1 failed") < text.index("| 1 * |")
     assert "- `1_job` failed: rank 0: step 2: NaN \\| stop &lt;b>\n" in text
 
 

@@ -66,7 +66,7 @@ def test_a_run_that_is_just_being_created_waits(tmp_path):
         (finished(1.0), finished(2.0), None),
         (finished(1.0), finished(2.0, tokens=600), "different held-out tokens (500 to 600"),
         (finished(1.0), finished(2.0, steps=9), "different numbers of tokens (300 to 900"),
-        (finished(1.0), {"rows": [], "state": "failed"}, "1 of 2 jobs have no result"),
+        (finished(1.0), {"rows": [], "state": "failed"}, "Of 2 jobs 1 failed"),
     ],
 )
 def test_doubts_are_named(tmp_path, first, second, doubt):
