@@ -181,7 +181,9 @@ class SweepResult:
         if left <= 0:
             return None
         failed = self.count("failed", "killed")
-        told = f"{failed} failed" if failed == left else f"{failed} failed, {left - failed} not ended" if failed else f"{left} have not ended"
+        told = (
+            f"{failed} failed" if failed == left else f"{failed} failed, {left - failed} not ended" if failed else f"{left} have not ended"
+        )
         return f"Of {self.plan.total} jobs {told}; the ranking is of the others."
 
 

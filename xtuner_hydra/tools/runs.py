@@ -20,7 +20,6 @@ from xtuner_hydra.config.strict import did_you_mean, known_keys, unknown_key
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.results.glance import Glance, glance
 from xtuner_hydra.results.run import find_runs
-from xtuner_hydra.tools.show import show
 
 COLUMNS = ("run", "state", "steps", "train/loss", "eval/loss", "tokens/s", "overrides")
 STATUS = ("state", "step", "total_steps")  # what --where and --sort know beside keys of the config and metrics
@@ -51,10 +50,10 @@ def main(argv: list[str]) -> int:
     if args.sort:
         runs.sort(key=lambda run: _rank(_value(run, args.sort)))
     if args.json:
-        show(json.dumps([_as_json(run) for run in runs], indent=2, ensure_ascii=False))
+        print(json.dumps([_as_json(run) for run in runs], indent=2, ensure_ascii=False), flush=True)
     elif runs:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        show("\n".join(table([_cells(run) for run in runs], width)))
+        print("\n".join(table([_cells(run) for run in runs], width)), flush=True)
     else:
         print(f"no runs in {', '.join(map(str, args.directories))}{' for which this holds' if conditions else ''}", file=sys.stderr)
     return EXIT_DONE
