@@ -24,11 +24,21 @@ def payloads(content):
 
 
 def read(run_dir):
-    """What a run directory's offline run holds: `history` rows, `metrics` defined, `summary`, and the last record of every other kind."""
+    """What a run directory's offline run holds, where there is one."""
+    (found,) = read_all(run_dir)
+    return found
+
+
+def read_all(run_dir):
+    """A record for every start of the run, the first one first (a resumed run writes a file a start)."""
+    return [read_file(path) for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def read_file(path):
+    """`history` rows, `metrics` defined, `artifacts` and system `stats`, the last `summary` and `config`, and the last record of every other kind."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    found = SimpleNamespace(history=[], metrics=[], summary={}, config={})
+    found = SimpleNamespace(history=[], metrics=[], artifacts=[], stats=[], summary={}, config={}, exit=None)
     for data in payloads(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         kind = record.WhichOneof("record_type")
@@ -36,6 +46,10 @@ def read(run_dir):
             found.history.append(_values(record.history.item))
         elif kind == "metric":
             found.metrics.append(record.metric)
+        elif kind == "artifact":
+            found.artifacts.append(record.artifact)
+        elif kind == "stats":
+            found.stats.append(_values(record.stats.item))
         elif kind == "summary":
             found.summary |= _values(record.summary.update)
         elif kind == "config":
@@ -47,4 +61,5 @@ def read(run_dir):
 
 
 def _values(items):
+    """Values by key. Stats have no nested keys."""
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, TrainingError
 
@@ -22,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("xtuner_hydra: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # a reader that has seen enough (`| head`) is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
     if _rank() == 0 and "RANK" in os.environ:
         from xtuner_hydra.launch import publish
 
@@ -44,27 +48,16 @@ def train(argv: list[str]) -> int:
             from xtuner_hydra.sweeps.multirun import sweep
 
             return sweep(app)
+        if idle := [override for override in app.overrides if override.startswith(("sweep=", "sweep."))]:
+            raise RefusedError(f"{idle[0]}: speaks of a sweep, but this is a single run; add -m")
         composition = app.compose(app.overrides)
     from xtuner_hydra.launch import run
 
     return run(composition)
 
 
-def plan(argv: list[str]) -> int:
-    """`plan [overrides]`: say what a run would do, and stop."""
-    from xtuner_hydra.tools.plan import main as plan_main
-
-    return plan_main(argv[1:])
-
-
-def doctor(argv: list[str]) -> int:
-    """`doctor`: check this machine."""
-    from xtuner_hydra.tools.doctor import main as doctor_main
-
-    return doctor_main(argv[1:])
-
-
-VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor}
+VERBS = ("plan", "doctor", "report", "runs", "diff", "rerun", "wandb")
+"""The words that a command line can begin with; each is a module of xtuner_hydra.tools with a `main(arguments)`."""
 
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:
@@ -72,7 +65,7 @@ def _verb(argv: list[str]) -> Callable[[list[str]], int]:
     if not argv or argv[0].startswith("-") or "=" in argv[0] or argv[0].startswith(("+", "~")):
         return train
     if argv[0] in VERBS:
-        return VERBS[argv[0]]
+        return lambda words: import_module(f"xtuner_hydra.tools.{words[0]}").main(words[1:])
     from xtuner_hydra.config.strict import did_you_mean
 
     hint = did_you_mean(argv[0], list(VERBS))

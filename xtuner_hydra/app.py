@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +27,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from xtuner_hydra.config.names import job_name, run_name
-from xtuner_hydra.config.schema import Config, MoEConfig, RopeScaling
-from xtuner_hydra.config.strict import did_you_mean, known_keys, to_config, unknown_key
+from xtuner_hydra.config.schema import Config, MoEConfig, RopeScaling, SweepConfig
+from xtuner_hydra.config.strict import did_you_mean, flatten, known_keys, to_config, to_group, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 PACKAGE = Path(__file__).parent
@@ -40,12 +41,16 @@ CHECKOUT_CONF = PACKAGE.parent / "conf"
 
 @dataclass(frozen=True)
 class Composition:
-    """What a command line composes to: the typed config, where the run goes, and how it came about."""
+    """What a command line composes to: the typed config, where the run goes, and how it came about.
+
+    defaults(): the config of a command line without overrides. rerun_of: the run directory that this repeats."""
 
     config: Config
     run_dir: Path
     overrides: list[str]
     choices: dict[str, str | None]
+    defaults: Callable[[], Config]
+    rerun_of: Path | None = None
 
 
 class App:
@@ -75,8 +80,14 @@ class App:
     def config_name(self) -> str:
         return self.args.config_name or "config"
 
-    @property
+    @functools.cached_property
     def is_sweep(self) -> bool:
+        """With -m, and where a preset says what to sweep or a sweep is to be resumed."""
+        if self.args.multirun:
+            return True
+        if any(override.startswith(("sweep=", "sweep.resume=")) for override in self.overrides):
+            sweep = self._multirun_config.sweep
+            self.args.multirun = bool(sweep.params or sweep.resume)
         return bool(self.args.multirun)
 
     def shows_something(self) -> bool:
@@ -100,21 +111,24 @@ class App:
 
     def compose(self, overrides: list[str]) -> Composition:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
-        parsed = self._check_overrides(overrides)
+        parsed = self.check_overrides(overrides)
         with _readable_errors():
             cfg = self.hydra.compose_config(self.config_name, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
         HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
-    def jobs(self) -> list[list[str]]:
-        """The override lists of a sweep's jobs: Hydra's grid over every value with commas, `choice(...)`, `range(...)`."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-        parsed = self._check_overrides(self.overrides)
+    def compose_job(self, overrides: list[str], swept: list[str], number: int, sweep_dir: Path) -> Composition:
+        """Compose and check a sweep's job: its `overrides`, of which `swept` set it apart, and a directory named by hydra.sweep.subdir."""
+        parsed = self.check_overrides([*overrides, *swept])
         with _readable_errors():
-            task = [override for override in parsed if not override.key_or_group.startswith("hydra.")]
-            (jobs,) = BasicSweeper.split_arguments(task, None)
-        return jobs
+            texts = [*overrides, *swept, *self.hydra_overrides()]
+            cfg = self.hydra.compose_config(self.config_name, texts, run_mode=RunMode.RUN, with_log_configuration=False)
+            with read_write(cfg), open_dict(cfg):
+                cfg.hydra.job.num = number
+                cfg.hydra.overrides.task = swept
+            HydraConfig.instance().set_config(cfg)
+            directory = sweep_dir / str(cfg.hydra.sweep.subdir)
+        return self._typed(cfg, [override.input_line or "" for override in parsed], directory)
 
     def hydra_overrides(self) -> list[str]:
         """The overrides that speak to Hydra (`hydra.sweep.dir=...`), not to the job."""
@@ -123,21 +137,62 @@ class App:
     def sweep_dir(self) -> Path:
         """The sweep's directory."""
         with _readable_errors():
-            cfg = self.hydra.compose_config(self.config_name, list(self.overrides), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
-            HydraConfig.instance().set_config(cfg)
-            return Path(str(cfg.hydra.sweep.dir)).resolve()
+            return Path(str(self._multirun_config.hydra.sweep.dir)).resolve()
 
-    def multirun(self, task: Callable[[Composition], object], sweep_dir: Path) -> None:
-        """Hand the sweep to Hydra's sweeper and launcher, which call `task` for each job with that job's composition."""
+    def sweep_config(self) -> SweepConfig:
+        """The `sweep` group, checked; what is swept itself has no say in it."""
+        return to_group("sweep", SweepConfig, self._multirun_config.sweep)
 
-        def run(cfg: DictConfig) -> object:
-            hydra_cfg = HydraConfig.get()
-            overrides = [str(override) for override in hydra_cfg.overrides.task]
-            return task(self._typed(cfg, overrides, run_dir=Path(hydra_cfg.runtime.output_dir)))
+    def sweep_preset(self) -> dict[str, str]:
+        """What the chosen option of `sweep` sets outside its own group, by full key, as an override would say it."""
+        file = self._file("sweep", str(self._multirun_config.hydra.runtime.choices["sweep"]))
+        values = OmegaConf.to_container(file) if file is not None and "sweep" in file else {}
+        assert isinstance(values, dict)
+        others = flatten({str(key): value for key, value in values.items() if key != "sweep"})
+        return {key: json.dumps(value) for key, value in others.items()}
 
-        overrides = [*self.overrides, f"hydra.sweep.dir='{sweep_dir}'", "hydra.mode=MULTIRUN"]
+    def launcher(self) -> tuple[str, dict[str, Any]]:
+        """(the option of hydra/launcher, its values)."""
+        hydra = self._multirun_config.hydra
         with _readable_errors():
-            self.hydra.multirun(self.config_name, run, overrides, with_log_configuration=False)
+            options = OmegaConf.to_container(hydra.launcher, resolve=True)
+        assert isinstance(options, dict)
+        return str(hydra.runtime.choices["hydra/launcher"]), {str(key): value for key, value in options.items()}
+
+    @property
+    def sweeper(self) -> str:
+        """The option of hydra/sweeper: `basic`, or a plug-in's."""
+        return str(self._multirun_config.hydra.runtime.choices["hydra/sweeper"])
+
+    def multirun(self, task: Callable[..., object]) -> None:
+        """Let Hydra's sweeper plug-in choose jobs, which its launcher hands to `task`."""
+        overrides = [*self.overrides, "hydra.mode=MULTIRUN"]
+        with _readable_errors():
+            self.hydra.multirun(self.config_name, task, overrides, with_log_configuration=False)
+
+    @property
+    def launches_elsewhere(self) -> bool:
+        """Whether a sweep's jobs run on other machines."""
+        return self.launcher()[1].get("cluster", "local") != "local"
+
+    @functools.cached_property
+    def _multirun_config(self) -> DictConfig:
+        with _readable_errors():
+            self.check_overrides(self.overrides)
+            cfg = self.hydra.compose_config(self.config_name, list(self.overrides), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    @functools.cached_property
+    def defaults(self) -> Config:
+        """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
+        with _readable_errors():
+            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
+        HydraConfig.instance().set_config(cfg)
+        try:
+            return self._typed(cfg, []).config
+        except RefusedError:
+            return Config()
 
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
         """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""
@@ -149,9 +204,11 @@ class App:
             where = functools.partial(self._where_set, overrides, choices)
             config = to_config(job, where)
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
-        return Composition(config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices)
+        return Composition(
+            config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices, lambda: self.defaults
+        )
 
-    def _check_overrides(self, overrides: list[str]) -> list[Override]:
+    def check_overrides(self, overrides: list[str]) -> list[Override]:
         """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
         try:
             parsed = OverridesParser.create(config_loader=self.hydra.config_loader).parse_overrides(overrides)
@@ -159,14 +216,14 @@ class App:
             raise RefusedError(
                 str(error).strip().splitlines()[0] + "  Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
             ) from None
-        groups, keys = self.hydra.list_all_config_groups(), known_keys()
+        groups, keys = self._groups, known_keys()
         # options behind `hydra.searchpath=` are seen by Hydra's own composition only, which refuses unknown ones too
         extra_searchpath = any(override.key_or_group == "hydra.searchpath" for override in parsed)
         for override in parsed:
             key = override.key_or_group
             if override.is_delete():
                 raise RefusedError(f"{override.input_line}: nothing can be removed; set another value, or null where it is allowed")
-            if override.is_sweep_override() and not self.is_sweep:
+            if override.is_sweep_override() and not self.args.multirun:
                 raise RefusedError(f"{override.input_line}: several values; add -m to train each of them, or write {key}=[...] for a list")
             if key.startswith(("hydra.", "hydra/")) or (key in groups and "." not in key):
                 if key in groups and not extra_searchpath:
@@ -176,6 +233,10 @@ class App:
                     raise RefusedError(f"{key}: there is no such group or key.{close}")
                 raise unknown_key(key, f"the command line: {override.input_line}")
         return parsed
+
+    @functools.cached_property
+    def _groups(self) -> list[str]:
+        return list(self.hydra.list_all_config_groups())
 
     def _check_option(self, override: Override) -> None:
         group = override.key_or_group
@@ -194,6 +255,50 @@ class App:
                     f" Options of {group}: {', '.join(options) or 'none'}"
                 )
 
+    def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
+        """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
+
+        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
+        parsed = self.check_overrides(self.overrides)
+        chosen = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
+        task = [override for override in self.overrides if override not in self.hydra_overrides()]
+        composed = self._compose_choices(chosen, task, name)
+        cfg = OmegaConf.create(asdict(config))
+        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
+            if group in chosen:
+                self._replace_group(cfg, group, chosen[group])
+        for override in parsed:
+            if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        fill_from_pretrained(cfg)
+        with _readable_errors():
+            again = to_config(cfg, functools.partial(self._where_set, task, dict(chosen)))
+            run_dir = Path(str(composed.hydra.run.dir)).resolve()
+        return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
+
+    def _compose_choices(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
+        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
+        groups = [f"{group}={option}" for group, option in chosen.items()]
+        with _readable_errors():
+            cfg = self.hydra.compose_config(
+                self.config_name, [*groups, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
+            )
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.runtime.choices.rerun = name
+            cfg.hydra.overrides.task = task
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    def _is_group(self, override: Override) -> bool:
+        return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
+
+    def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
+        with _readable_errors():
+            alone = self.hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
+        if group in cfg:
+            cfg[group] = asdict(Config())[group]
+        cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
+
     def _where_set(self, overrides: list[str], choices: dict[str, str | None], key: str) -> str:
         """The override or the file that gave `key` its value (the last one wins)."""
         for override in reversed(overrides):
@@ -205,11 +310,16 @@ class App:
             option = choices.get(owner)
             if option and self._file_has(owner, option, inner):
                 return f"{owner}/{option}.yaml"
-        return f"{group}/{choices.get(group)}.yaml"
+        return f"{group}/{choices[group]}.yaml" if choices.get(group) else "config.yaml"
 
     def _file_has(self, group: str, option: str, key: str) -> bool:
-        file = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
-        return file is not None and OmegaConf.select(file.config, key, throw_on_missing=False) is not None
+        file = self._file(group, option)
+        return file is not None and OmegaConf.select(file, key, throw_on_missing=False) is not None
+
+    def _file(self, group: str, option: str) -> DictConfig | None:
+        """The content of GROUP/OPTION.yaml."""
+        loaded = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
+        return None if loaded is None else loaded.config
 
     @staticmethod
     def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -246,6 +356,25 @@ def _fill(node: DictConfig, values: dict[str, Any]) -> None:
             node[key] = value
 
 
+def _option(override: Override) -> str:
+    """The option that `GROUP=OPTION` names."""
+    option = override.value()
+    if not isinstance(option, str) or override.package is not None:
+        raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
+    return option
+
+
+def _joined(before: list[str], after: Sequence[str]) -> list[str]:
+    """Overrides `before` that `after` leaves in force, then `after`."""
+    replaced = {_key(override) for override in after}
+    kept = [override for override in before if _key(override) not in replaced and _key(override).partition(".")[0] not in replaced]
+    return [*kept, *after]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]
+
+
 def _conf_dir() -> str:
     """conf/ of a checkout (or an editable install), else the copy inside the installed package."""
     return str(CHECKOUT_CONF) if (CHECKOUT_CONF / "config.yaml").is_file() else "pkg://xtuner_hydra.conf"
@@ -267,12 +396,16 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        if (key := re.match(r"Could not override '([\w.]+)'", str(error))) and key[
-            1
-        ] in known_keys():  # Hydra's advice would be to force it in
+        # Hydra's advice would be to force the key in
+        if (key := re.match(r"Could not override '([\w.]+)'", str(error))) and key[1] in known_keys():
             parent = key[1].rpartition(".")[0]
             raise RefusedError(
                 f"{key[1]}: there is no {parent} here to set a part of; set it whole: '{parent}={{KEY:VALUE,...}}'"
             ) from None
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip() and not _is_advice(line)]
         raise RefusedError("config: " + " ".join(lines[:2])) from None
+
+
+def _is_advice(line: str) -> bool:
+    """Hydra advises to force an unknown key in with a `+`, which we would refuse."""
+    return line.strip().startswith("To append to your config")

@@ -1,26 +1,21 @@
 """From a composed config to workers: everything that can refuse, then the run directory, then the ranks.
 
-`prepare` creates nothing but the token cache. `run` trains one composition:
-    one rank                 inside this process
-    nproc_per_node ranks     worker processes under torch's elastic launcher
-    under torchrun           rank 0 prepares and publishes the run directory through the rendezvous store; every rank trains in its own process"""
+`prepare` creates nothing but the token cache; `create` makes the run directory; ranks.py trains what stands there. Under torchrun rank 0
+prepares and publishes the run directory through the rendezvous store, and every rank trains in its own process."""
 
 from __future__ import annotations
 
+import copy
 import json
-import logging
 import os
 import sys
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from omegaconf import MISSING
 
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.app import Composition
@@ -28,17 +23,19 @@ from xtuner_hydra.checkpoint import state
 from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
+from xtuner_hydra.errors import EXIT_DONE, ConfigError
+from xtuner_hydra.files import write_json
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained
-from xtuner_hydra.parallel.runtime import param_dtype, started_by_torchrun, world_size
+from xtuner_hydra.parallel.runtime import param_dtype, ranks_here, started_by_torchrun, world_size
+from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
 
-log = logging.getLogger("xtuner_hydra")
 _WAIT = timedelta(days=1)  # for rank 0 to tokenise a large data set; torchrun ends the wait if rank 0 dies
 
 
@@ -63,9 +60,13 @@ class Prepared:
         return done_by_status or (self.checkpoint is not None and step_of(self.checkpoint) >= self.data.plan.total_steps)
 
 
-def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
-    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but the token cache."""
+def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool = False) -> Prepared:
+    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but the token cache.
+
+    elsewhere: the run will be on another machine, whose devices are not known here."""
     config = composition.config
+    if elsewhere and config.parallelism.nproc_per_node is None:
+        raise ConfigError("parallelism.nproc_per_node", None, "must be a number where the job runs on another machine")
     ranks = world_size(config.parallelism, config.trainer.device)
     check(config, ranks)
     run_dirs.refuse_unusable(composition.run_dir, resuming=config.checkpoint.resume == "auto")
@@ -76,6 +77,10 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = state.find(config.checkpoint, composition.run_dir)
     resolve(config, ranks)
+    if not elsewhere:
+        config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
+    if config.checkpoint.resume not in ("auto", "never"):
+        config.checkpoint.resume = str(checkpoint)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, progress=progress)
     if checkpoint is not None:
@@ -85,82 +90,63 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
 
 def resolve(config: Config, ranks: int) -> None:
     """Replace, in place, what was left to the machine by what it is here, so that config.yaml repeats this run elsewhere."""
-    config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     if config.trainer.global_batch_size is None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
+    config.parallelism.nproc_per_node = ranks_here(ranks)
+    config.data.path = _absolute(config.data.path)
+    config.data.eval_path = _absolute(config.data.eval_path)
+    config.data.cache_dir = _absolute(config.data.cache_dir)
 
 
-def run(composition: Composition, *, isolated: bool = False) -> int:
-    """Prepare and train; returns the exit code. `isolated`: in a process of its own even for one rank."""
-    prepared = prepare(composition)
-    directory = composition.run_dir
+def _absolute(path: Any) -> Any:
+    """Files, directories and globs, one or a list, as seen from this working directory; what is no path (null, ???) as it is."""
+    if isinstance(path, list):
+        return [_absolute(one) for one in path]
+    return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) and path != MISSING else path
+
+
+def run(composition: Composition) -> int:
+    """Prepare and train; returns the exit code."""
+    return start(prepare(composition))
+
+
+def start(prepared: Prepared) -> int:
+    """Train what has been prepared; returns the exit code."""
+    directory = prepared.composition.run_dir
     if prepared.is_done:
         print(f"{directory}: this run is complete ({prepared.data.plan.total_steps} steps); nothing to do")
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    run_dirs.create(directory, prepared.config, composition.overrides, environment(sys.argv))
-    prepared.data.save(directory)
+    create(prepared)
     if started_by_torchrun():
         publish({"run_dir": str(directory)})
-    if started_by_torchrun() or (prepared.ranks == 1 and not isolated):
-        from xtuner_hydra.worker import train
-
-        return train(directory)
-    return start_workers(directory, prepared.ranks)
+        return train_here(directory)
+    return start_ranks(directory, prepared.ranks)
 
 
-def start_workers(directory: Path, ranks: int) -> int:
-    """Run `ranks` workers to their end; the exit code, with the first failing rank's error on screen and in status.json."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-    )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says again, at length, what `_explain` says
-    for stale in (directory / "logs").glob("*.error.json"):
-        stale.unlink()
-    try:
-        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory))
-    except ChildFailedError as error:
-        return _explain(directory, error)
-    except (SignalException, KeyboardInterrupt):
-        if run_dirs.read_status(directory).get("state") == "running":
-            run_dirs.write_status(directory, "interrupted", exit_code=EXIT_INTERRUPTED, error="interrupted (Ctrl-C or SIGTERM)")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+def create(prepared: Prepared) -> None:
+    """Make the run directory with all that workers read."""
+    composition, directory = prepared.composition, prepared.composition.run_dir
+    total_steps = prepared.data.plan.total_steps
+    run_dirs.create(directory, prepared.config, composition.overrides, _environment(composition), total_steps=total_steps)
+    write_json(directory / "changed.json", changed_here(prepared))
+    prepared.data.save(directory)
 
 
-def _explain(directory: Path, error: ChildFailedError) -> int:
-    """The first cause among the ranks that failed: one that was killed, else the one that failed first."""
-    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if EXIT_INTERRUPTED in codes.values():
-        return EXIT_INTERRUPTED
-    causes = [json.loads(path.read_text(encoding="utf-8")) for path in (directory / "logs").glob("*.error.json")]
-    # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace; only a rank that never wrote its error was struck itself
-    told = {cause["rank"] for cause in causes}
-    struck = {rank: code for rank, code in codes.items() if code < 0 and code != -15 and rank not in told}
-    if struck:
-        rank, code = min(struck.items())
-        text, details = f"rank {rank} was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}", ""
-    elif causes:
-        first = min(causes, key=lambda cause: cause["time"])
-        rank, text, details = first["rank"], first["error"], first["traceback"]
-    else:
-        rank, code = min(codes.items())
-        text, details = f"exited with code {code}", ""
-    text = text if struck else f"rank {rank}: {text}"
-    print(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})", file=sys.stderr)
-    code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
-    before = run_dirs.read_status(directory)
-    kept = {key: before[key] for key in ("step", "total_steps", "metrics") if key in before}
-    run_dirs.write_status(directory, "failed", exit_code=code, error=text, **kept)
-    return code
+def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
+    """Key -> [default, value] of what sets this run apart from one without overrides on this machine."""
+    default = copy.deepcopy(prepared.composition.defaults())
+    dtype = prepared.config.parallelism.param_dtype
+    if dtype != "auto":  # first, by the device that this run is on, which decides what an automatic dtype is
+        default.parallelism.param_dtype = param_dtype(default.parallelism.param_dtype, prepared.config.trainer.device)
+    resolve(default, prepared.ranks)
+    return changed(prepared.config, default)
+
+
+def _environment(composition: Composition) -> dict[str, Any]:
+    origin = composition.rerun_of
+    return environment(sys.argv) | {"options": composition.choices} | ({"rerun_of": str(origin)} if origin else {})
 
 
 def publish(message: dict[str, object]) -> None:
@@ -175,9 +161,7 @@ def follow() -> int:
     message = json.loads(store.get(_key()))
     if "run_dir" not in message:
         return int(message["exit_code"])
-    from xtuner_hydra.worker import train
-
-    return train(Path(message["run_dir"]))
+    return train_here(Path(message["run_dir"]))
 
 
 def _store() -> dist.Store:

@@ -41,20 +41,25 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
         raise RefusedError(f"{key}={directory}: {existing} cannot be written. Choose another directory with {key}=DIR")
 
 
-def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any]) -> None:
+def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, total_steps: int | None = None) -> None:
     """Make the run directory and write what is known before training. A resumed run's files are replaced."""
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
-        write_text(directory / "config.yaml", to_yaml(config))
+        write_config(directory, config)
         write_text(
             directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
         )
         write_json(directory / "environment.json", environment)
-        write_status(directory, "running", step=0)
+        write_status(directory, "running", step=0, total_steps=total_steps)
     except OSError as error:
         raise RefusedError(
             f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"
         ) from None
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Replace config.yaml."""
+    write_text(directory / "config.yaml", to_yaml(config))
 
 
 def read_config(directory: Path) -> Config:
@@ -68,6 +73,12 @@ def read_overrides(directory: Path) -> list[str]:
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
+def note(directory: Path, **entries: Any) -> None:
+    """Add to environment.json what only the process that trains knows."""
+    path = directory / "environment.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+
+
 def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     if "metrics" in fields:
@@ -79,11 +90,12 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or an empty dict where there is none."""
+    """status.json, or an empty dict where there is none that can be read."""
     try:
-        return json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
+    return status if isinstance(status, dict) else {}
 
 
 def state_of(directory: Path, status: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """One rank of a run: reads the run directory, builds everything, trains, and says how it ended.
 
-    python -m xtuner_hydra.worker RUN_DIR          (started by launch.py with a rank in the environment)
+    python -m xtuner_hydra.worker RUN_DIR          (started by ranks.py with a rank in the environment)
 
 A worker never sees Hydra. `train` is the same for a rank of its own process and for a single run inside the Hydra process."""
 
@@ -34,10 +34,11 @@ from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.optim.optimizers import build_optimizer
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
-from xtuner_hydra.run_dir import read_config, read_overrides, write_status
+from xtuner_hydra.reports.pictures import loss_png
+from xtuner_hydra.reports.run import write_run
+from xtuner_hydra.run_dir import note, read_config, read_overrides, write_status
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
-from xtuner_hydra.tracking.plots import loss_png
 from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
@@ -45,7 +46,7 @@ log = logging.getLogger("xtuner_hydra")
 
 def main() -> int:
     """Entry of a worker process."""
-    _die_with_parent()
+    die_with_parent()
     return train(Path(sys.argv[1]), traceback_on_screen=False)
 
 
@@ -57,8 +58,8 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True) -> int:
     final: dict[str, Any] = {}
     code = EXIT_FAILED
     try:
-        config = read_config(run_dir)
         _interrupt_on_sigterm()
+        config = read_config(run_dir)
         with runtime(config) as place:
             trainer = build(config, run_dir, place)
             with_trackers(trainer)
@@ -112,6 +113,7 @@ def with_trackers(trainer: Trainer) -> None:
     step = trainer.resume_if_possible()
     if trainer.runtime.rank == 0:
         config = trainer.config
+        write_status(trainer.run_dir, "running", step=step or 0, total_steps=trainer.total_steps)  # by the process that trains
         trainer.trackers = build_trackers(
             config.tracking,
             trainer.run_dir,
@@ -120,6 +122,7 @@ def with_trackers(trainer: Trainer) -> None:
             total_steps=trainer.total_steps,
             start_step=step or 0,
         )
+        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 
 
 def _tell(trainer: Trainer) -> None:
@@ -160,14 +163,23 @@ def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_scr
 
 
 def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> None:
-    """Close the trackers, draw the curve, write the last status."""
+    """Close the trackers, write the last status, then the report of it all."""
     metrics: Row = trainer.metrics if trainer else {}
     step, total = (trainer.state.step, trainer.total_steps) if trainer else (0, None)
     if trainer:
         trainer.trackers.finish(final["state"], final["exit_code"])
-        loss_png(run_dir)
     write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
+    _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
+
+
+def _report(run_dir: Path) -> None:
+    """loss.png and report.html. What cannot be drawn is not worth a run."""
+    for write in (loss_png, write_run):
+        try:
+            write(run_dir)
+        except Exception as error:
+            log.warning(f"{write.__name__} failed, the run is not affected: {type(error).__name__}: {error}")
 
 
 def _interrupt_on_sigterm() -> None:
@@ -184,7 +196,7 @@ def _ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux: have this worker terminated when the launcher dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -59,6 +59,7 @@ def test_a_path_continues_in_a_new_directory(whole):
     done = whole(*JOB, "hydra.run.dir=onwards", "checkpoint.resume=whole/checkpoints/step-4")
     assert done.code == 0, done.text
     assert trajectory(whole.directory / "onwards") == trajectory(whole.directory / "whole")[4:]
+    assert f"  resume: {whole.directory}/whole/checkpoints/step-4\n" in (whole.directory / "onwards" / "config.yaml").read_text()
 
 
 def test_auto_on_a_completed_run_says_so_and_changes_nothing(whole):

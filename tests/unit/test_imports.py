@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import xtuner_hydra
+from xtuner_hydra.__main__ import VERBS
 
 PACKAGE = Path(xtuner_hydra.__file__).parent
 MODULES = {
@@ -62,7 +63,9 @@ def parts_used_by(part):
         ("reports", {"config", "errors", "files", "results", "run_dir", "tracking"}),
         ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel"}),
         ("trainer", {"checkpoint", "config", "data", "engine", "errors", "metrics", "model", "optim", "parallel", "tracking"}),
-        ("sweeps", {"app", "errors", "files", "launch", "parallel", "run_dir"}),
+        ("sweeps", {"app", "config", "cost", "errors", "launch", "parallel", "reports", "results", "run_dir", "tracking"}),
+        ("cost", {"config", "model"}),
+        ("ranks", {"errors", "parallel", "run_dir", "worker"}),
         ("app", {"config", "errors", "model"}),
     ],
 )
@@ -87,7 +90,9 @@ def test_every_module_is_imported_by_another():
     assert {name for name in MODULES if name not in used and not any(one.startswith(name + ".") for one in used)} <= {
         "xtuner_hydra.__main__",
         "xtuner_hydra.examples",
+        *(f"xtuner_hydra.tools.{verb}" for verb in VERBS),
     }
+    assert {f"xtuner_hydra.tools.{verb}" for verb in VERBS} <= MODULES.keys()
 
 
 def loaded_by(*command):

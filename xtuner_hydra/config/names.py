@@ -9,12 +9,14 @@ MAX_LENGTH = 80  # of a name; a path component may have 255 bytes, and a time or
 
 
 def run_name(choices: Mapping[str, str | None], overrides: Sequence[str]) -> str:
-    """`qwen3_tiny-openai_sft-lr1e-4` from Hydra's choices of groups and the overrides typed (`optimizer.lr=1e-4`)."""
+    """`qwen3_tiny-openai_sft-lr1e-4` from Hydra's choices of groups and the overrides typed (`optimizer.lr=1e-4`).
+
+    A run that repeats another has that one's name among the choices, as `rerun`, and goes by it."""
     groups = {override.split("=")[0].lstrip("+") for override in overrides if "." not in override.split("=")[0]}
-    parts = [choices.get("experiment") or f"{choices.get('model')}-{choices.get('data')}"]
-    parts += [
-        str(choices[group]) for group in ("debug", *sorted(groups)) if choices.get(group) and group not in ("model", "data", "experiment")
-    ]
+    first = choices.get("rerun")
+    told = () if first else ("model", "data", "experiment")  # by the first part
+    parts = [first or choices.get("experiment") or f"{choices.get('model')}-{choices.get('data')}"]
+    parts += [str(choices[group]) for group in ("debug", *sorted(groups)) if choices.get(group) and group not in told]
     return _safe("-".join(dict.fromkeys(parts)) + _values(overrides))
 
 

@@ -347,12 +347,15 @@ class WandbConfig:
     group: str | None = None
     """Runs shown together; null = the sweep's name in a sweep."""
     name: str | None = None
-    """Run name; null = made from the options and overrides."""
+    """Run name; null = the run directory's, without its time."""
     tags: list[str] = field(default_factory=list)
-    """Labels."""
+    """Labels, besides the names of model, data, experiment and debug options, and `sweep` for its jobs."""
+    artifacts: str = "none"
+    """What a completed run uploads: `none`, `export` (for transformers), `checkpoint` (to resume from), `all`; in a sweep only of jobs that stay."""
 
     def __post_init__(self) -> None:
         _one_of("tracking.wandb.mode", self.mode, ("auto", "online", "offline"))
+        _one_of("tracking.wandb.artifacts", self.artifacts, ("none", "export", "checkpoint", "all"))
 
 
 @dataclass

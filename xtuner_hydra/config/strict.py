@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.errors import ConfigError, RefusedError
+
+T = TypeVar("T")
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> dict[str, bool]:
@@ -74,10 +76,24 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
     return config
 
 
+def to_group(name: str, schema: type[T], cfg: DictConfig) -> T:
+    """The typed, checked dataclass of one group of a composed config. Raises RefusedError."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
+        group = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise unknown_key(f"{name}.{error.full_key}") from None
+    except OmegaConfBaseException as error:
+        raise RefusedError(f"{name}.{error.full_key}: {_first_line(error)}") from None
+    assert isinstance(group, schema)
+    return group
+
+
 def from_yaml(text: str) -> Config:
-    """The Config of a run's config.yaml."""
+    """The Config of a run's config.yaml. Raises RefusedError, or yaml.YAMLError for what is no YAML."""
     cfg = OmegaConf.create(text)
-    assert isinstance(cfg, DictConfig)
+    if not isinstance(cfg, DictConfig):
+        raise RefusedError("config.yaml: holds a list, not groups of keys")
     return to_config(cfg, lambda key: "config.yaml")
 
 
@@ -91,6 +107,24 @@ def to_dict(config: Config) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def changed(config: Config, default: Config) -> dict[str, tuple[Any, Any]]:
+    """{full key: (default, value)} of every value in which `config` differs from `default`, in the order of the schema."""
+    ours, theirs = flatten(to_dict(config)), flatten(to_dict(default))
+    keys = dict.fromkeys([*ours, *theirs])
+    return {key: (theirs.get(key), ours.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}; lists and empty dicts are values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:

@@ -28,7 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,13 @@ class TokenCache:
     """An open cache. lengths, supervised_lengths, lines: int64 (samples,).
 
     `supervised_lengths` counts the labels of a whole sample. `lines` are line numbers, from 1. `sample_counts`: samples of each file.
-    `built`: made just now, not found."""
+    `built`: made just now, not found. `file_hashes`: SHA-256 of each file, known to build_cache, which read them."""
 
     def __init__(self, directory: Path, files: list[Path], meta: dict[str, Any]) -> None:
         self.directory = directory
         self.files = files
         self.built = False
+        self.file_hashes: list[str] = []
         self.fingerprint: str = meta["fingerprint"]
         self.sample_counts: list[int] = meta["sample_counts"]
         self.skipped = [Skipped(str(files[file]), *rest) for file, *rest in meta["skipped"]]
@@ -124,11 +125,14 @@ def build_cache(
     written. Nothing is left behind then."""
     before = _stamps(files)
     recipe = _Recipe(format, tokenizer, skip=bad_lines == "skip")
-    fingerprint = _fingerprint(files, recipe)
+    hashes = [_hash_file(file) for file in files]
+    fingerprint = _fingerprint(hashes, recipe)
     directory = cache_dir / fingerprint
     if directory.exists():
         try:
-            return open_cache(directory, files, verify=True)
+            cache = open_cache(directory, files, verify=True)
+            cache.file_hashes = hashes
+            return cache
         except CacheError as error:
             log.warning(f"token cache {directory} is broken ({error}); building it again")
     with all_or_nothing(cache_dir), _staging(directory) as staging:
@@ -140,7 +144,7 @@ def build_cache(
         writer.finish(fingerprint)
         _publish(staging, directory)
     cache = open_cache(directory, files)
-    cache.built = True
+    cache.built, cache.file_hashes = True, hashes
     return cache
 
 
@@ -428,8 +432,8 @@ def _remove_stale(cache_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _fingerprint(files: list[Path], recipe: _Recipe) -> str:
-    parts = [VERSION, recipe.format, recipe.tokenizer.fingerprint, recipe.skip, [_hash_file(file) for file in files]]
+def _fingerprint(file_hashes: list[str], recipe: _Recipe) -> str:
+    parts = [VERSION, recipe.format, recipe.tokenizer.fingerprint, recipe.skip, file_hashes]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -443,6 +447,13 @@ def _cores() -> int:
 
 
 def _hash_file(file: Path) -> str:
+    """SHA-256 of a file's content. A sweep prepares many jobs on the same files, so one that has not changed is read once a process."""
+    stat = file.stat()
+    return _hash_content(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hash_content(file: Path, size: int, mtime_ns: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

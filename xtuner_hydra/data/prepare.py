@@ -46,9 +46,12 @@ class PreparedData:
         return _assemble(config, _open(saved["train"]), held_out, tokenizer_name=saved["tokenizer"])
 
     def save(self, run_dir: Path) -> None:
-        """Write data.json: files, caches, counts."""
-        value = {"tokenizer": self.tokenizer_name, "train": _describe(self.train), "eval": _describe(self.eval) if self.eval else None}
-        write_json(run_dir / FILE_NAME, value)
+        """Write data.json: files with their hashes, caches, counts."""
+        write_json(run_dir / FILE_NAME, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What data.json holds."""
+        return {"tokenizer": self.tokenizer_name, "train": _describe(self.train), "eval": _describe(self.eval) if self.eval else None}
 
     def summary(self) -> list[str]:
         """The data as lines for people."""
@@ -110,7 +113,9 @@ def _describe(source: Source) -> dict[str, Any]:
     cache, selection = source.cache, source.selection
     return {
         "cache": str(cache.directory.resolve()),
+        "fingerprint": cache.fingerprint,
         "files": [str(file.resolve()) for file in cache.files],
+        "hashes": cache.file_hashes,
         "samples": len(cache),
         "tokens": int(cache.lengths.sum()),
         "selected": {"samples": len(selection), "tokens": selection.tokens},

@@ -45,6 +45,11 @@ def world_size(parallelism: ParallelismConfig, device: str) -> int:
     return max(1, torch.cuda.device_count()) if device_type(device) == "cuda" else 1
 
 
+def ranks_here(ranks: int) -> int:
+    """Those of `ranks` ranks that run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if started_by_torchrun() else ranks
+
+
 def device_type(device: str) -> str:
     """`cpu` or `cuda` for trainer.device; raises ConfigError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -52,6 +57,11 @@ def device_type(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def gpu_count(device: str) -> int:
+    """GPUs that trainer.device allows here: 0 on a CPU."""
+    return torch.cuda.device_count() if device_type(device) == "cuda" else 0
 
 
 def param_dtype(name: str, device: str) -> str:

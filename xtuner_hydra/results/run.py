@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from yaml import YAMLError
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import to_dict
+from xtuner_hydra.config.strict import flatten, from_yaml
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,22 @@ class Run:
 
     @cached_property
     def final(self) -> dict[str, float | int]:
-        """The last value of every metric."""
-        return {name: value for row in self.rows for name, value in row.items() if value is not None}
+        """The last value of every metric; of a run without metrics.jsonl those that status.json kept."""
+        rows = [self.status.get("metrics") or {}, *self.rows]
+        return {name: value for row in rows for name, value in row.items() if value is not None}
 
     @property
     def step(self) -> int:
         """Steps done."""
         return int(self.final.get("train/step", 0))
+
+    @property
+    def seconds(self) -> float | None:
+        """From its start (the last one, where it was resumed) to its last status; None where either is not known."""
+        try:
+            return max(0.0, self.status["time"] - datetime.fromisoformat(self.environment["time"]).timestamp())
+        except (KeyError, ValueError):
+            return None
 
     @property
     def total_steps(self) -> int | None:
@@ -70,46 +84,60 @@ class Run:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The config by full key: `optimizer.lr`."""
-        return flatten(to_dict(self.config))
+        return flatten(asdict(self.config))
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """data.json: files, fingerprints, token caches, counts; empty where the run has none (yet)."""
+        return _json(self.directory / "data.json")
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """Read the run directory `directory`. Raises RefusedError where it holds none, or one that cannot be read."""
-    path = Path(directory).resolve()
+    """Read the run directory `directory`, whatever its state. Raises RefusedError where it holds none, or one that cannot be read."""
+    path = Path(directory).expanduser().resolve()
     if not (path / "config.yaml").is_file():
         raise RefusedError(f"{directory}: not a run directory (it has no config.yaml)")
     return Run(
         path,
-        run_dir.read_config(path),
-        run_dir.read_overrides(path),
-        run_dir.read_status(path),
+        _read("config.yaml", path, lambda path: copy.deepcopy(_config((path / "config.yaml").read_text(encoding="utf-8")))),
+        _read("overrides.yaml", path, run_dir.read_overrides),
+        _read("status.json", path, run_dir.read_status),
         _json(path / "environment.json"),
-        jsonl.read(path / "metrics.jsonl"),
+        _read("metrics.jsonl", path, lambda path: jsonl.read(path / "metrics.jsonl")),
     )
 
 
-def find_runs(directories: Iterable[Path]) -> Iterator[Path]:
-    """Run directories at or below `directories`, each once, in the order of their paths (which begin with their time)."""
+def find_runs(directories: Iterable[Path], *, damaged: bool = False) -> Iterator[Path]:
+    """Run directories at or below `directories`, each once, in the order of their paths (which begin with their time).
+
+    damaged: also what is left of runs that lack their config.yaml or status.json."""
     seen = set()
     for top in directories:
         for root, names, files in os.walk(top):
             names.sort()
-            if "config.yaml" in files and "status.json" in files:
+            if {"config.yaml", "status.json"} <= set(files) or (damaged and _was_run(files)):
                 names.clear()  # a run holds no runs
                 if (path := Path(root).resolve()) not in seen:
                     seen.add(path)
                     yield path
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}; lists and empty dicts are values."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _was_run(files: list[str]) -> bool:
+    """A sweep's job that was refused has a status alone; config.yaml is too common a name to tell a run by itself."""
+    return "status.json" in files or {"config.yaml", "overrides.yaml"} <= set(files)
+
+
+def _read(name: str, directory: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(directory)
+    except (RefusedError, OSError, ValueError, YAMLError) as error:
+        raise RefusedError(f"{directory}: {name} cannot be read: {' '.join(str(error).split())}") from None
+
+
+@lru_cache(maxsize=1024)
+def _config(text: str) -> Config:
+    """A config.yaml, which takes 30 ms to check; a sweep's report reads those of all jobs again after every job."""
+    return from_yaml(text)
 
 
 def _columns(rows: list[Row]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from xtuner_hydra import run_dir
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.results.run import Run, load_run
@@ -59,6 +60,7 @@ class SweepPlan:
     time: float = 0.0
     process: dict[str, Any] = field(default_factory=dict)
     config_dir: str | None = None
+    config_name: str | None = None
 
     def save(self, directory: Path) -> None:
         """Write sweep.json."""
@@ -76,12 +78,15 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class JobResult:
-    """A job as it stands. `run` is None while it waits. value: of the sweep's metric, None until the job has completed."""
+    """A job as it stands. `run` is None while it waits, and where it was refused before its directory was filled.
+
+    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it."""
 
     job: Job
     run: Run | None
     value: float | None
     state: str  # waiting, or a run's state
+    error: str = ""
 
     @property
     def number(self) -> int:
@@ -95,16 +100,11 @@ class JobResult:
     def swept(self) -> dict[str, Any]:
         """Swept key -> this job's value: typed where the key is a value of the config, the text where it is a group."""
         typed = self.run.values if self.run else {}
-        texts = dict(override.lstrip("+").split("=", 1) for override in self.job.overrides)
-        return {key: typed.get(key, text) for key, text in texts.items()}
+        return {key: typed.get(key, _typed(text)) for key, text in _texts(self.job).items()}
 
     def last(self, metric: str) -> float | None:
         """The job's last value of `metric`."""
         return self.run.final.get(metric) if self.run else None
-
-    @property
-    def error(self) -> str:
-        return (self.run.status.get("error") or "") if self.run else ""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,9 @@ class SweepResult:
         """Best first; those without a value last, in their jobs' order."""
         groups: dict[str, list[JobResult]] = {}
         for job in self.jobs:
-            groups.setdefault(repr(_without_seed(job.swept)), []).append(job)
-        settings = [Setting(_without_seed(jobs[0].swept), jobs) for jobs in groups.values()]
+            # by what was typed: a job that waits has no typed values yet, and must not stand apart from its twins
+            groups.setdefault(repr(_without_seed(_texts(job.job))), []).append(job)
+        settings = [Setting(_without_seed(_started_first(jobs).swept), jobs) for jobs in groups.values()]
         sign = 1 if self.plan.direction == "minimize" else -1
         return sorted(settings, key=lambda setting: math.inf if setting.mean is None else sign * setting.mean)
 
@@ -152,9 +153,9 @@ class SweepResult:
     @cached_property
     def best_job(self) -> JobResult | None:
         """The completed job with the best value."""
-        done = [job for job in self.jobs if job.value is not None]
-        choose = min if self.plan.direction == "minimize" else max
-        return choose(done, key=lambda job: job.value) if done else None
+        sign = 1 if self.plan.direction == "minimize" else -1
+        done = [(sign * job.value, place) for place, job in enumerate(self.jobs) if job.value is not None]
+        return self.jobs[min(done)[1]] if done else None
 
     @property
     def has_seeds(self) -> bool:
@@ -165,14 +166,25 @@ class SweepResult:
         return sum(job.state in states for job in self.jobs)
 
     @cached_property
-    def doubts(self) -> list[str]:
-        """Why the ranking may mislead, a sentence each; empty where it is fair."""
+    def unfair(self) -> list[str]:
+        """Why the jobs do not compare, a sentence each; empty where they do."""
         done = [job for job in self.jobs if job.value is not None]
-        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric), self._unfinished()) if text]
+        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric)) if text]
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the ranking may mislead, a sentence each: an unfair comparison, or an incomplete one."""
+        return [*self.unfair, *([text] if (text := self._unfinished()) else [])]
 
     def _unfinished(self) -> str | None:
         left = self.plan.total - self.count("completed", "pruned")
-        return f"{left} of {self.plan.total} jobs have no result (yet); the ranking is of the others." if left > 0 else None
+        if left <= 0:
+            return None
+        failed = self.count("failed", "killed")
+        told = (
+            f"{failed} failed" if failed == left else f"{failed} failed, {left - failed} not ended" if failed else f"{left} have not ended"
+        )
+        return f"Of {self.plan.total} jobs {told}; the ranking is of the others."
 
 
 def read_sweep(directory: Path) -> SweepResult:
@@ -185,10 +197,31 @@ def read_sweep(directory: Path) -> SweepResult:
 def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
     """A job as it stands in its directory."""
     directory = sweep_dir / job.name
-    run = load_run(directory) if (directory / "config.yaml").is_file() else None
-    state = run.state if run else "waiting"
+    status = run_dir.read_status(directory)
+    # status.json comes last of the files that a run begins with, so a run that has it can be read
+    run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
+    state = run.state if run else str(status.get("state", "waiting"))
     value = run.final.get(metric) if run and state == "completed" else None
-    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state)
+    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state, str(status.get("error") or ""))
+
+
+def _texts(job: Job) -> dict[str, str]:
+    """Swept key -> its value as typed."""
+    return {key: text for key, _, text in (override.lstrip("+").partition("=") for override in job.overrides)}
+
+
+def _typed(text: str) -> Any:
+    """The number that `text` spells, or `text`."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _started_first(jobs: Sequence[JobResult]) -> JobResult:
+    return next((job for job in jobs if job.run), jobs[0])
 
 
 def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:
@@ -207,12 +240,20 @@ def _unlike_evaluations(done: Sequence[JobResult]) -> str | None:
 
 def _unlike_tokens(done: Sequence[JobResult]) -> str | None:
     tokens = [int(value) for job in done if (value := job.last("train/total_tokens")) is not None]
+    planned = {job.run.config.trainer.total_tokens for job in done if job.run}
     if not tokens or max(tokens) - min(tokens) <= FAIR * max(tokens):
         return None
+    if len(planned) == 1 and None not in planned and max(tokens) - min(tokens) <= _largest_step(done):
+        return None  # each stops with the step that reaches trainer.total_tokens
     return (
         f"The jobs were trained on different numbers of tokens ({min(tokens):,} to {max(tokens):,}), so the longer ones have an advantage. "
         "Set trainer.total_tokens to compare at equal tokens."
     )
+
+
+def _largest_step(done: Sequence[JobResult]) -> float:
+    """Tokens of the largest last step."""
+    return max(job.last("train/tokens") or 0 for job in done)
 
 
 def _noisy(metric: str) -> str | None:

@@ -1,92 +1,235 @@
-"""A sweep: every job is checked before the first one starts, each trains in workers of its own, one that fails does not stop the others, and a
-table says how they ended. Hydra's sweeper and launcher go over the jobs; the table is made from what the jobs left in their directories."""
+"""`-m`: from a command line to a sweep that ends in an answer. A new sweep is drafted and checked whole before anything is created; a resumed
+one takes its overrides from its directory."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from dataclasses import dataclass
+import itertools
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from xtuner_hydra import launch, run_dir
+from xtuner_hydra import run_dir
 from xtuner_hydra.app import App, Composition
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RefusedError
-from xtuner_hydra.parallel.runtime import started_by_torchrun
-from xtuner_hydra.sweeps import table
+from xtuner_hydra.config.names import job_name
+from xtuner_hydra.config.schema import SweepConfig
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError
+from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
+from xtuner_hydra.reports.sweep import text, write_sweep
+from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
+from xtuner_hydra.sweeps import draft as drafts
+from xtuner_hydra.sweeps import space
+from xtuner_hydra.sweeps.draft import Draft
+from xtuner_hydra.sweeps.driver import Driver, Launcher
+from xtuner_hydra.sweeps.screen import Screen
+from xtuner_hydra.sweeps.search import Drawn, Listed, Search
+from xtuner_hydra.sweeps.slots import Slots
+from xtuner_hydra.sweeps.submitit import Submitit
 
-NO_CHECKPOINTS = "checkpoint=none"  # jobs keep nothing to resume from, or a sweep would fill the disk; say checkpoint=default to have it
+SLOTS = "hydra_plugins.xtuner_hydra.SlotsLauncher"
+SUBMITIT = "hydra_plugins.xtuner_hydra.SubmititLauncher"
+DYING_SECONDS = 20
+# what may differ in a resumed sweep: how jobs are run, not what they are
+_HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "hydra.launcher.")
 
 
 def sweep(app: App) -> int:
     """Run the sweep of `app`'s command line; returns the exit code."""
     if started_by_torchrun():
         raise RefusedError("-m: a sweep starts workers of its own; run it without torchrun, with parallelism.nproc_per_node=N")
-    if not any(override.startswith("checkpoint=") for override in app.overrides):
-        app.overrides.insert(0, NO_CHECKPOINTS)
+    options = app.sweep_config()
+    if app.sweeper != "basic":
+        return _under_plugin(app, options)
+    if options.resume is None:
+        directory = app.sweep_dir()
+        _refuse_taken(directory)
+        return _run(app, drafts.draft(app, directory), None)
+    directory = Path(options.resume).resolve()
+    plan = SweepPlan.load(directory)
+    _refuse_running(directory, plan)
+    with App(_recorded_arguments(app, plan)) as recorded:
+        return _run(recorded, drafts.draft(recorded, directory), plan)
+
+
+def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
+    """The drafted sweep, from its beginning or from where `plan` left it."""
+    launcher = _launcher(app, draft)
+    _make(draft.directory)
+    search = _search(draft, draft.directory)
+    plan = _new_plan(app, draft) if plan is None else plan
+    if draft.is_list:
+        _list_jobs(plan, draft.listed)
+    print(f"sweep of {plan.total} jobs, {launcher.describe()}: {draft.directory}", *_notes(draft, plan), sep="\n", flush=True)
+    code = _driver(app, draft, plan, search, launcher).run()
+    _show(draft.directory)
+    return code
+
+
+def _under_plugin(app: App, options: SweepConfig) -> int:
+    """A sweep whose jobs a sweeper plug-in of Hydra chooses, batch by batch."""
+    from xtuner_hydra.sweeps import plugin
+
     directory = app.sweep_dir()
+    if options.resume is not None or options.search != "grid" or options.params:
+        raise RefusedError(
+            f"hydra/sweeper={app.sweeper}: sweep.resume, sweep.search and sweep.params are for our own searches, not for a plug-in"
+        )
     _refuse_taken(directory)
-    jobs = app.jobs()
-    _check_all(app, jobs)
-    print(f"sweep of {len(jobs)} jobs: {directory}", flush=True)
-    return _Sweep(directory, len(jobs)).run(app)
+    plugin.register()
+    fixed, codes = space.fixed_overrides(app), [EXIT_DONE]
+    plan: SweepPlan | None = None
 
-
-@dataclass
-class _Sweep:
-    directory: Path
-    jobs: int
-    started: int = 0
-
-    def run(self, app: App) -> int:
-        """All jobs, then the table, which is written and shown after an interruption too."""
-        interrupted = False
-        try:
-            app.multirun(self.train, self.directory)
-        except KeyboardInterrupt:
-            interrupted = True
-        rows = table.write(self.directory)
-        print(table.text(rows), flush=True)
-        print(f"sweep: {self.directory / 'sweep.md'}", flush=True)
-        if interrupted:
-            return EXIT_INTERRUPTED
-        return EXIT_DONE if len(rows) == self.jobs and all(row.state == "completed" for row in rows) else EXIT_FAILED
-
-    def train(self, composition: Composition) -> float | None:
-        """One job, in processes of its own; returns its last evaluation loss (else training loss) to Hydra's sweeper."""
-        self.started += 1
-        print(f"\njob {self.started}/{self.jobs}: {' '.join(_shown(composition.overrides))}", flush=True)
-        if composition.config.tracking.wandb.group is None:
-            composition.config.tracking.wandb.group = self.directory.name
-        try:
-            code = launch.run(dataclasses.replace(composition, overrides=_shown(composition.overrides)), isolated=True)
-        except RefusedError as error:  # it passed before the sweep started: the data or the disk has changed since
-            print(f"xtuner_hydra: {error}", file=sys.stderr)
-            run_dir.write_status(
-                composition.run_dir, "failed", exit_code=error.exit_code, error=str(error), overrides=composition.overrides
-            )
-            code = error.exit_code
-        table.write(self.directory)
-        if code == EXIT_INTERRUPTED:
+    def batch(job_overrides: Sequence[Sequence[str]], first: int) -> list[JobResult]:
+        nonlocal plan
+        swept = [[text for text in job if text not in app.overrides] for job in job_overrides]
+        draft = drafts.draft_list(app, options, fixed, swept, directory, first=first)
+        _make(directory)
+        plan = plan or _new_plan(app, draft)
+        plan.jobs += [one.job for one in draft.jobs]
+        plan.total = len(plan.jobs)
+        codes.append(_driver(app, draft, plan, Listed(), _launcher(app, draft)).run())
+        if codes[-1] == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
-        metrics = run_dir.read_status(composition.run_dir).get("metrics") or {}
-        return metrics.get("eval/loss", metrics.get("train/loss"))
+        return read_sweep(directory).jobs[first:]
+
+    try:
+        app.multirun(batch)
+    except KeyboardInterrupt:
+        codes.append(EXIT_INTERRUPTED)
+    _show(directory)
+    return max(codes)
 
 
-def _check_all(app: App, jobs: list[list[str]]) -> None:
-    """Compose every job and check it with its data; the first that cannot be is refused with its overrides, before anything is created."""
-    for number, overrides in enumerate(jobs):
+def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: Launcher) -> Driver:
+    def compose(number: int, overrides: list[str]) -> Composition:
+        return drafts.compose(app, draft.fixed, overrides, number, draft.directory)
+
+    def describe(number: int, overrides: list[str]) -> Job:
+        """A job that a search has drawn. One that cannot be is refused when it is started."""
         try:
-            launch.prepare(app.compose([*overrides, *app.hydra_overrides()]))
-        except RefusedError as error:
-            raise RefusedError(f"job {number + 1} of {len(jobs)} ({' '.join(_shown(overrides))}): {error}") from None
+            composition = compose(number, overrides)
+        except RefusedError:
+            return Job(number, job_name(number, overrides), overrides, "")
+        return Job(number, composition.run_dir.name, overrides, drafts.signature(composition.config, app.defaults))
+
+    return Driver(draft.directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), write_sweep)
+
+
+def _show(directory: Path) -> None:
+    print(f"\n{text(read_sweep(directory))}", flush=True)
+    print(f"report: {directory / 'sweep.html'}", flush=True)
+
+
+def _new_plan(app: App, draft: Draft) -> SweepPlan:
+    return SweepPlan(
+        overrides=app.overrides,
+        search=draft.sweep.search,
+        metric=draft.metric,
+        direction=draft.sweep.direction,
+        keep=draft.sweep.keep,
+        swept=draft.swept,
+        total=draft.total,
+        config_dir=app.args.config_dir and str(Path(app.args.config_dir).resolve()),
+        config_name=app.args.config_name,
+    )
+
+
+def _list_jobs(plan: SweepPlan, listed: Sequence[Job]) -> None:
+    """Plan the listed jobs. One that is known by its signature keeps its number, directory and attempts; the others get numbers that are free."""
+    known = {job.signature: job for job in plan.jobs}
+    free = itertools.count(1 + max((job.number for job in plan.jobs), default=-1))
+    plan.jobs = [known.get(job.signature) or (_renumbered(job, next(free)) if known else job) for job in listed]
+    plan.total = len(plan.jobs)
+
+
+def _renumbered(job: Job, number: int) -> Job:
+    return replace(job, number=number, name=re.sub(rf"^{job.number}(?!\d)", str(number), job.name))
+
+
+def _launcher(app: App, draft: Draft) -> Launcher:
+    """The launcher that hydra/launcher names, fitted to the jobs. Raises RefusedError for one that is unknown or cannot be had."""
+    name, options = app.launcher()
+    target = options.pop("_target_", None)
+    ranks = max(job.ranks for job in draft.jobs)
+    if target == SUBMITIT:
+        return Submitit(options, draft.directory, ranks=ranks, jobs=draft.total)
+    if target != SLOTS:
+        raise RefusedError(f"hydra/launcher={name}: jobs of a sweep run in slots, or through submitit_local or submitit_slurm")
+    if unknown := options.keys() - {"slots", "threads", "devices"}:
+        raise RefusedError(f"hydra.launcher.{min(unknown)}: there is no such option; slots has slots, threads, devices")
+    slots = Slots(**options)
+    slots.fit(ranks, gpu_count(draft.jobs[0].config.trainer.device), max(job.memory_gb for job in draft.jobs), draft.total)
+    return slots
+
+
+def _search(draft: Draft, directory: Path) -> Search:
+    if draft.is_list:
+        return Listed()
+    return Drawn(draft.parameters, draft.sweep, directory, tokens=min(job.tokens for job in draft.jobs))
+
+
+def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
+    """What should be known before the first job starts."""
+    notes = [f"ranked by {plan.metric} ({plan.direction}d)" + ", as no data is held out" * (plan.metric == "train/loss")]
+    twins = [job for job in draft.jobs if job.twin is not None and draft.is_list]
+    notes += [f"job {job.job.number} ({' '.join(job.job.overrides)}) is the same as job {job.twin} and is left out" for job in twins]
+    done = [job for job in plan.jobs if (draft.directory / job.name / "status.json").exists()]
+    states = Counter(run_dir.state_of(path, run_dir.read_status(path)) for path in (draft.directory / job.name for job in done))
+    if done:
+        notes.append("resumed: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    return notes
+
+
+def _recorded_arguments(app: App, plan: SweepPlan) -> list[str]:
+    """The command line that started the sweep, with how its jobs are run as said now. Raises RefusedError where anything else differs."""
+    what = [override for override in app.overrides if not override.startswith(_HOW)]
+    if what and set(what) != {override for override in plan.overrides if not override.startswith(_HOW)}:
+        raise RefusedError(
+            f"sweep.resume={app.sweep_config().resume}: that sweep was started with {' '.join(plan.overrides)}, not with {' '.join(what)}. "
+            "Give no overrides, or the same ones; for other jobs start another sweep"
+        )
+    now = [override for override in app.overrides if override.startswith(_HOW)]
+    keys = {override.partition("=")[0] for override in now}
+    before = [override for override in plan.overrides if override.partition("=")[0] not in keys]
+    options = [
+        ["--config-dir", plan.config_dir] if plan.config_dir else [],
+        ["--config-name", plan.config_name] if plan.config_name else [],
+    ]
+    return ["-m", *(word for option in options for word in option), *before, *now]
 
 
 def _refuse_taken(directory: Path) -> None:
     run_dir.refuse_unusable(directory, resuming=False, key="hydra.sweep.dir")
-    if any((directory / name).exists() for name in ("sweep.csv", "multirun.yaml")):
-        raise RefusedError(f"hydra.sweep.dir={directory}: holds a sweep already; choose another directory")
+    if any((directory / name).exists() for name in (FILE_NAME, "sweep.csv", "multirun.yaml")):
+        raise RefusedError(
+            f"hydra.sweep.dir={directory}: holds a sweep already; choose another directory, or go on with sweep.resume={directory}"
+        )
 
 
-def _shown(overrides: list[str]) -> list[str]:
-    """What the user typed, without our own addition."""
-    return [override for override in overrides if override != NO_CHECKPOINTS]
+def _refuse_running(directory: Path, plan: SweepPlan) -> None:
+    """Two processes must not run the same jobs. Those of a sweep that was just killed are given a while to end."""
+    if plan.state == "running" and run_dir.is_alive(plan.process, directory):
+        raise RefusedError(f"sweep.resume={directory}: is still run by process {plan.process['pid']} on {plan.process['host']}")
+    deadline = time.monotonic() + DYING_SECONDS
+    while alive := _running_jobs(directory, plan):
+        if time.monotonic() > deadline:
+            job, process = alive[0]
+            raise RefusedError(
+                f"sweep.resume={directory}: job {job.number} is still running (process {process['pid']} on {process['host']}); end it first"
+            )
+        time.sleep(0.2)
+
+
+def _running_jobs(directory: Path, plan: SweepPlan) -> list[tuple[Job, dict[str, Any]]]:
+    statuses = [(job, run_dir.read_status(directory / job.name)) for job in plan.jobs]
+    return [(job, status["process"]) for job, status in statuses if run_dir.state_of(directory / job.name, status) == "running"]
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedError(f"hydra.sweep.dir={directory}: cannot be made ({error.strerror})") from None

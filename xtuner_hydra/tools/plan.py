@@ -1,24 +1,24 @@
-"""`plan [overrides]`: do all that comes before training, build the model on the meta device, print what would happen, and stop."""
+"""`plan [overrides]`, `plan -m [overrides]`: do all that comes before training, print what would happen, and stop."""
 
 from __future__ import annotations
 
-import torch
-
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.errors import EXIT_DONE, RefusedError
+from xtuner_hydra.cost import count_parameters, disk_bytes, kept
+from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.launch import Prepared, prepare
-from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
+from xtuner_hydra.sweeps.draft import Draft, draft
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan of one run; refuses what the run would refuse."""
+    """Print the plan of a run or a sweep; refuses what that would refuse."""
     with App(argv) as app:
         if app.shows_something():
             return EXIT_DONE
         if app.is_sweep:
-            raise RefusedError("plan: give one run's overrides, without -m")
+            print("\n".join(describe_sweep(draft(app, app.sweep_dir()))))
+            return EXIT_DONE
         prepared = prepare(app.compose(app.overrides))
     print("\n".join(describe(prepared)))
     return EXIT_DONE
@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
 def describe(prepared: Prepared) -> list[str]:
     """The plan as lines of text."""
     config, data = prepared.config, prepared.data
-    parameters, weights = _count(config)
+    parameters = count_parameters(config)
+    weights = 4 * parameters
     return [
         *data.summary(),
         "",
@@ -42,16 +43,33 @@ def describe(prepared: Prepared) -> list[str]:
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
         _line("memory", f"{_gb(weights * 4 / prepared.ranks)} GB a rank for weights, gradients and two moments, activations apart"),
-        _line("disk", _disk(config, weights, data.plan.total_steps)),
+        _line("disk", _disk(config, parameters, data.plan.total_steps)),
     ]
 
 
-def _count(config: Config) -> tuple[int, int]:
-    """(parameters, bytes of the fp32 weights)."""
-    with torch.device("meta"):
-        model = CausalLM(config.model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, 4 * parameters
+def describe_sweep(draft: Draft) -> list[str]:
+    """The plan of a sweep: its jobs, and what they cost together."""
+    head = ("job", "name", "steps", "tokens", "GB on disk", "")
+    rows = [(str(one.job.number), one.job.name, f"{one.steps:,}", f"{one.tokens:,}", _gb(one.disk), _twin(one.twin)) for one in draft.jobs]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    kinds = {"best": "one job's stay on disk at a time", "all": "all stay on disk", "none": "none stay on disk"}
+    unique = [one for one in draft.jobs if one.twin is None]
+    return [
+        *([] if draft.is_list else [f"{draft.total} jobs drawn by sweep.search={draft.sweep.search} between these:"]),
+        *table,
+        "",
+        _line("sweep", str(draft.directory)),
+        _line("jobs", f"{draft.total}, varying {', '.join(parameter.key for parameter in draft.parameters)}"),
+        _line("decided by", f"{draft.metric} ({draft.sweep.direction}d)"),
+        *([_line("tokens", f"{sum(one.tokens for one in unique):,} in all jobs")] if draft.is_list else []),
+        _line("memory", f"about {max(one.memory_gb for one in unique):.3g} GB a job"),
+        _line("disk", f"{_gb(max(one.disk for one in unique))} GB a job; sweep.keep={draft.sweep.keep}: {kinds[draft.sweep.keep]}"),
+    ]
+
+
+def _twin(number: int | None) -> str:
+    return "" if number is None else f"the same as job {number}, left out"
 
 
 def _schedule(config: Config, total: int) -> str:
@@ -63,19 +81,13 @@ def _schedule(config: Config, total: int) -> str:
     )
 
 
-def _disk(config: Config, weights: int, total: int) -> str:
-    checkpoints = _kept(config.checkpoint.interval, config.checkpoint.keep, total)
-    exports = _kept(config.checkpoint.hf_interval, config.checkpoint.hf_keep, total)
+def _disk(config: Config, parameters: int, total: int) -> str:
+    checkpoints, exports = kept(config.checkpoint, total)
     # one more of each stands while the next is written, before the oldest goes
-    size = 3 * weights * checkpoints + weights * exports
-    return f"about {_gb(size)} GB at the end ({checkpoints} checkpoints of {_gb(3 * weights)} GB, {exports} exports of {_gb(weights)} GB)"
-
-
-def _kept(interval: int | None, keep: int, total: int) -> int:
-    """How many will stand at the end."""
-    if interval is None:
-        return 0
-    return 1 if interval == -1 else min(keep, -(-total // interval))
+    return (
+        f"about {_gb(disk_bytes(config, parameters, total))} GB at the end "
+        f"({checkpoints} checkpoints of {_gb(12 * parameters)} GB, {exports} exports of {_gb(4 * parameters)} GB)"
+    )
 
 
 def _gb(size: float) -> str:

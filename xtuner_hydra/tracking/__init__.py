@@ -16,16 +16,17 @@ def build_trackers(
 ) -> Trackers:
     """The trackers of a run, for its first rank only.
 
-    resolved: the whole config, for W&B. start_step: the step that a resumed run goes on from, 0 for a new one; later rows are dropped."""
+    resolved: the whole config, for W&B and TensorBoard's hyper-parameters. start_step: the step that a resumed run goes on from, 0 for a new
+    one; later rows are dropped."""
     trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step)]
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir / "metrics.jsonl", start_step))
     if config.tensorboard:
         from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
 
-        trackers.append(TensorBoardTracker(run_dir / "tensorboard", start_step))
+        trackers.append(TensorBoardTracker(run_dir / "tensorboard", start_step, resolved))
     if config.wandb.enabled:
         from xtuner_hydra.tracking.wandb import WandbTracker
 
-        trackers.append(WandbTracker(config.wandb, run_dir, resolved, overrides))
+        trackers.append(WandbTracker(config.wandb, run_dir, resolved, overrides, start_step))
     return Trackers(trackers)

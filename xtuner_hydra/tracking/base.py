@@ -11,6 +11,15 @@ log = logging.getLogger("xtuner_hydra")
 Row = dict[str, float | int | None]
 """Metrics by name (README, "Metrics"). A row with `train/loss` is a step, one with `eval/loss` an evaluation; both have `train/step`."""
 
+METRICS = (
+    *("train/step", "train/epoch", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/supervised_tokens"),
+    *("train/total_tokens", "train/skipped_updates", "train/aux_loss", "router/max_load", "router/entropy"),
+    *("throughput/tgs", "throughput/e2e_tgs", "throughput/step_time", "throughput/data_time", "throughput/mfu"),
+    *("throughput/pack_utilization", "memory/max_gb", "memory/reserved_gb"),
+    *("eval/loss", "eval/perplexity", "eval/tokens"),
+)
+"""Every metric's name, in the order of a row."""
+
 
 class Tracker(Protocol):
     """A place where metrics go."""

@@ -41,6 +41,26 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+class Tail:
+    """Follows a metrics.jsonl that another process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+
+    def read(self) -> list[Row]:
+        """The rows that have been added since the last call. A file that a resumed run has cut is read from where it was cut."""
+        try:
+            with self.path.open("rb") as file:
+                self.offset = min(self.offset, file.seek(0, 2))
+                file.seek(self.offset)
+                whole, _, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self.offset += len(whole) + bool(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
 def truncate_after(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a line cut short. Atomic."""
     if path.exists():

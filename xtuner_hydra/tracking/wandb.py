@@ -1,11 +1,20 @@
-"""Weights & Biases. Online only with an API key, else offline; the step metric is `train/step`; finished with the run's exit code."""
+"""Weights & Biases. Online only with an API key, else offline; the step is `train/step`; finished with the run's exit code.
+
+What a W&B run holds besides the rows of metrics:
+    config    the resolved config, nested; `overrides` as typed (`overrides.optimizer.lr`), `options` chosen of each group, `run_dir`, `code`
+    summary   the last value of every metric; `eval/best_loss` with `eval/best_step`, `throughput/best_tgs`; `state`
+    artifacts export and checkpoint of a completed run, where tracking.wandb.artifacts asks for them"""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import netrc
 import os
+import re
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -13,6 +22,7 @@ from urllib.parse import urlsplit
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_text
+from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row
 
 log = logging.getLogger("xtuner_hydra")
@@ -21,28 +31,36 @@ ONLINE_SECONDS = 30
 """How long to wait for the server before the run goes on offline."""
 
 _HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's service, by its name since wandb 0.31 and by the one before
+_TAGGED = ("model", "data", "experiment", "debug")  # groups whose options tell runs apart at a glance
+_TIME = re.compile(r"\d\d-\d\d-\d\d(-\d+)?_")  # how the name of a run directory begins
 
 
 class WandbTracker:
-    """One W&B run under run_dir/wandb. Its id is kept there, so that a resumed run continues the same one."""
+    """One W&B run under run_dir/wandb. Its id is kept there, so that a resumed run continues the same one.
+
+    A W&B agent names the run and its project in the environment (WANDB_SWEEP_ID, WANDB_RUN_ID), and these are kept to."""
 
     required = False
 
-    def __init__(self, config: WandbConfig, run_dir: Path, resolved: dict[str, Any], overrides: list[str]) -> None:
+    def __init__(self, config: WandbConfig, run_dir: Path, resolved: dict[str, Any], overrides: list[str], start_step: int = 0) -> None:
         import wandb
 
+        self.config, self.run_dir, self.resolved = config, run_dir, resolved
+        self.summary = Summary()
         mode = resolve_mode(config)
+        id_file = run_dir / "wandb" / "run_id"
+        self.id, known = _run_id(id_file)
         arguments: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
-            "group": config.group,
-            "name": config.name or run_dir.name,
-            "tags": config.tags,
+            "group": None if os.environ.get("WANDB_SWEEP_ID") else config.group,
+            "name": config.name or _TIME.sub("", run_dir.name, count=1),
+            "tags": _tags(config.tags, run_dir),
             "job_type": "train",
-            "config": {**resolved, "overrides": overrides},
+            "config": {**resolved, **_origin(run_dir, overrides)},
             "dir": str(run_dir),
-            "id": _run_id(run_dir / "wandb" / "run_id"),
-            "resume": "allow",
+            "id": self.id,
+            "resume": "allow" if known else None,
             "reinit": "finish_previous",
             "settings": wandb.Settings(silent=True, console="off", init_timeout=ONLINE_SECONDS),
         }
@@ -51,21 +69,85 @@ class WandbTracker:
         except wandb.Error as error:
             if mode != "online" or config.mode == "online":
                 raise
-            log.warning(f"W&B cannot be reached ({error}); writing an offline run, `wandb sync` uploads it later")
+            log.warning(f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {run_dir}` uploads it later")
             wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
             self.run = wandb.init(mode="offline", **arguments)
+        self.known_step = int(self.run.summary.get("_step") or 0)  # the server's; a run that is new or offline starts from none
         self.run.define_metric("train/step")
         self.run.define_metric("*", step_metric="train/step")
+        self._continue_from([row for row in jsonl.read(run_dir / "metrics.jsonl") if (row["train/step"] or 0) <= start_step])
         log.info(f"W&B: {self.run.dir if self.run.offline else self.run.url}")
 
     def log(self, row: Row) -> None:
-        """Send the row, `train/step` among its values."""
-        self.run.log({name: value for name, value in row.items() if value is not None})
+        """Send the row. A step and its evaluation are one row of W&B's history, numbered by `train/step`.
+
+        A resumed run repeats the steps after its checkpoint. W&B takes none twice, so those it has already go into the summary alone."""
+        values, step = {name: value for name, value in row.items() if value is not None}, int(row["train/step"] or 0)
+        if step <= self.known_step:
+            self.run.summary.update(values)
+        else:
+            self.run.log(values, step=step)
+        if better := self.summary.improve(row):
+            self.run.summary.update(better)
 
     def finish(self, state: str, exit_code: int) -> None:
-        """End the W&B run as this one ended."""
+        """End the W&B run as this one ended; a completed one uploads what was asked for."""
         self.run.summary["state"] = state
+        if state == "completed":
+            self._upload()
         self.run.finish(exit_code=exit_code)
+
+    def _continue_from(self, rows: list[Row]) -> None:
+        """A resumed run goes on from the summary that its earlier part had reached."""
+        last: Row = {}
+        for row in rows:
+            self.summary.improve(row)
+            last |= {name: value for name, value in row.items() if value is not None}
+        if last:
+            self.run.summary.update({**last, **self.summary.best})
+
+    def _upload(self) -> None:
+        """Log export and checkpoint as artifacts. One that cannot be logged costs a warning, not the run."""
+        import wandb
+
+        wanted = {"none": (), "all": ("export", "checkpoint")}.get(self.config.artifacts, (self.config.artifacts,))
+        if not wanted or not _is_kept(self.run_dir, self.resolved.get("sweep", {}), self.summary):
+            return
+        for kind in wanted:
+            parent = self.run_dir / {"export": "hf", "checkpoint": "checkpoints"}[kind]
+            directory = _best_directory(parent, self.summary.best.get("eval/best_step"))
+            if directory is None:
+                log.warning(f"W&B: there is no {kind} in {parent} to upload (tracking.wandb.artifacts={self.config.artifacts})")
+                continue
+            try:
+                step = int(directory.name.removeprefix("step-"))
+                best = step == self.summary.best.get("eval/best_step")
+                artifact = wandb.Artifact(f"{kind}-{self.run.id}", type="model", metadata={"step": step, "directory": str(directory)})
+                # immutable: what is committed does not change, so W&B need not copy it before it uploads it
+                artifact.add_dir(str(directory), policy="immutable", skip_cache=True)
+                self.run.log_artifact(artifact, aliases=["latest", "best"] if best else ["latest"])
+            except Exception as error:
+                log.warning(f"W&B: the {kind} was not uploaded: {error}")
+
+
+class Summary:
+    """The best values of a run, by W&B's summary key: lowest evaluation loss and its step, highest throughput."""
+
+    def __init__(self) -> None:
+        self.best: Row = {}
+        self.last: Row = {}
+
+    def improve(self, row: Row) -> Row:
+        """Take a row; the best values that it changes."""
+        self.last |= row
+        better: Row = {}
+        loss, tgs = row.get("eval/loss"), row.get("throughput/tgs")
+        if loss is not None and loss < (self.best.get("eval/best_loss") or math.inf):  # a NaN is below nothing
+            better |= {"eval/best_loss": loss, "eval/best_step": row["train/step"]}
+        if tgs is not None and tgs > (self.best.get("throughput/best_tgs") or 0):
+            better["throughput/best_tgs"] = tgs
+        self.best |= better
+        return better
 
 
 def resolve_mode(config: WandbConfig) -> Literal["online", "offline"]:
@@ -90,8 +172,91 @@ def has_api_key() -> bool:
         return False
 
 
-def _run_id(path: Path) -> str:
-    if not path.exists():
+def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`optimizer.lr=1e-4` -> {"optimizer": {"lr": "1e-4"}}, the shape that W&B filters and groups by (`overrides.optimizer.lr`).
+
+    Values stay as typed. Options (`model=hf`) are left out: they are under `options`, and a key cannot be a text and a dict."""
+    nested: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        *groups, name = key.split(".")
+        if groups and "/" not in key:
+            inner = nested
+            for group in groups:
+                if not isinstance(inner.get(group), dict):  # a whole group typed as {...} before one of its keys
+                    inner[group] = {}
+                inner = inner[group]
+            inner[name] = value
+    return nested
+
+
+def _origin(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    """How the run came about, for W&B's config. It stands beside the config's own groups, none of which has such a name."""
+    environment = _environment(run_dir)
+    git = environment.get("git") or {}
+    return {
+        "overrides": nested_overrides(overrides),
+        "options": _options(environment),
+        "run_dir": str(run_dir),
+        "code": {"commit": git.get("commit"), "dirty": git.get("dirty")},
+    }
+
+
+def _tags(own: Sequence[str], run_dir: Path) -> list[str]:
+    options = _options(_environment(run_dir))
+    tags = [*own, *(options[group] for group in _TAGGED if group in options), *(["sweep"] if _sweep_of(run_dir) else [])]
+    return [tag[:64] for tag in dict.fromkeys(tags)]  # W&B takes no longer ones
+
+
+def _options(environment: dict[str, Any]) -> dict[str, str]:
+    return {group: option for group, option in environment.get("options", {}).items() if option}
+
+
+def _environment(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _sweep_of(run_dir: Path) -> Path | None:
+    """The sweep's directory where this run is a job of one."""
+    return run_dir.parent if (run_dir.parent / "sweep.json").exists() else None
+
+
+def _is_kept(run_dir: Path, sweep: dict[str, Any], summary: Summary) -> bool:
+    """Whether a job's files stay: as sweep.keep says, `best` being the best among the jobs that have completed. A run of its own always does."""
+    directory = _sweep_of(run_dir)
+    if directory is None or sweep.get("keep") == "all":
+        return True
+    if sweep.get("keep") == "none":
+        return False
+    metric = sweep.get("metric") or ("eval/loss" if "eval/loss" in summary.last else "train/loss")
+    sign = 1 if sweep.get("direction") == "minimize" else -1
+    own = summary.last.get(metric)
+    return own is not None and math.isfinite(own) and all(sign * own <= sign * other for other in _others(directory, run_dir, metric))
+
+
+def _others(sweep_dir: Path, run_dir: Path, metric: str) -> Iterator[float]:
+    """What the other jobs of a sweep that have completed came to."""
+    for path in sweep_dir.glob("*/status.json"):
+        status = json.loads(path.read_text(encoding="utf-8"))
+        value = (status.get("metrics") or {}).get(metric)
+        if path.parent != run_dir and status.get("state") == "completed" and value is not None:
+            yield value
+
+
+def _best_directory(parent: Path, best_step: float | int | None) -> Path | None:
+    """The committed step-N with the lowest evaluation loss if it still stands, else the newest."""
+    steps = {int(path.parent.name.removeprefix("step-")): path.parent for path in parent.glob("step-*/manifest.json")}
+    return steps.get(int(best_step)) if best_step in steps else steps[max(steps)] if steps else None
+
+
+def _run_id(path: Path) -> tuple[str, bool]:
+    """(id of the W&B run, whether this run directory has had it before): an agent's, else the one kept in `path`, else a new one, kept there."""
+    kept = path.read_text(encoding="utf-8") if path.exists() else None
+    wanted = os.environ.get("WANDB_RUN_ID") or kept or uuid.uuid4().hex[:12]
+    if wanted != kept:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8")
+        write_text(path, wanted)
+    return wanted, wanted == kept

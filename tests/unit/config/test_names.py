@@ -22,3 +22,9 @@ def test_any_override_gives_a_safe_path_component(values):
     name = job_name(1, [f"data.path={value}" for value in values])
     assert 0 < len(name) <= MAX_LENGTH
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def test_a_run_that_repeats_another_goes_by_its_name():
+    choices = {"rerun": "mine", "experiment": "x", "model": "qwen3_tiny", "data": "openai", "optimizer": "adamw"}
+    assert run_name(choices, []) == "mine"
+    assert run_name(choices, ["optimizer=adamw", "model=qwen3_tiny", "optimizer.lr=1e-4"]) == "mine-qwen3_tiny-adamw-lr1e-4"

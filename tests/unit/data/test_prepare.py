@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -97,3 +98,13 @@ def test_samples_that_teach_nothing_are_counted_and_announced(config, tmp_path):
     prepared = prepare(config, ByteTokenizer(), progress=False)
     assert "1 samples -> 1 packs" in "\n".join(prepared.summary())
     assert "2 left out without a supervised token" in "\n".join(prepared.summary())
+
+
+def test_data_json_tells_contents_apart(config, tmp_path):
+    """By the hash that sha256sum gives, also where the cache was there already."""
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("train.jsonl", "held-out.jsonl")]
+    for _ in range(2):
+        prepare(config, ByteTokenizer(), progress=False).save(tmp_path)
+        saved = json.loads((tmp_path / "data.json").read_text())
+        assert [saved[part]["hashes"] for part in ("train", "eval")] == [[digest] for digest in digests]
+        assert saved["train"]["cache"].endswith(saved["train"]["fingerprint"])

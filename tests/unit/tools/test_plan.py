@@ -134,7 +134,8 @@ def test_a_bad_config_exits_with_2(cli):
 
 
 @pytest.mark.parametrize(
-    ("override", "words"), [("-m", "without -m"), ("data.path=nowhere", "no such file"), ("model.num_key_value_heads=3", "not divisible")]
+    ("override", "words"),
+    [("-m", "nothing to sweep"), ("data.path=nowhere", "no such file"), ("model.num_key_value_heads=3", "not divisible")],
 )
 def test_what_a_run_would_refuse_a_plan_refuses(say, override, words):
     code, text = say("optimizer.lr=1e-3", override)

@@ -1,15 +1,18 @@
 """The offline file that W&B writes, read back record by record; and when a run goes online."""
 
+import json
+import math
 import os
 import socket
 
 import pytest
 import wandb
 import wandb_file
+import wandb_server
 
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError
-from xtuner_hydra.tracking.wandb import WandbTracker, resolve_mode
+from xtuner_hydra.tracking.wandb import Summary, WandbTracker, nested_overrides, resolve_mode
 
 
 @pytest.fixture(autouse=True)
@@ -22,30 +25,90 @@ def nobody(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def track(run_dir, state, exit_code):
-    run_dir.mkdir()
-    config = WandbConfig(project="chats", group="sweep-1", tags=["baseline"])
-    tracker = WandbTracker(config, run_dir, {"optimizer": {"lr": 6e-5}}, ["optimizer.lr=6e-5"])
-    tracker.log({"train/step": 1, "train/loss": 2.5, "throughput/mfu": None})
-    tracker.log({"train/step": 2, "eval/loss": 2.25})
+ENVIRONMENT = {
+    "git": {"commit": "a" * 40, "dirty": True, "diff": "..."},
+    "options": {"model": "qwen3_tiny", "data": "openai_sft", "optimizer": "adamw", "experiment": None, "debug": "fast"},
+}
+ROWS = (
+    {"train/step": 1, "train/loss": 2.5, "throughput/tgs": 90.0, "throughput/mfu": None},
+    {"train/step": 2, "train/loss": 2.0, "throughput/tgs": 120.0},
+    {"train/step": 2, "eval/loss": 2.25},
+    {"train/step": 3, "train/loss": 1.5, "throughput/tgs": 110.0},
+    {"train/step": 3, "eval/loss": 2.75},
+)
+
+
+def begin(run_dir, *, start_step=0, overrides=(), resolved=None, **config):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    resolved = {"optimizer": {"lr": 6e-5}, "sweep": {"keep": "best", "metric": None, "direction": "minimize"}} | (resolved or {})
+    return WandbTracker(WandbConfig(**config), run_dir, resolved, list(overrides), start_step)
+
+
+def end(tracker, state="completed", exit_code=0):
     tracker.finish(state, exit_code)
     wandb.teardown()  # its service writes the last records just after `finish` returns
-    return wandb_file.read(run_dir)
 
 
-def test_an_offline_run_holds_rows_config_group_and_tags(tmp_path):
-    found = track(tmp_path / "run", "completed", 0)
-    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in found.history]
-    assert rows == [{"train/step": 1, "train/loss": 2.5}, {"train/step": 2, "eval/loss": 2.25}]
-    assert (found.run.project, found.run.run_group, list(found.run.tags), found.run.display_name) == (
-        "chats",
-        "sweep-1",
-        ["baseline"],
-        "run",
-    )
-    assert found.config["optimizer"] == {"lr": 6e-5}
-    assert found.config["overrides"] == ["optimizer.lr=6e-5"]
+def track(run_dir, state="completed", exit_code=0, rows=ROWS, **arguments):
+    """What the offline file of a run with `rows` holds."""
+    tracker = begin(run_dir, **arguments)
+    for row in rows:
+        tracker.log(row)
+    end(tracker, state, exit_code)
+    return wandb_file.read_all(run_dir)[-1]
+
+
+def plain(rows):
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A run as a sweep's job leaves it."""
+    run_dir = tmp_path_factory.mktemp("outputs") / "14-05-09-123456_qwen3_tiny-openai_sft-lr6e-5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("HOME", str(run_dir.parent))
+        patch.setenv("WANDB__STATS_SAMPLING_INTERVAL", "0.1")
+        overrides = ["optimizer.lr=6e-5", "+trainer.seed=1", "debug=fast", "optimizer.betas=[0.9,0.99]", "checkpoint=none"]
+        return track(run_dir, overrides=overrides, project="chats", group="sweep-1", tags=["baseline"])
+
+
+def test_a_step_and_its_evaluation_are_one_row_by_step(found):
+    assert plain(found.history) == [
+        {"train/step": 1, "train/loss": 2.5, "throughput/tgs": 90.0},
+        {"train/step": 2, "train/loss": 2.0, "throughput/tgs": 120.0, "eval/loss": 2.25},
+        {"train/step": 3, "train/loss": 1.5, "throughput/tgs": 110.0, "eval/loss": 2.75},
+    ]
+    assert [row["_step"] for row in found.history] == [1, 2, 3]
     assert any(metric.glob_name == "*" and metric.step_metric == "train/step" for metric in found.metrics)
+
+
+def test_the_run_can_be_found_by_group_name_tags_and_type(found):
+    run = found.run
+    assert (run.project, run.run_group, run.job_type) == ("chats", "sweep-1", "train")
+    assert run.display_name == "qwen3_tiny-openai_sft-lr6e-5"  # its directory's name without the time
+    assert list(run.tags) == ["baseline", "qwen3_tiny", "openai_sft", "fast"]
+
+
+def test_config_is_nested_and_overrides_can_be_searched_key_by_key(found):
+    config = found.config
+    assert config["optimizer"] == {"lr": 6e-5}
+    assert config["overrides"] == {"optimizer": {"lr": "6e-5", "betas": "[0.9,0.99]"}, "trainer": {"seed": "1"}}
+    assert config["options"] == {"model": "qwen3_tiny", "data": "openai_sft", "optimizer": "adamw", "debug": "fast"}
+    assert config["code"] == {"commit": "a" * 40, "dirty": True}
+    assert config["run_dir"].endswith("/14-05-09-123456_qwen3_tiny-openai_sft-lr6e-5")
+
+
+def test_the_summary_has_the_best_and_the_last_values(found):
+    summary = found.summary
+    assert (summary["eval/best_loss"], summary["eval/best_step"], summary["throughput/best_tgs"]) == (2.25, 2, 120.0)
+    assert (summary["train/loss"], summary["eval/loss"], summary["train/step"]) == (1.5, 2.75, 3)
+
+
+def test_system_metrics_are_recorded(found):
+    assert any("proc.memory.rssMB" in stats for stats in found.stats)
 
 
 @pytest.mark.parametrize(("state", "code"), [("completed", 0), ("failed", 1), ("interrupted", 130)])
@@ -55,13 +118,142 @@ def test_it_ends_as_the_run_ended(tmp_path, state, code):
     assert found.summary["state"] == state
 
 
-def test_a_resumed_run_continues_the_same_wandb_run(tmp_path):
-    ids = []
-    for _ in range(2):
-        tracker = WandbTracker(WandbConfig(), tmp_path, {}, [])
-        ids.append(tracker.run.id)
-        tracker.finish("completed", 0)
-    assert ids[0] == ids[1]
+def test_a_resumed_run_goes_on_with_the_same_id_steps_and_summary(tmp_path):
+    """After step 3 it goes back to its checkpoint of step 2, whose rows are in metrics.jsonl."""
+    first = track(tmp_path, "interrupted", 130)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    second = track(tmp_path, start_step=2, rows=[{"train/step": 3, "train/loss": 1.4, "throughput/tgs": 60.0}])
+    assert second.run.run_id == first.run.run_id
+    assert [row["_step"] for row in second.history] == [3]
+    summary = second.summary
+    assert (summary["eval/best_loss"], summary["eval/best_step"], summary["throughput/best_tgs"]) == (2.25, 2, 120.0)
+    assert (summary["train/loss"], summary["eval/loss"], summary["state"]) == (1.4, 2.25, "completed")
+
+
+def test_values_that_are_not_numbers_are_never_the_best():
+    summary = Summary()
+    for loss in (math.nan, math.inf, 3.0, math.nan, None):
+        summary.improve({"train/step": 1, "eval/loss": loss, "throughput/tgs": loss})
+    assert summary.best == {"eval/best_loss": 3.0, "eval/best_step": 1, "throughput/best_tgs": math.inf}
+
+
+def test_overrides_of_a_whole_group_and_of_one_of_its_keys_do_not_clash():
+    assert nested_overrides(["tracking.wandb={mode:offline}", "tracking.wandb.tags=[a,b]", "model=hf", "model.pretrained=DIR"]) == {
+        "tracking": {"wandb": {"tags": "[a,b]"}},
+        "model": {"pretrained": "DIR"},
+    }
+
+
+# --- artifacts ---
+
+
+def commit(run_dir, *steps, folder="hf"):
+    for step in steps:
+        directory = run_dir / folder / f"step-{step}"
+        directory.mkdir(parents=True)
+        (directory / "weights").write_text(f"weights of {folder} after {step}")
+        (directory / "manifest.json").write_text("{}")
+    (run_dir / folder / ".step-9.tmp").mkdir()
+
+
+def logged(found):
+    return {artifact.name.partition("-")[0]: (json.loads(artifact.metadata)["step"], set(artifact.aliases)) for artifact in found.artifacts}
+
+
+def test_export_and_checkpoint_of_the_best_step_are_logged_whole(tmp_path):
+    commit(tmp_path, 2, 3)
+    commit(tmp_path, 3, folder="checkpoints")  # that of step 2, the best, is gone
+    found = track(tmp_path, artifacts="all")
+    assert logged(found) == {"export": (2, {"best", "latest"}), "checkpoint": (3, {"latest"})}
+    assert {artifact.type for artifact in found.artifacts} == {"model"}
+    files = {entry.path: entry.local_path for entry in found.artifacts[0].manifest.contents}
+    assert set(files) == {"weights", "manifest.json"}
+    assert files["weights"] == str(tmp_path / "hf" / "step-2" / "weights")  # by reference: nothing is copied
+
+
+def test_nothing_is_uploaded_unless_asked_for_and_completed(tmp_path):
+    for name, state, artifacts in (("unasked", "completed", "none"), ("failed", "failed", "export")):
+        commit(tmp_path / name, 1)
+        assert track(tmp_path / name, state, artifacts=artifacts).artifacts == []
+
+
+def test_an_artifact_that_cannot_be_logged_costs_a_warning(tmp_path, monkeypatch, caplog):
+    commit(tmp_path, 3)
+    monkeypatch.setattr("wandb.Artifact.add_dir", fail)
+    found = track(tmp_path, artifacts="all")
+    assert (found.artifacts, found.exit.exit_code, found.summary["state"]) == ([], 0, "completed")
+    assert "the export was not uploaded: the disk is gone" in caplog.text
+    assert "there is no checkpoint" in caplog.text
+
+
+def fail(*args, **kwargs):
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("keep", "direction", "other", "uploads"),
+    [
+        ("best", "minimize", ("completed", 3.0), True),
+        ("best", "minimize", ("completed", 2.5), False),
+        ("best", "minimize", ("failed", 2.5), True),
+        ("best", "maximize", ("completed", 2.5), True),
+        ("none", "minimize", ("completed", 3.0), False),
+        ("all", "minimize", ("completed", 2.5), True),
+    ],
+)
+def test_in_a_sweep_only_jobs_whose_files_stay_are_uploaded(tmp_path, keep, direction, other, uploads):
+    (tmp_path / "sweep.json").write_text("{}")
+    (tmp_path / "0_other").mkdir()
+    (tmp_path / "0_other" / "status.json").write_text(json.dumps({"state": other[0], "metrics": {"eval/loss": other[1]}}))
+    commit(tmp_path / "1_own", 3)
+    sweep = {"keep": keep, "metric": None, "direction": direction}
+    found = track(tmp_path / "1_own", artifacts="export", resolved={"sweep": sweep})  # it ends with an eval/loss of 2.75
+    assert bool(found.artifacts) == uploads
+    assert "sweep" in found.run.tags
+
+
+# --- W&B's own sweeps ---
+
+
+def test_an_agents_run_is_the_one_it_named(tmp_path, monkeypatch):
+    (tmp_path / "parameters.yaml").write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.0002\n")
+    for name, value in {
+        "SWEEP_ID": "sw1",
+        "RUN_ID": "run77",
+        "PROJECT": "theirs",
+        "SWEEP_PARAM_PATH": tmp_path / "parameters.yaml",
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    wandb.teardown()  # it reads its environment once
+    found = track(tmp_path / "run", project="ours", group="ours")
+    assert (found.run.sweep_id, found.run.run_id, found.run.project, found.run.run_group) == ("sw1", "run77", "theirs", "")
+    assert found.config["optimizer.lr"] == 0.0002
+    assert (tmp_path / "run" / "wandb" / "run_id").read_text() == "run77"
+
+
+# --- online or not ---
+
+
+def test_an_online_run_that_resumes_goes_on_with_the_curve_on_the_server(tmp_path, monkeypatch, capfd):
+    """It stopped in step 3's evaluation and goes back to step 1."""
+    with wandb_server.serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        tracker = begin(tmp_path)
+        for row in ROWS[:-1]:
+            tracker.log(row)
+        end(tracker, "interrupted", 130)
+        (history,) = server.history.values()
+        assert [row["_step"] for row in history] == [1, 2, 3]
+
+        tracker = begin(tmp_path, start_step=1)
+        for row in (*ROWS[1:], {"train/step": 4, "train/loss": 1.25}):
+            tracker.log(row)
+        assert tracker.run.summary["eval/loss"] == 2.75  # of step 3, which the server has already, but without an evaluation
+        end(tracker)
+    (history,) = server.history.values()
+    assert [(row["_step"], row["train/loss"]) for row in history] == [(1, 2.5), (2, 2.0), (3, 1.5), (4, 1.25)]
+    assert "monotonically" not in capfd.readouterr().err
 
 
 def test_a_server_that_cannot_be_reached_makes_the_run_offline(tmp_path, monkeypatch, caplog):
@@ -70,8 +262,8 @@ def test_a_server_that_cannot_be_reached_makes_the_run_offline(tmp_path, monkeyp
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{nobody_listens.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setattr("xtuner_hydra.tracking.wandb.ONLINE_SECONDS", 1)
-        found = track(tmp_path / "run", "completed", 0)
-    assert [row["train/step"] for row in found.history] == [1, 2]
+        found = track(tmp_path / "run")
+    assert [row["train/step"] for row in found.history] == [1, 2, 3]
     assert "wandb sync" in caplog.text
 
 

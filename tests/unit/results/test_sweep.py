@@ -1,0 +1,88 @@
+"""What a sweep's directory says: jobs, settings, the best one, and whether the comparison is fair."""
+
+import pytest
+from runs import finished, make_sweep
+
+from xtuner_hydra import run_dir
+from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.results.sweep import SweepPlan, read_sweep
+
+LR, SEED = "optimizer.lr", "trainer.seed"
+
+
+def test_a_plan_comes_back_as_it_was_saved(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4, SEED: 0}, None)])
+    plan = SweepPlan.load(tmp_path)
+    plan.save(tmp_path / "..")
+    assert SweepPlan.load(tmp_path / "..") == plan
+    assert plan.swept == [LR, SEED]
+
+
+def test_what_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(RefusedError, match=r"not a sweep.*sweep\.json"):
+        read_sweep(tmp_path)
+
+
+def test_a_job_that_waits_stands_with_the_jobs_that_differ_in_the_seed(tmp_path):
+    """Though its values are texts and theirs are numbers."""
+    result = read_sweep(
+        make_sweep(tmp_path, [({LR: 1e-4, SEED: 0}, None), ({LR: 1e-4, SEED: 1}, finished(2.0)), ({LR: 2e-4, SEED: 0}, None)])
+    )
+    assert [[job.number for job in setting.jobs] for setting in result.settings] == [[0, 1], [2]]
+    assert [setting.swept for setting in result.settings] == [{LR: 1e-4}, {LR: 2e-4}]
+    assert [job.state for job in result.jobs] == ["waiting", "completed", "waiting"]
+
+
+def test_settings_are_ranked_by_their_mean_over_seeds(tmp_path):
+    jobs = [({LR: 1e-4, SEED: 0}, finished(1.0)), ({LR: 1e-4, SEED: 1}, finished(3.0)), ({LR: 2e-4, SEED: 0}, finished(1.5))]
+    result = read_sweep(make_sweep(tmp_path, jobs))
+    assert result.best_setting.swept == {LR: 2e-4}
+    assert result.best_job.number == 0
+    assert (result.settings[1].mean, result.settings[1].spread) == (2.0, pytest.approx(2**0.5))
+
+
+def test_to_maximize_turns_the_ranking_round(tmp_path):
+    result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(1.0)), ({LR: 2e-4}, finished(3.0))], direction="maximize"))
+    assert result.best_job.number == result.best_setting.jobs[0].number == 1
+
+
+def test_a_job_that_was_refused_before_it_had_files_has_failed(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4}, None)])
+    (tmp_path / "0_job").mkdir()
+    run_dir.write_status(tmp_path / "0_job", "failed", exit_code=2, error="data.path: gone")
+    (job,) = read_sweep(tmp_path).jobs
+    assert (job.run, job.state, job.error, job.value) == (None, "failed", "data.path: gone", None)
+
+
+def test_a_run_that_is_just_being_created_waits(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4}, finished(1.0))])
+    (tmp_path / "0_job" / "status.json").unlink()
+    assert [job.state for job in read_sweep(tmp_path).jobs] == ["waiting"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "doubt"),
+    [
+        (finished(1.0), finished(2.0), None),
+        (finished(1.0), finished(2.0, tokens=600), "different held-out tokens (500 to 600"),
+        (finished(1.0), finished(2.0, steps=9), "different numbers of tokens (300 to 900"),
+        (finished(1.0), {"rows": [], "state": "failed"}, "Of 2 jobs 1 failed"),
+    ],
+)
+def test_doubts_are_named(tmp_path, first, second, doubt):
+    doubts = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, first), ({LR: 2e-4}, second)])).doubts
+    assert len(doubts) == (doubt is not None)
+    assert all(doubt in text for text in doubts)
+
+
+def test_a_loss_that_is_no_number_is_no_value(tmp_path):
+    result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, {"rows": [{"train/step": 1, "eval/loss": None}]})]))
+    assert [job.value for job in result.jobs] == [2.0, None]
+    assert result.best_job.number == 0
+
+
+def test_without_metrics_jsonl_the_last_status_counts(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0))])
+    (tmp_path / "0_job" / "metrics.jsonl").unlink()
+    (job,) = read_sweep(tmp_path).jobs
+    assert (job.value, job.run.step) == (2.0, 3)

@@ -1,0 +1,186 @@
+"""How a sweep treats its jobs, with jobs that only write what real ones would."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from xtuner_hydra import run_dir
+from xtuner_hydra.app import App
+from xtuner_hydra.results.sweep import SweepPlan, read_sweep
+from xtuner_hydra.sweeps import draft as drafts
+from xtuner_hydra.sweeps import driver, multirun
+from xtuner_hydra.sweeps.search import Listed
+
+BASE = ("-m", "debug=fast", "tracking=none")
+LRS = "optimizer.lr=1e-3,1e-4,1e-5"
+
+
+class FakeJob:
+    """Ends as `end` says at the first or second look: a loss, an error, a signal, or None to run until it is stopped."""
+
+    def __init__(self, directory, end):
+        self.directory, self.end, self.looks, self.stopped = directory, end, 0, False
+        for name in ("checkpoints", "hf"):
+            (directory / name / "step-2").mkdir(parents=True, exist_ok=True)
+
+    def poll(self):
+        self.looks += 1
+        if self.stopped:
+            return self._write("interrupted", 130, {})
+        if self.looks < 2 or self.end is None:
+            return None
+        if isinstance(self.end, str):
+            return self._write("failed", 1, {}, error=self.end)
+        if isinstance(self.end, signal.Signals):
+            return -self.end
+        rows = [{"train/step": 2, "train/loss": 1.0, "train/total_tokens": 400}]
+        rows.append({"train/step": 2, "train/total_tokens": 400, "eval/loss": self.end, "eval/tokens": 7})
+        (self.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return self._write("completed", 0, rows[1])
+
+    def _write(self, state, code, metrics, **fields):
+        run_dir.write_status(self.directory, state, exit_code=code, metrics=metrics, step=2, total_steps=2, **fields)
+        return code
+
+    def stop(self):
+        self.stopped = True
+
+    kill = stop
+
+
+class FakeLauncher:
+    """Jobs that end as `ends` says, in the order of their starts; raises KeyboardInterrupt instead of start number `interrupt`."""
+
+    elsewhere, grace_seconds = False, 5
+
+    def __init__(self, *ends, capacity=1, interrupt=None):
+        self.ends, self.capacity, self.interrupt, self.started = list(ends), capacity, interrupt, []
+
+    def describe(self):
+        return "fakes"
+
+    def start(self, directory):
+        if len(self.started) == self.interrupt:
+            raise KeyboardInterrupt
+        self.started.append(directory.name)
+        return FakeJob(directory, self.ends.pop(0))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "TICK_SECONDS", 0.01)
+
+
+def run(directory, launcher, *overrides, plan=None, swept=LRS):
+    """(exit code, the result) of a sweep whose jobs `launcher` runs."""
+    with App([*BASE, swept, *overrides, f"hydra.sweep.dir={directory}"]) as app:
+        draft = drafts.draft(app, directory)
+        directory.mkdir(exist_ok=True)
+        plan = plan or multirun._new_plan(app, draft)
+        multirun._list_jobs(plan, draft.listed)
+        code = multirun._driver(app, draft, plan, Listed(), launcher).run()
+    return code, read_sweep(directory)
+
+
+def kept(result):
+    return [job.number for job in result.jobs if (result.directory / job.name / "checkpoints").exists()]
+
+
+def test_jobs_end_in_an_answer_and_the_best_ones_checkpoint_stays(tmp_path, capsys):
+    code, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, 3.0))
+    assert code == 0
+    assert (result.best_job.number, [job.value for job in result.jobs]) == (1, [2.0, 1.0, 3.0])
+    assert kept(result) == [1]
+    assert (result.plan.state, result.plan.total) == ("completed", 3)
+    assert "job 1 (optimizer.lr=0.0001): completed, eval/loss 1.0000 (best so far)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("keep", "stay"), [("all", [0, 1, 2]), ("none", [])])
+def test_keep_says_whose_checkpoints_stay(tmp_path, keep, stay):
+    _, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, 3.0), f"sweep.keep={keep}")
+    assert kept(result) == stay
+
+
+def test_maximize_turns_the_order_round(tmp_path):
+    _, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, 3.0), "sweep.direction=maximize")
+    assert (result.best_job.number, kept(result)) == (2, [2])
+
+
+def test_a_failed_job_is_told_with_its_error_and_does_not_stop_the_others(tmp_path, capsys):
+    code, result = run(tmp_path / "sweep", FakeLauncher(2.0, "step 1: NaN\nmore", 1.0))
+    assert (code, [job.state for job in result.jobs]) == (1, ["completed", "failed", "completed"])
+    assert "failed: step 1: NaN\n" in capsys.readouterr().out
+    assert 1 in kept(result), "a failed job's checkpoints are needed to go on"
+
+
+def test_a_job_killed_without_a_word_is_marked_failed(tmp_path):
+    code, result = run(tmp_path / "sweep", FakeLauncher(2.0, signal.SIGKILL, 1.0))
+    assert (code, result.jobs[1].state) == (1, "failed")
+    assert "killed by signal 9 (out of memory?)" in result.jobs[1].error
+
+
+def test_retries_start_a_failed_job_again_so_often(tmp_path):
+    launcher = FakeLauncher("once", "twice", 2.0, "a", "b", "c", 1.0)
+    code, result = run(tmp_path / "sweep", launcher, "sweep.retries=2")
+    assert [job.job.attempts for job in result.jobs] == [3, 3, 1]
+    assert [job.state for job in result.jobs] == ["completed", "failed", "completed"]
+    assert code == 1
+
+
+def test_fail_fast_ends_the_sweep_with_its_running_jobs(tmp_path):
+    code, result = run(tmp_path / "sweep", FakeLauncher(None, "bad", capacity=2), "sweep.fail_fast=true")
+    assert code == 1
+    assert [job.state for job in result.jobs] == ["interrupted", "failed", "waiting"]
+
+
+def test_after_ctrl_c_a_resumed_sweep_runs_what_has_no_result(tmp_path):
+    code, result = run(tmp_path / "sweep", FakeLauncher(2.0, interrupt=1))
+    assert (code, result.plan.state) == (130, "interrupted")
+    launcher = FakeLauncher(1.0, 3.0)
+    code, result = run(tmp_path / "sweep", launcher, plan=SweepPlan.load(tmp_path / "sweep"))
+    assert (code, launcher.started) == (0, [job.name for job in result.jobs[1:]])
+    assert [job.value for job in result.jobs] == [2.0, 1.0, 3.0]
+
+
+def test_jobs_are_known_by_what_they_are_not_by_their_number(tmp_path):
+    """The same values in another order, with one more: what is done is found under its old name."""
+    run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, "failed"))
+    launcher = FakeLauncher(0.5, 0.7)
+    code, result = run(tmp_path / "sweep", launcher, swept="optimizer.lr=1e-5,1e-6,1e-4,1e-3", plan=SweepPlan.load(tmp_path / "sweep"))
+    assert code == 0
+    assert [job.value for job in result.jobs] == [0.5, 0.7, 1.0, 2.0]
+    assert [job.number for job in result.jobs] == [2, 3, 1, 0]
+    assert result.jobs[1].name == "3_lr1e-06"
+
+
+def test_twins_run_once(tmp_path):
+    with App([*BASE, "optimizer.lr=1e-3,0.001,1e-4"]) as app:
+        draft = drafts.draft(app, tmp_path / "sweep")
+    assert [one.twin for one in draft.jobs] == [None, 0, None]
+    assert [job.number for job in draft.listed] == [0, 2]
+
+
+def test_a_signature_ignores_what_does_not_change_a_job(tmp_path):
+    def sign(*overrides):
+        with App(["-m", "debug=fast", *overrides]) as app:
+            return drafts.signature(app.compose(["debug=fast", *overrides]).config, app.defaults)
+
+    assert sign() == sign("tracking=none", "data.num_workers=0", "checkpoint.resume=auto", "optimizer.lr=0.00006")
+    assert len({sign(), sign("optimizer.lr=1e-4"), sign("trainer.seed=1"), sign("checkpoint.interval=2")}) == 4
+
+
+def test_jobs_leave_who_runs_them_and_a_process_that_is_gone_is_dead(tmp_path):
+    run_dir.write_status(tmp_path, "running")
+    status = run_dir.read_status(tmp_path)
+    assert status["process"]["pid"] == os.getpid()
+    assert run_dir.state_of(tmp_path, status) == "running"
+    for change in ({"started": "1"}, {"pid": 2**22 + 1}):
+        assert run_dir.state_of(tmp_path, status | {"process": status["process"] | change}) == "killed"
+    elsewhere = status | {"process": status["process"] | {"host": "elsewhere"}}
+    assert run_dir.state_of(tmp_path, elsewhere) == "running"
+    os.utime(tmp_path / "status.json", (1, 1))
+    assert run_dir.state_of(tmp_path, elsewhere) == "killed"

@@ -1,0 +1,109 @@
+"""A prepared run directory -> its ranks: one inside this process, several as workers under torch's elastic launcher.
+
+    python -m xtuner_hydra.ranks RUN_DIR RANKS          (how a sweep starts a job)
+
+Never sees Hydra: all it needs stands in the run directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import uuid
+from pathlib import Path
+
+from xtuner_hydra import run_dir as run_dirs
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
+
+
+def main() -> int:
+    """Entry of a job's process: ends when the process that started it does."""
+    from xtuner_hydra.worker import die_with_parent
+
+    die_with_parent()
+    directory, ranks = sys.argv[1:]
+    return start_ranks(Path(directory), int(ranks))
+
+
+def start_ranks(directory: Path, ranks: int) -> int:
+    """Train the run of `directory` on `ranks` ranks to its end; returns the exit code."""
+    _resolve_dtype(directory)
+    return train_here(directory) if ranks == 1 else _start_workers(directory, ranks)
+
+
+def train_here(directory: Path) -> int:
+    """Be one rank, the only one or one of a launcher's, in this process."""
+    from xtuner_hydra.worker import train
+
+    return train(directory)
+
+
+def _resolve_dtype(directory: Path) -> None:
+    """`param_dtype=auto` in the config of a job that was prepared on another machine: what it means on this one."""
+    config = run_dirs.read_config(directory)
+    if config.parallelism.param_dtype == "auto":
+        from xtuner_hydra.parallel.runtime import param_dtype
+
+        config.parallelism.param_dtype = param_dtype("auto", config.trainer.device)
+        run_dirs.write_config(directory, config)
+
+
+def _start_workers(directory: Path, ranks: int) -> int:
+    """Run `ranks` workers to their end; the exit code, with the first failing rank's error on screen and in status.json."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says again, at length, what `_explain` says
+    for stale in (directory / "logs").glob("*.error.json"):
+        stale.unlink()
+    try:
+        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory))
+    except ChildFailedError as error:
+        return _explain(directory, {rank: failure.exitcode for rank, failure in error.failures.items()})
+    except (SignalException, KeyboardInterrupt):
+        if run_dirs.read_status(directory).get("state") == "running":
+            run_dirs.write_status(directory, "interrupted", exit_code=EXIT_INTERRUPTED, error="interrupted (Ctrl-C or SIGTERM)")
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def _explain(directory: Path, codes: dict[int, int]) -> int:
+    """The first cause among the ranks that failed with `codes`: one that was killed, else the one that failed first."""
+    if EXIT_INTERRUPTED in codes.values():
+        return EXIT_INTERRUPTED
+    causes = [json.loads(path.read_text(encoding="utf-8")) for path in (directory / "logs").glob("*.error.json")]
+    # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace; only a rank that never wrote its error was struck itself
+    told = {cause["rank"] for cause in causes}
+    struck = {rank: code for rank, code in codes.items() if code < 0 and code != -15 and rank not in told}
+    if struck:
+        rank, code = min(struck.items())
+        text, details = f"rank {rank} was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}", ""
+    elif causes:
+        first = min(causes, key=lambda cause: cause["time"])
+        rank, text, details = first["rank"], first["error"], first["traceback"]
+    else:
+        rank, code = min(codes.items())
+        text, details = f"exited with code {code}", ""
+    text = text if struck else f"rank {rank}: {text}"
+    print(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})", file=sys.stderr)
+    code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
+    before = run_dirs.read_status(directory)
+    kept = {key: before[key] for key in ("step", "total_steps", "metrics") if key in before}
+    run_dirs.write_status(directory, "failed", exit_code=code, error=text, **kept)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

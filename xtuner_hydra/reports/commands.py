@@ -1,0 +1,87 @@
+"""The commands that a sweep's reader wants next: repeat the best job, and look closer around it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from xtuner_hydra.reports import words
+from xtuner_hydra.results.sweep import SEED, JobResult, SweepResult
+
+PROGRAM = "python -m xtuner_hydra"
+MOST_JOBS = 27
+"""A refinement of more jobs varies fewer keys."""
+
+
+def repeat(result: SweepResult, job: JobResult) -> str:
+    """The command that runs `job` again, on its own."""
+    return _command(result, [override for override in _overrides(job) if not _is_of_sweep(override)])
+
+
+def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[str, int] | None:
+    """A grid closer around `best`, and its number of jobs; None where no swept key is a number. `keys`: the swept ones, the most telling first;
+    where the grid would exceed MOST_JOBS, the last of them stay at their best value."""
+    values = {key: around(best.swept[key], _seen(result, key)) for key in keys if key in best.swept}
+    values = {key: near for key, near in values.items() if len(near) > 1}
+    while math.prod(map(len, values.values())) > MOST_JOBS:
+        values.popitem()
+    if not values:
+        return None
+    base = [
+        override for override in _overrides(best) if not _is_of_sweep(override) and _key(override) not in values and _key(override) != SEED
+    ]
+    grid = [f"{key}={','.join(map(words.exact, near))}" for key, near in values.items()]
+    decides = [override for override in result.plan.overrides if _key(override) in ("sweep.metric", "sweep.direction")]
+    return _command(result, ["-m", *base, *decides, *grid]), math.prod(map(len, values.values()))
+
+
+def around(best: Any, seen: Sequence[Any]) -> list[Any]:
+    """Values of a key between the best one and its neighbours among those `seen`; [best] where it is no number.
+
+    Whole numbers: the midpoints. Others: half-way by ratio (by difference where one is not positive). At an edge of what was seen, half or
+    twice the best, as the optimum may lie beyond."""
+    if isinstance(best, bool) or not isinstance(best, int | float) or best == 0:
+        return [best]
+    numbers = sorted({value for value in seen if isinstance(value, int | float) and not isinstance(value, bool)} | {best})
+    if len(numbers) < 2:
+        return [best]
+    place = numbers.index(best)
+    apart = max(1, len(numbers) // 6)  # of values drawn at random the nearest are too near to tell anything
+    low = _between(numbers[max(0, place - apart)], best) if place else _round(best, best * 0.5)
+    high = _between(best, numbers[min(place + apart, len(numbers) - 1)]) if place + 1 < len(numbers) else _round(best, best * 2)
+    return sorted({low, best, high})
+
+
+def _between(low: float, high: float) -> float:
+    middle = math.sqrt(low * high) if low > 0 and not (isinstance(low, int) and isinstance(high, int)) else (low + high) / 2
+    return _round(low if isinstance(low, int) else high, middle)
+
+
+def _round(like: float, number: float) -> float:
+    """To a whole number for one, else to two digits."""
+    return round(number) if isinstance(like, int) else float(f"{number:.2g}")
+
+
+def _seen(result: SweepResult, key: str) -> list[Any]:
+    """Values of the jobs that trained at all; a rate at which training fails is no neighbour to look near."""
+    return [job.swept[key] for job in result.jobs if key in job.swept and job.state != "failed"]
+
+
+def _overrides(job: JobResult) -> list[str]:
+    return job.run.overrides if job.run else job.job.overrides
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]
+
+
+def _is_of_sweep(override: str) -> bool:
+    """Whether an override speaks to the sweep or to Hydra, not to the job."""
+    return _key(override).partition(".")[0].partition("/")[0] in ("sweep", "hydra")
+
+
+def _command(result: SweepResult, arguments: list[str]) -> str:
+    place = ["--config-dir", result.plan.config_dir] if result.plan.config_dir else []
+    return " ".join([PROGRAM, *map(shlex.quote, [*place, *arguments])])

@@ -1,0 +1,362 @@
+"""What a sweep says, in words and numbers that all its reports share: who won, by how much, whether that is more than chance, what mattered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean, median
+from typing import Any
+
+from xtuner_hydra.reports import commands, words
+from xtuner_hydra.reports.curves import Scale
+from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
+
+STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom."""
+
+
+def enough(freedom: int) -> float:
+    """How many standard errors a difference must be to lie beyond the 95 % interval of chance. Above ten degrees of freedom within 0.01."""
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.6 / freedom
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How much a swept key moves the metric: the range of its values' means (of thirds, where nearly all values differ)."""
+
+    key: str
+    size: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A SweepResult with what can be read from it. title: of the report; else the name of the sweep's directory."""
+
+    result: SweepResult
+    title: str = ""
+
+    @property
+    def heading(self) -> str:
+        """What the report is of."""
+        return self.title or self.result.directory.name
+
+    @property
+    def metric(self) -> str:
+        return self.result.plan.metric
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The swept keys that tell settings apart; all of them where there is but one setting. The seed is none."""
+        seen = dict.fromkeys([*self.result.plan.swept, *(key for setting in self.settings for key in setting.swept)])
+        keys = [key for key in seen if any(key in setting.swept for setting in self.settings)]
+        varied = [key for key in keys if len({self.at(setting, key) for setting in self.settings}) > 1]
+        return varied or [key for key in keys if key != SEED]
+
+    @cached_property
+    def short(self) -> dict[str, str]:
+        """Swept key -> its name for tight places."""
+        return words.short(self.keys)
+
+    @property
+    def settings(self) -> list[Setting]:
+        return self.result.settings
+
+    @cached_property
+    def ranked(self) -> list[Setting]:
+        """The settings that have a value, best first."""
+        return [setting for setting in self.settings if setting.mean is not None]
+
+    @property
+    def best(self) -> Setting | None:
+        return self.result.best_setting
+
+    @cached_property
+    def digits(self) -> int:
+        """Decimals of the metric that tell settings apart, and show two digits of their noise."""
+        apart = words.decimals(setting.mean for setting in self.ranked)
+        return max(apart, min(5, 1 - math.floor(math.log10(self.noise) + 1e-6))) if self.noise else apart
+
+    def number(self, value: float | None) -> str:
+        """A value of the metric."""
+        return words.fixed(value, self.digits)
+
+    def difference(self, value: float) -> str:
+        """A difference of the metric; so small a one that it would be 0.00 keeps a digit."""
+        text = words.fixed(value, self.digits)
+        return text if float(text.replace(",", "")) or not value else f"{value:.1g}"
+
+    def score(self, setting: Setting) -> str:
+        """`8.441 ± 0.021`."""
+        return self.number(setting.mean) + (f" ± {self.difference(setting.spread)}" if setting.spread is not None else "")
+
+    def name(self, setting: Setting) -> str:
+        """`lr 6e-5, pack_max_length 2048`; where nothing was swept, the only setting there is."""
+        return (
+            ", ".join(f"{self.short[key]} {words.value(setting.swept[key], 3)}" for key in self.keys if key in setting.swept)
+            or "the setting"
+        )
+
+    def job_name(self, job: JobResult) -> str:
+        """The setting of a job and its seed."""
+        parts = [f"{self.short.get(key, key.rpartition('.')[2])} {words.value(value, 3)}" for key, value in job.swept.items()]
+        return ", ".join(parts) or job.name
+
+    def at(self, setting: Setting, key: str) -> Any:
+        """The setting's value of `key`; a list as text, so that it can be looked up."""
+        value = setting.swept.get(key)
+        return words.value(value) if isinstance(value, list) else value
+
+    def rank(self, setting: Setting) -> int | None:
+        """1 for the best; None without a value."""
+        return self.ranked.index(setting) + 1 if setting in self.ranked else None
+
+    def setting_of(self, job: JobResult) -> Setting:
+        return next(setting for setting in self.settings if job in setting.jobs)
+
+    # --- who won, and whether it is more than chance
+
+    @cached_property
+    def lead(self) -> float | None:
+        """How far the best setting's mean is from the next one's, 0 or more."""
+        if len(self.ranked) < 2:
+            return None
+        first, second = self.ranked[0].mean, self.ranked[1].mean
+        return abs(first - second) if first is not None and second is not None else None
+
+    @cached_property
+    def noise(self) -> float | None:
+        """Standard deviation between jobs that differ in their seed alone, pooled over all settings; None where no setting has two values."""
+        squares = sum((len(setting.values) - 1) * setting.spread**2 for setting in self.ranked if setting.spread is not None)
+        return math.sqrt(squares / self.freedom) if self.freedom else None
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of `noise`."""
+        return sum(len(setting.values) - 1 for setting in self.ranked)
+
+    @cached_property
+    def certainty(self) -> float | None:
+        """The lead in standard errors of a difference of two means; None where one of the two is not known."""
+        if self.lead is None or self.noise is None:
+            return None
+        error = self.noise * math.sqrt(sum(1 / len(setting.values) for setting in self.ranked[:2]))
+        return self.lead / error if error else math.inf
+
+    @property
+    def verdict(self) -> str:
+        """Of the lead. clear: beyond the 95 % interval of chance (Student's t); chance: below one standard error; unsure between; or unknown."""
+        if self.certainty is None:
+            return "unknown"
+        return "clear" if self.certainty >= enough(self.freedom) else "unsure" if self.certainty >= 1 else "chance"
+
+    @property
+    def verdict_text(self) -> str:
+        """Whether the lead is more than chance, in a sentence."""
+        if self.lead is None:
+            return "There is nothing to compare it with yet." if self.ranked else "No job has completed yet."
+        if self.noise is None or self.certainty is None:
+            return "One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
+        times = (
+            f"{self.lead / self.noise:.1f} times the seed spread of {self.difference(self.noise)}"
+            if self.noise
+            else "with no spread between seeds"
+        )
+        return {
+            "clear": f"{times}: not chance.",
+            "unsure": f"{times}: likely, not certain. More seeds would tell.",
+            "chance": f"{times}: within chance. More seeds would tell.",
+        }[self.verdict]
+
+    @cached_property
+    def answer(self) -> str:
+        """The sweep in one sentence."""
+        best = self.best
+        if best is None:
+            waiting = self.result.count("running", "waiting")
+            return "No job has completed yet." if waiting else "No job has completed, so there is no ranking."
+        if self.verdict == "chance":
+            second = self.ranked[1]
+            return f"{self.name(best)} and {self.name(second)} cannot be told apart: {self.metric} {self.score(best)} against {self.score(second)}."
+        seeds = f" over {words.counted(len(best.values), 'seed')}" if len(best.values) > 1 else ""
+        text = f"{self.name(best)} {'leads so far' if self.unfinished else 'wins'}: {self.metric} {self.score(best)}{seeds}"
+        if self.lead is not None:
+            side = "below" if self.result.plan.direction == "minimize" else "above"
+            text += f", {self.difference(self.lead)} {side} the next" + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
+        return text + "."
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether jobs are still to come."""
+        planned = self.result.plan.total - len(self.result.jobs)
+        return bool(self.result.count("running", "waiting")) or (planned > 0 and self.result.plan.state == "running")
+
+    # --- what mattered
+
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """Of each swept key, largest first; keys with one value among the ranked settings are left out."""
+        found = [Effect(key, size) for key in self.keys if (size := self._effect(key)) is not None]
+        return sorted(found, key=lambda effect: -effect.size)
+
+    def _effect(self, key: str) -> float | None:
+        points = [(self.at(setting, key), setting.mean) for setting in self.ranked if setting.mean is not None]
+        groups: dict[Any, list[float]] = {}
+        for value, score in points:
+            groups.setdefault(value, []).append(score)
+        if len(groups) < 2:
+            return None
+        if len(groups) > 0.7 * len(points) and len(points) >= 6 and Scale.of(groups).kind != "places":
+            scores = [score for _, score in sorted(points, key=lambda point: point[0])]
+            third = max(1, len(scores) // 3)
+            parts = [scores[:third], scores[third:-third], scores[-third:]]
+        else:
+            parts = list(groups.values())
+        means = [mean(part) for part in parts if part]
+        return max(means) - min(means)
+
+    @property
+    def effects_text(self) -> str:
+        """`lr moves eval/loss by 0.91, pack_max_length by 0.12.`; nothing for fewer than two keys."""
+        if len(self.effects) < 2:
+            return ""
+        first, *others = self.effects[:4]
+        text = f"{self.short[first.key]} moves {self.metric} by {self.difference(first.size)}"
+        return ", ".join([text, *(f"{self.short[effect.key]} by {self.difference(effect.size)}" for effect in others)]) + "."
+
+    @property
+    def telling_keys(self) -> list[str]:
+        """The swept keys, those that move the metric most first."""
+        moved = [effect.key for effect in self.effects]
+        return moved + [key for key in self.keys if key not in moved]
+
+    # --- how it is drawn
+
+    @cached_property
+    def metric_range(self) -> tuple[float, float]:
+        """The range of the metric over all jobs, without those that are far on the wrong side: they must not squeeze the others together."""
+        values = [value for setting in self.ranked for value in setting.values]
+        if not values:
+            return 0.0, 1.0
+        low, high, middle = min(values), max(values), median(values)
+        if self.result.plan.direction == "minimize":
+            return low, min(high, middle + 4 * (middle - low)) if middle > low else high
+        return max(low, middle - 4 * (high - middle)) if high > middle else low, high
+
+    def place(self, setting: Setting) -> float:
+        """Where the setting's mean stands in `metric_range`, 0 (low) to 1."""
+        low, high = self.metric_range
+        return 0.5 if setting.mean is None or high == low else min(max((setting.mean - low) / (high - low), 0.0), 1.0)
+
+    def goodness(self, setting: Setting) -> float:
+        """1 for the best, 0 for the worst."""
+        return 1 - self.place(setting) if self.result.plan.direction == "minimize" else self.place(setting)
+
+    def colours(self, most: int) -> tuple[dict[int, int | None], list[tuple[int | None, str]]]:
+        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most; where these are more than
+        `most`, colour 0 for the best setting and None for the others."""
+        key = self.telling_keys[0] if self.keys else None
+        values = list(Scale.of(self.at(setting, key) for setting in self.settings).values) if key else []
+        if key and 1 < len(values) <= most:
+            colours = {job.number: values.index(self.at(setting, key)) for setting in self.settings for job in setting.jobs}
+            return {**colours}, [(place, f"{self.short[key]} {words.value(value)}") for place, value in enumerate(values)]
+        best = self.best.jobs if self.best else []
+        entries: list[tuple[int | None, str]] = [(0, "best"), (None, "others")] if best and len(self.settings) > 1 else []
+        return {job.number: 0 if job in best or len(self.settings) == 1 else None for job in self.result.jobs}, entries
+
+    # --- whether it is fair
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Training tokens of the jobs that count."""
+        return [int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last("train/total_tokens")) is not None]
+
+    @cached_property
+    def eval_tokens(self) -> list[int]:
+        """Supervised held-out tokens of the jobs that count, each number once."""
+        counts = {int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last("eval/tokens")) is not None}
+        return sorted(counts)
+
+    def span(self, numbers: Sequence[int]) -> str:
+        """`1,000`, or `1,000 to 1,010`."""
+        return f"{min(numbers):,}" + (f" to {max(numbers):,}" if min(numbers) != max(numbers) else "")
+
+    @property
+    def basis(self) -> list[tuple[str, str]]:
+        """How the jobs were compared, as name and value."""
+        plan = self.result.plan
+        side = "lowest" if plan.direction == "minimize" else "highest"
+        rows = [("decides", f"{plan.metric}, {side}, its last value in each completed job")]
+        if self.eval_tokens:
+            rows.append(
+                ("held-out tokens", self.span(self.eval_tokens) + " supervised" + (" in every job" if len(self.eval_tokens) == 1 else ""))
+            )
+        if self.tokens:
+            rows.append(("training tokens", self.span(self.tokens) + " a job"))
+        if self.noise is not None:
+            rows.append(
+                ("spread", f"standard deviation over the jobs of a setting; {self.difference(self.noise)} pooled over all settings")
+            )
+            rows.append(("a lead is clear", "beyond the 95 % interval of chance (Student's t), no winner below one standard error"))
+        rows.append(("search", plan.search))
+        if plan.state:
+            rows.append(("sweep", plan.state))
+        return rows
+
+    # --- how it stands
+
+    def state(self, jobs: Sequence[JobResult]) -> str:
+        """`2 completed`, `1 completed, 1 failed`."""
+        return ", ".join(f"{n} {state}" for state in STATES if (n := sum(job.state == state for job in jobs))) or words.counted(
+            len(jobs), "job"
+        )
+
+    @property
+    def standing(self) -> str:
+        """`18 jobs: 17 completed, 1 failed; 42 min`."""
+        plan = self.result.plan
+        to_come = plan.total - len(self.result.jobs)
+        states = self.state(self.result.jobs) if self.result.jobs else "none started"
+        text = f"{words.counted(max(plan.total, len(self.result.jobs)), 'job')}: {states}"
+        text += f", {to_come} to come" if to_come > 0 else ""
+        return text + (f"; {words.duration(plan.seconds)}" if plan.seconds else "")
+
+    @property
+    def failures(self) -> list[JobResult]:
+        """Jobs that ended badly, in their order."""
+        return [job for job in self.result.jobs if job.state in ("failed", "killed", "interrupted")]
+
+    def average(self, setting: Setting, metric: str) -> float | None:
+        """Mean of the last `metric` over the setting's jobs, the completed ones where there are any; None where none has it."""
+        jobs = [job for job in setting.jobs if job.state == "completed"] or setting.jobs
+        values = [value for job in jobs if (value := job.last(metric)) is not None and math.isfinite(value)]
+        return mean(values) if values else None
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether any setting has more than one job."""
+        return any(len(setting.jobs) > 1 for setting in self.settings)
+
+    # --- what to do next
+
+    @cached_property
+    def repeat(self) -> str | None:
+        """The command that runs the best job again."""
+        return commands.repeat(self.result, self.result.best_job) if self.result.best_job else None
+
+    @cached_property
+    def refine(self) -> tuple[str, int] | None:
+        """The command that looks closer around the best setting, and its jobs."""
+        if self.best is None:
+            return None
+        job = next(job for job in self.best.jobs if job.value is not None)
+        return commands.refine(self.result, job, self.telling_keys)
+
+    def grid(self) -> tuple[list[Any], list[Any]] | None:
+        """(values of the first key, values of the second) where two keys were swept and make a grid that is mostly filled."""
+        if len(self.keys) != 2:
+            return None
+        first, second = (list(Scale.of(self.at(setting, key) for setting in self.settings).values) for key in self.keys)
+        return (first, second) if len(first) * len(second) <= 2 * len(self.settings) and len(first) <= 14 and len(second) <= 14 else None

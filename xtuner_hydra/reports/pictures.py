@@ -1,0 +1,231 @@
+"""Pictures for where HTML does not go: loss.png of a run, sweep.png of a sweep. matplotlib without pyplot, so that nothing global is left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xtuner_hydra.files import umask
+from xtuner_hydra.reports import words
+from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, Scale, curve, limits, smooth, smoothed, thinned
+from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.results.run import Run, load_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0b62a8", "#d55e00", "#008f68", "#a0458f", "#b98700", "#3a9fdc")
+GREY, GRID, TEXT = "#8a939b", "#e5e7eb", "#16191d"
+DPI = 130
+
+
+def loss_png(run_dir: Path) -> Path | None:
+    """Draw loss, evaluations and learning rate over tokens to loss.png; None where there is no finite loss to draw."""
+    run = load_run(run_dir)
+    train = curve(run, "train/loss")
+    if not len(train):
+        return None
+    figure = _figure(9, 5.5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    _draw_loss(upper, train, curve(run, "eval/loss"))
+    rate = curve(run, "train/lr")
+    lower.plot(rate.x, rate.y, color=GREY, linewidth=1.5)
+    lower.set(ylabel="learning rate", xlabel="tokens", ylim=(0, None))
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lower.xaxis.set_major_formatter("{x:,.0f}")
+    for axes in (upper, lower):
+        _plain(axes)
+    figure.suptitle(_title(run), fontsize=11)
+    return _save(figure, run_dir / "loss.png")
+
+
+def sweep_png(findings: Findings) -> Path:
+    """Draw a sweep's answer, its main chart and its loss curves to sweep.png."""
+    lines = textwrap.wrap(findings.answer, 118, max_lines=2, placeholder=" …")
+    head = 0.12 + 0.27 * len(lines) + 0.3  # inches
+    height = 5 + head
+    figure = _figure(13, height)
+    top = 1 - head / height
+    figure.get_layout_engine().set(rect=(0, 0, 1, top))  # type: ignore[union-attr, call-arg]
+    main, losses = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    _draw_main(main, findings)
+    _draw_losses(losses, findings)
+    figure.text(0.01, 1 - 0.1 / height, "\n".join(lines), fontsize=13.5, fontweight="bold", color=TEXT, va="top")
+    figure.text(0.01, top + 0.01, f"{findings.standing}. {findings.verdict_text}", fontsize=10.5, color="#5d656d", va="bottom")
+    return _save(figure, findings.result.directory / "sweep.png")
+
+
+# --- a run
+
+
+def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
+    long = len(train) >= SMOOTH_FROM
+    raw = thinned(train, 2000)
+    axes.plot(raw.x, raw.y, color=COLOURS[0], alpha=0.3 if long else 1, linewidth=1 if long else 1.8, label=None if long else "train",
+              marker="." * (len(train) < 3))  # fmt: skip
+    if long:
+        axes.plot(train.x, smooth(train.y), color=COLOURS[0], linewidth=2, label="train (smoothed)")
+    if len(evaluations):
+        x, y = evaluations.x, evaluations.y
+        axes.plot(x, y, "o-", color=COLOURS[1], markersize=6, linewidth=1.2, label="evaluation")
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, -16), textcoords="offset points", ha="right", color=COLOURS[1],
+                      fontweight="bold", bbox=box)  # fmt: skip
+    axes.set_ylabel("cross-entropy a token")
+    axes.legend(frameon=False)
+
+
+def _title(run: Run) -> str:
+    scores = [f"{title} {run.final[name]:.3f}" for title, name in (("train", "train/loss"), ("eval", "eval/loss")) if name in run.final]
+    return f"{run.name}\n{run.step} steps: {', '.join(scores)}"
+
+
+# --- a sweep
+
+
+def _draw_main(axes: Axes, findings: Findings) -> None:
+    if not findings.ranked or not findings.keys:
+        axes.axis("off")
+        axes.text(0.5, 0.5, findings.standing, ha="center", va="center", color=GREY, transform=axes.transAxes)
+    elif findings.grid():
+        _draw_heat_map(axes, findings)
+    elif len(findings.keys) == 1:
+        _draw_curve(axes, findings)
+    else:
+        _draw_parallel(axes, findings)
+
+
+def _draw_heat_map(axes: Axes, findings: Findings) -> None:
+    rows, columns = findings.grid() or ([], [])
+    first, second = findings.keys
+    values = np.full((len(rows), len(columns)), np.nan)
+    for setting in findings.ranked:
+        values[rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))] = findings.goodness(setting)
+    axes.imshow(values, cmap="Blues", vmin=-0.15, vmax=1.25, aspect="auto")
+    for setting in findings.ranked:
+        row, column = rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))
+        best = findings.rank(setting) == 1
+        colour = "white" if findings.goodness(setting) > 0.8 else TEXT
+        spread = f"\n± {findings.difference(setting.spread)}" if setting.spread is not None else ""
+        axes.text(column, row, findings.number(setting.mean) + spread, ha="center", va="center", color=colour, fontsize=12,
+                  fontweight="bold" if best else None, linespacing=1.5)  # fmt: skip
+        if best:
+            axes.add_patch(_rectangle(column, row))
+    axes.set_xticks(range(len(columns)), [words.value(column) for column in columns])
+    axes.set_yticks(range(len(rows)), [words.value(row) for row in rows])
+    axes.set(xlabel=second, ylabel=first, title=findings.metric)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _rectangle(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor=TEXT, linewidth=2.5)
+
+
+def _draw_curve(axes: Axes, findings: Findings) -> None:
+    key = findings.keys[0]
+    scale = Scale.of(findings.at(setting, key) for setting in findings.ranked)
+    settings = sorted(findings.ranked, key=lambda setting: scale(findings.at(setting, key)))
+    x = [scale(findings.at(setting, key)) for setting in settings]
+    means = [setting.mean or 0.0 for setting in settings]
+    spreads = [setting.spread or 0.0 for setting in settings]
+    style = "o-" if scale.kind != "places" else "o"
+    axes.errorbar(x, means, yerr=spreads, fmt=style, color=COLOURS[0], markerfacecolor="white", markersize=7, linewidth=1.4, capsize=4)
+    best = settings.index(findings.ranked[0])
+    axes.plot(x[best], means[best], "o", color=COLOURS[0], markersize=10, zorder=5)
+    axes.annotate(
+        findings.number(means[best]), (x[best], means[best]), xytext=(0, -18), textcoords="offset points", ha="center", fontweight="bold"
+    )
+    ends = np.array([mean + sign * spread for mean, spread in zip(means, spreads, strict=True) for sign in (-1, 1)])
+    low, high = limits([Curve(ends, ends)])
+    axes.set_ylim(low - 0.06 * (high - low), high)
+    axes.set_xticks(x, [words.value(findings.at(setting, key), 2) for setting in settings], rotation=30 if len(x) > 7 else 0)
+    axes.set(xlabel=key, title=findings.metric)
+    _plain(axes)
+
+
+def _draw_parallel(axes: Axes, findings: Findings) -> None:
+    keys = findings.telling_keys[:6]
+    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.ranked) for key in keys}
+    for setting in reversed(findings.ranked):
+        y = [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)]
+        good, best = findings.goodness(setting), findings.rank(setting) == 1
+        axes.plot(
+            range(len(y)), y, color=COLOURS[1] if best else COLOURS[0], alpha=1 if best else 0.1 + 0.6 * good, linewidth=3 if best else 1.2
+        )
+    for place, key in enumerate(keys):
+        axes.axvline(place, color=GREY, linewidth=0.8)
+        for end, value in ((-0.04, scales[key].values[0]), (1.04, scales[key].values[-1])):
+            axes.text(place, end, words.value(value, 2), ha="center", va="top" if end < 0 else "bottom", fontsize=9, color="#5d656d")
+    axes.axvline(len(keys), color=GREY, linewidth=0.8)
+    for end, value in zip((-0.04, 1.04), findings.metric_range, strict=True):
+        axes.text(len(keys), end, findings.number(value), ha="center", va="top" if end < 0 else "bottom", fontsize=9, color="#5d656d")
+    axes.set_xticks(range(len(keys) + 1), [*(findings.short[key] for key in keys), findings.metric], rotation=12)
+    axes.set(yticks=[], ylim=(-0.14, 1.14))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _draw_losses(axes: Axes, findings: Findings) -> None:
+    """Training loss of all jobs, the best setting's on top."""
+    colours, entries = findings.colours(len(COLOURS))
+    shown = []
+    for setting in reversed(findings.settings):
+        for job in setting.jobs:
+            line = thinned(smoothed(curve(job.run, "train/loss"), 0.05), 400) if job.run else Curve(np.empty(0), np.empty(0))
+            if not len(line):
+                continue
+            place, best = colours[job.number], findings.rank(setting) == 1
+            ended = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}.get(job.state, "")
+            colour = GREY if place is None else COLOURS[place]
+            axes.plot(line.x, line.y, color=colour, linewidth=2.4 if best else 1.1, alpha=1 if best else 0.75, linestyle=":" if ended == "x" else "-",
+                      marker=ended or None, markevery=[-1], markersize=8)  # fmt: skip
+            if ended != "x":
+                shown.append(line)
+    for place, name in entries:
+        axes.plot([], [], color=GREY if place is None else COLOURS[place], linewidth=2.4, label=name)
+    if shown:
+        axes.set_ylim(*limits(shown))
+        axes.set_xlim(0, None)
+    axes.xaxis.set_major_formatter(lambda value, _: words.compact(value))
+    axes.set(xlabel="tokens", title="training loss, the best setting thick" if findings.best else "training loss")
+    if entries:
+        axes.legend(frameon=False)
+    _plain(axes)
+
+
+# --- both
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure as Drawing  # it takes half a second, which only a picture is worth
+
+    return Drawing(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _plain(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write the picture, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~umask())
+            figure.savefig(file, format="png")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,286 @@
+"""Charts as inline SVG, drawn by hand: their colours are the page's own, so they follow light and dark, and their text stays readable when the page
+is narrow (the style sheet enlarges it, the margins leave room). A `<title>` says what a mark is; script.js shows it at the pointer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xtuner_hydra.reports import words
+from xtuner_hydra.reports.curves import Curve, Scale, limits, padded, ticks
+from xtuner_hydra.reports.markup import Markup, tag
+
+WIDTH, HEIGHT = 560, 320
+SMALL = (360, 240)
+"""Of a chart that stands beside two others."""
+LEFT, RIGHT, TOP, BOTTOM = 66, 22, 14, 46
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve to draw. kind: CSS classes. job: marks with the same one light up together. end: what stands at its last point (`x`, `o`, `|`, none).
+    dots: points of its own to mark."""
+
+    curve: Curve
+    title: str
+    kind: str = "k0"
+    job: str | None = None
+    end: str = ""
+    dots: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plot's rectangle and the data range that it shows."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+    def at_x(self, value: float) -> float:
+        low, high = self.x
+        return LEFT + (value - low) / ((high - low) or 1) * (self.width - LEFT - RIGHT)
+
+    def at_y(self, value: float) -> float:
+        low, high = self.y
+        return self.height - BOTTOM - (value - low) / ((high - low) or 1) * (self.height - TOP - BOTTOM)
+
+    def svg(self, *content: Markup | list[Markup], label: str, kind: str = "", probe: bool = False) -> Markup:
+        """The chart. probe: the pointer finds the nearest curve and reads its value."""
+        range_ = f"{LEFT},{self.width - RIGHT},{self.height - BOTTOM},{TOP},{self.x[0]!r},{self.x[1]!r},{self.y[0]!r},{self.y[1]!r}"
+        return tag(
+            "svg",
+            *content,
+            viewBox=f"0 0 {self.width} {self.height}",
+            class_=f"chart {kind}".strip(),
+            role="img",
+            aria_label=label,
+            data_range=range_ if probe else None,
+        )
+
+
+def lines(
+    series: Sequence[Line],
+    *,
+    label: str,
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> Markup:
+    """Curves over a common x from 0."""
+    drawn = [line for line in series if len(line.curve)]
+    right = max((float(line.curve.x[-1]) for line in drawn), default=1.0)
+    frame = Frame((0.0, right), y_range or limits([line.curve for line in drawn]), *size)
+    marks = [_line(frame, line) for line in drawn]
+    grid = [*_y_axis(frame), *_x_axis(frame, ticks(0, right, max(4, size[0] // 110)), x_label)]
+    return frame.svg(*grid, tag("g", marks, class_="plot"), label=label, probe=True)
+
+
+def _line(frame: Frame, line: Line) -> Markup:
+    last = frame.at_x(float(line.curve.x[-1])), frame.at_y(_clipped(frame, float(line.curve.y[-1])))
+    single = len(line.curve) == 1
+    parts = [tag("title", line.title), tag("path", d=_path(frame, line.curve), class_="line")]
+    if line.dots is not None:
+        parts += [
+            tag("circle", cx=f"{frame.at_x(x):.1f}", cy=f"{frame.at_y(_clipped(frame, y)):.1f}", r=3.4, class_="dot")
+            for x, y in zip(line.dots.x, line.dots.y, strict=True)
+        ]
+    if line.end or single:
+        parts.append(_end(line.end, *last))
+    return tag("g", parts, class_=f"series {line.kind}", data_job=line.job)
+
+
+def _path(frame: Frame, curve: Curve) -> str:
+    points = (f"{frame.at_x(x):.1f},{frame.at_y(_clipped(frame, y)):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
+    return "M" + "L".join(points)
+
+
+def _clipped(frame: Frame, y: float) -> float:
+    """A point beyond the range stands at its edge, so that a loss that exploded is seen to leave the picture."""
+    return min(max(y, frame.y[0]), frame.y[1])
+
+
+def _end(kind: str, x: float, y: float) -> Markup:
+    if kind == "x":
+        return tag("path", d=f"M{x - 5:.1f},{y - 5:.1f}l10,10m0,-10l-10,10", class_="end")
+    if kind == "|":
+        return tag("path", d=f"M{x:.1f},{y - 6:.1f}v12", class_="end")
+    return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_="end open" if kind == "o" else "dot")
+
+
+def _y_axis(frame: Frame) -> list[Markup]:
+    marks = []
+    values = ticks(*frame.y, 6)
+    show = _labels(values)
+    for value in values:
+        y = f"{frame.at_y(value):.1f}"
+        marks.append(tag("line", x1=LEFT, x2=frame.width - RIGHT, y1=y, y2=y, class_="grid"))
+        marks.append(tag("text", show(value), x=LEFT - 8, y=y, dy="0.35em", class_="tick end-anchor"))
+    return marks
+
+
+def _labels(values: Sequence[float]) -> Callable[[float], str]:
+    """How the marks of an axis are written: all alike, with as many decimals as their distance asks for."""
+    apart = values[1] - values[0] if len(values) > 1 else 1.0
+    largest = max(map(abs, values), default=1.0)
+    if largest >= 10_000 or 0 < largest < 0.001:
+        return lambda value: words.compact(value) if largest >= 10_000 else words.value(value, 2)
+    decimals = next((digits for digits in range(6) if abs(round(apart, digits) - apart) < 1e-9 * max(1.0, apart)), 6)
+    return lambda value: words.fixed(value, decimals)
+
+
+def _x_axis(frame: Frame, values: Sequence[float], label: str, texts: Sequence[str] | None = None) -> list[Markup]:
+    bottom = frame.height - BOTTOM
+    marks = [tag("line", x1=LEFT, x2=frame.width - RIGHT, y1=bottom, y2=bottom, class_="axis")]
+    for value, text in zip(values, texts or [words.compact(value) for value in values], strict=True):
+        x = f"{frame.at_x(value):.1f}"
+        marks.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
+        marks.append(tag("text", text, x=x, y=bottom + 8, dy="0.75em", class_="tick middle"))
+    return [*marks, tag("text", label, x=frame.width - RIGHT, y=frame.height - 3, class_="label end-anchor")]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting in a chart of one swept key. x: its value. values: of its jobs. best: the winner."""
+
+    x: object
+    mean: float
+    spread: float | None
+    values: Sequence[float]
+    title: str
+    best: bool = False
+    job: str | None = None
+
+
+def curve(points: Sequence[Point], *, label: str, x_label: str, connect: bool = True, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Markup:
+    """The metric over one swept key: means with their spread, each job a small dot; a line where the values are numbers and `connect`."""
+    scale = Scale.of(point.x for point in points)
+    values = np.array([value for point in points for value in (*point.values, point.mean)])
+    low, high = limits([Curve(values, values)])
+    frame = Frame((-0.04, 1.04), (min(low, float(values.min())), high), *size)
+    ordered = sorted(points, key=lambda point: scale(point.x))
+    marks = [_point(frame, scale(point.x), point) for point in ordered]
+    if connect and scale.kind != "places":
+        means = Curve(np.array([scale(point.x) for point in ordered]), np.array([point.mean for point in ordered]))
+        marks.insert(0, tag("path", d=_path(frame, means), class_="join"))
+    at, texts = _places(scale, 0.16 if size[0] < WIDTH else 0.09)
+    grid = [*_y_axis(frame), *_x_axis(frame, at, x_label, texts)]
+    return frame.svg(*grid, marks, label=label)
+
+
+def _places(scale: Scale, apart: float = 0.09) -> tuple[list[float], list[str]]:
+    """Where the x axis of a swept key has marks, and their texts: the values themselves, those too near to the one before left out."""
+    at: list[float] = []
+    texts: list[str] = []
+    for value in scale.values:
+        place, text = scale(value), words.value(value, 2)
+        if not at or place - at[-1] >= max(apart, 0.22 * apart * (len(text) + len(texts[-1]))):
+            at.append(place)
+            texts.append(text)
+    return at, texts
+
+
+def _point(frame: Frame, place: float, point: Point) -> Markup:
+    x, y = frame.at_x(place), frame.at_y(_clipped(frame, point.mean))
+    parts = [tag("title", point.title)]
+    if point.spread:
+        low, high = (frame.at_y(_clipped(frame, point.mean + sign * point.spread)) for sign in (-1, 1))
+        parts.append(tag("path", d=f"M{x:.1f},{low:.1f}V{high:.1f}m-5,0h10M{x - 5:.1f},{low:.1f}h10", class_="spread"))
+    if len(point.values) > 1:
+        parts += [
+            tag("circle", cx=f"{x + 10:.1f}", cy=f"{frame.at_y(_clipped(frame, value)):.1f}", r=2.4, class_="seed")
+            for value in point.values
+        ]
+    parts.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6 if point.best else 4.4, class_="mean"))
+    return tag("g", parts, class_="point best" if point.best else "point", data_job=point.job)
+
+
+@dataclass(frozen=True)
+class Track:
+    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None where it has no value. goodness: 0 (worst) to 1 (best)."""
+
+    places: Sequence[float | None]
+    goodness: float
+    title: str
+    best: bool = False
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of parallel coordinates. marks: place -> text."""
+
+    name: str
+    marks: dict[float, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, scale: Scale) -> Axis:
+        """The axis of a swept key: every value where they are few, else the lowest, the middle and the highest."""
+        values = list(scale.values)
+        if len(values) > 6 and scale.kind != "places":
+            values = [values[0], values[len(values) // 2], values[-1]]
+        return cls(name, {scale(value): _brief(value) for value in values})
+
+
+def _brief(value: object) -> str:
+    text = words.value(value, 2)
+    return text if len(text) <= 14 else text[:13] + "…"
+
+
+def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Markup:
+    """Parallel coordinates: an upright axis a key, the metric last; a line a setting, the better the stronger, the best on top."""
+    width, height, side, top, bottom = 1140, 340, 80, 44, 26
+    x = [round(side + (width - 2 * side) * number / max(1, len(axes) - 1)) for number in range(len(axes))]
+
+    def y(place: float) -> float:
+        return height - bottom - place * (height - top - bottom)
+
+    marks: list[Markup] = []
+    for track in sorted(tracks, key=lambda track: (track.best, track.goodness)):
+        points = [(x[axis], y(place)) for axis, place in enumerate(track.places) if place is not None]
+        if len(points) > 1:
+            path = tag("path", d="M" + "L".join(f"{px},{py:.1f}" for px, py in points), class_="line")
+            marks.append(
+                tag(
+                    "g",
+                    tag("title", track.title),
+                    path,
+                    class_="track best" if track.best else "track",
+                    style=f"--p:{round(100 * track.goodness)}%",
+                    data_job=track.job,
+                )
+            )
+    for axis, px in zip(axes, x, strict=True):
+        marks.append(tag("line", x1=px, x2=px, y1=y(0), y2=y(1), class_="upright"))
+        marks.append(tag("text", axis.name, x=px, y=18, class_="name middle"))
+        marks += [tag("text", text, x=px + 7, y=f"{y(place):.1f}", dy="0.35em", class_="tick halo") for place, text in axis.marks.items()]
+    frame = Frame((0, 1), (0, 1), width, height)
+    return frame.svg(marks, label=label, kind="parallel")
+
+
+def strip(values: Sequence[float], mean: float, spread: float | None, span: tuple[float, float]) -> Markup:
+    """A setting's place among the others, for a cell of the ranking: its mean, a bar for the spread, a dot a job. span: the range of all."""
+    frame = padded(*span)
+
+    def x(value: float) -> float:
+        return 4 + min(max((value - frame[0]) / (frame[1] - frame[0]), 0), 1) * 112
+
+    parts = [tag("line", x1=4, x2=116, y1=10, y2=10, class_="grid")]
+    if spread:
+        parts.append(
+            tag(
+                "rect",
+                x=f"{x(mean - spread):.1f}",
+                y=6,
+                width=f"{max(1, x(mean + spread) - x(mean - spread)):.1f}",
+                height=8,
+                rx=2,
+                class_="band",
+            )
+        )
+    parts += [tag("circle", cx=f"{x(value):.1f}", cy=10, r=2.6, class_="seed") for value in values]
+    parts.append(tag("line", x1=f"{x(mean):.1f}", x2=f"{x(mean):.1f}", y1=3, y2=17, class_="mean"))
+    return tag("svg", parts, viewBox="0 0 120 20", class_="strip", aria_hidden="true")

@@ -1,0 +1,93 @@
+"""Numbers, names and durations as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def value(thing: Any, digits: int = 4) -> str:
+    """A config value as one would type it: 6e-05 is 6e-5, a long float has `digits` significant ones, a path its last two parts."""
+    if isinstance(thing, bool) or thing is None:
+        return {True: "true", False: "false", None: "null"}[thing]
+    if isinstance(thing, float):
+        return _float(thing, digits)
+    text = ", ".join(map(value, thing)) if isinstance(thing, list) else str(thing)
+    if text.startswith("/"):
+        text = "/".join(text.rsplit("/", 2)[-2:])
+    return text if len(text) <= 40 else text[:38] + "…"
+
+
+def exact(thing: Any) -> str:
+    """A config value for a command: all its digits."""
+    return repr(thing).replace("e-0", "e-") if isinstance(thing, float) else value(thing)
+
+
+def _float(number: float, digits: int) -> str:
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
+    if 1e-3 <= abs(number) < 1e6:
+        return f"{number:.{digits}g}" if abs(number) < 10**digits else f"{number:.0f}"
+    mantissa, _, exponent = f"{number:.{digits - 1}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+
+
+def short(keys: Sequence[str]) -> dict[str, str]:
+    """Full key -> the shortest end of it that no other of `keys` has: optimizer.lr -> lr."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        names[key] = next(end for end in ends if sum(other == end or other.endswith("." + end) for other in keys) == 1 or end == key)
+    return names
+
+
+def decimals(numbers: Iterable[float | None]) -> int:
+    """Decimals that tell `numbers` apart: three digits of their range; 3 where there is no range; from 2 to 6."""
+    finite = [number for number in numbers if number is not None and math.isfinite(number)]
+    span = max(finite) - min(finite) if finite else 0.0
+    return min(6, max(2, 2 - math.floor(math.log10(span) + 1e-6))) if span > 0 else 3
+
+
+def fixed(number: float | None, digits: int) -> str:
+    """`number` with `digits` decimals and thousands set apart; nothing for None."""
+    return "" if number is None or not math.isfinite(number) else f"{number:,.{digits}f}"
+
+
+def compact(number: float) -> str:
+    """12345 -> 12.3k: for axes and running text."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def bytes_(size: float) -> str:
+    """1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    seconds = max(0, round(seconds))
+    for size, unit, lower, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            rest = seconds % size // lower
+            return f"{seconds // size} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{seconds} s"
+
+
+def first_line(text: str, width: int = 160) -> str:
+    """The first line of an error, cut at `width`."""
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

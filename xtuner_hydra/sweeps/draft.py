@@ -1,0 +1,144 @@
+"""A sweep before it starts: every job composed and checked with its data, so that none can be refused later; `plan -m` prints it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from xtuner_hydra import launch
+from xtuner_hydra.app import App, Composition
+from xtuner_hydra.config.schema import Config, SweepConfig
+from xtuner_hydra.config.strict import changed, did_you_mean
+from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
+from xtuner_hydra.errors import ConfigError, RefusedError
+from xtuner_hydra.results.sweep import Job
+from xtuner_hydra.sweeps import space
+from xtuner_hydra.sweeps.space import Parameter
+from xtuner_hydra.tracking.base import METRICS
+
+
+@dataclass(frozen=True)
+class JobDraft:
+    """A job that nothing speaks against. disk: bytes that it leaves where its checkpoints stay. tokens: that it trains on."""
+
+    job: Job
+    config: Config
+    ranks: int
+    steps: int
+    tokens: int
+    disk: int
+    memory_gb: float
+    twin: int | None = None  # number of an earlier job with the same signature
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sweep that can start. jobs: of a list all (twins too), of a search the corners of its space."""
+
+    directory: Path
+    fixed: list[str]
+    parameters: list[Parameter]
+    sweep: SweepConfig
+    metric: str
+    jobs: list[JobDraft]
+
+    @property
+    def is_list(self) -> bool:
+        return self.sweep.search in ("grid", "zip")
+
+    @property
+    def swept(self) -> list[str]:
+        """The keys that vary."""
+        return list(dict.fromkeys(text.partition("=")[0] for draft in self.jobs for text in draft.job.overrides))
+
+    @property
+    def listed(self) -> list[Job]:
+        """The jobs to run: each signature once."""
+        return [draft.job for draft in self.jobs if draft.twin is None] if self.is_list else []
+
+    @property
+    def total(self) -> int:
+        return len(self.listed) if self.is_list else self.sweep.trials
+
+
+def draft(app: App, directory: Path) -> Draft:
+    """Expand and check the sweep of `app`'s command line in `directory`. Raises RefusedError for the first job that cannot be, with its overrides."""
+    sweep = app.sweep_config()
+    fixed, parameters = space.split(app, sweep)
+    if not parameters:
+        raise RefusedError("-m: nothing to sweep; give a key several values (optimizer.lr=1e-5,6e-5), or choose a preset (sweep=seeds)")
+    swept = space.jobs(parameters, sweep.search) if sweep.search in ("grid", "zip") else space.corners(parameters)
+    return replace(draft_list(app, sweep, fixed, swept, directory), parameters=parameters)
+
+
+def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[list[str]], directory: Path, *, first: int = 0) -> Draft:
+    """Check jobs that are numbered from `first`, by their swept overrides."""
+    jobs: list[JobDraft] = []
+    for number, overrides in enumerate(swept):
+        try:
+            jobs.append(_check(app, fixed, overrides, first + number, directory, jobs))
+        except RefusedError as error:
+            raise RefusedError(f"job {number + 1} of {len(swept)} ({' '.join(overrides)}): {error}") from None
+    return Draft(directory, fixed, [], sweep, _metric(sweep, jobs), jobs)
+
+
+def compose(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path) -> Composition:
+    """A job as it will run: one that stands in its directory already is continued, and its W&B runs are grouped by the sweep."""
+    composition = app.compose_job(fixed, overrides, number, directory)
+    config = composition.config
+    if config.checkpoint.resume == "never":
+        config.checkpoint.resume = "auto"
+    if config.tracking.wandb.group is None:
+        config.tracking.wandb.group = directory.name
+    return composition
+
+
+def signature(config: Config, default: Config) -> str:
+    """What a job is: a hash of its values that differ from the defaults, so that a key which is new later does not change it."""
+    values = {key: value for key, (_, value) in changed(config, default).items() if not _is_aside(key)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path, earlier: Sequence[JobDraft]) -> JobDraft:
+    composition = compose(app, fixed, overrides, number, directory)
+    sign = signature(composition.config, app.defaults)
+    prepared = launch.prepare(composition, elsewhere=app.launches_elsewhere)
+    config, plan = prepared.config, prepared.data.plan
+    parameters = count_parameters(config)
+    return JobDraft(
+        Job(number, composition.run_dir.name, overrides, sign),
+        config,
+        prepared.ranks,
+        plan.total_steps,
+        plan.total_tokens,
+        disk_bytes(config, parameters, plan.total_steps),
+        memory_gb(parameters),
+        twin=next((one.job.number for one in earlier if one.job.signature == sign), None),
+    )
+
+
+def _is_aside(key: str) -> bool:
+    """Keys that do not make another job of it."""
+    return key.startswith(("sweep.", "tracking.")) or key in ("checkpoint.resume", "data.num_workers", "data.cache_dir")
+
+
+def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
+    """The metric that decides. Raises ConfigError for one that does not exist or that a job would not have."""
+    evaluated = all(draft.config.data.eval_path is not None and draft.config.trainer.eval_interval is not None for draft in jobs)
+    metric = sweep.metric or ("eval/loss" if evaluated else "train/loss")
+    if metric not in METRICS:
+        raise ConfigError(
+            "sweep.metric", metric, f"there is no such metric.{did_you_mean(metric, list(METRICS))} There are {', '.join(METRICS)}"
+        )
+    if metric.startswith("eval/") and not evaluated:
+        raise ConfigError(
+            "sweep.metric", metric, "not every job evaluates; set data.eval_path, and trainer.eval_interval to -1 or a number of steps"
+        )
+    if sweep.early_stop and not (evaluated and all((draft.config.trainer.eval_interval or 0) > 0 for draft in jobs)):
+        raise ConfigError(
+            "sweep.early_stop", True, "jobs are judged by their evaluations on the way; set trainer.eval_interval=N and data.eval_path"
+        )
+    return metric

@@ -1,0 +1,297 @@
+"""Runs a sweep's jobs: starts them where there is room, follows them, tries failed ones again, and says what became of each.
+
+What is known of a job stands in its directory (status.json, metrics.jsonl) and in sweep.json; this process holds nothing that a later one
+could not read there. So a sweep that was killed goes on with `sweep.resume`."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from xtuner_hydra import launch, run_dir
+from xtuner_hydra.app import Composition
+from xtuner_hydra.config.schema import SweepConfig
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError
+from xtuner_hydra.results.sweep import Job, SweepPlan, read_sweep
+from xtuner_hydra.sweeps.screen import Screen
+from xtuner_hydra.sweeps.search import Search
+from xtuner_hydra.tracking import jsonl
+from xtuner_hydra.tracking.base import Row
+
+TICK_SECONDS = 0.2
+SETTLED = ("completed", "pruned")
+"""States of a job that a resumed sweep leaves alone."""
+
+
+class RunningJob(Protocol):
+    """A job's process, here or elsewhere."""
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that ended it), or None while it runs."""
+        ...
+
+    def stop(self) -> None:
+        """Ask it to close its files and end."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
+
+class Launcher(Protocol):
+    """Where jobs run."""
+
+    capacity: int
+    """Jobs at once."""
+    elsewhere: bool
+    """On other machines, whose devices are not known here."""
+    grace_seconds: int
+    """How long a job that is asked to stop may take to close its files before it is killed."""
+
+    def describe(self) -> str:
+        """The place in a few words."""
+        ...
+
+    def start(self, directory: Path) -> RunningJob:
+        """Start the job of a prepared run directory."""
+        ...
+
+
+@dataclass
+class Followed:
+    """A job that runs, and what has been heard of it."""
+
+    job: Job
+    directory: Path
+    process: RunningJob
+    total_steps: int
+    tail: jsonl.Tail
+    last: Row = field(default_factory=dict)
+    step_times: deque[float] = field(default_factory=lambda: deque(maxlen=8))
+    hopeless: str | None = None
+
+
+class Driver:
+    """One sweep. `compose(number, swept overrides)` gives a job's config and directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: SweepPlan,
+        options: SweepConfig,
+        search: Search,
+        launcher: Launcher,
+        compose: Callable[[int, list[str]], Composition],
+        describe: Callable[[int, list[str]], Job],
+        screen: Screen,
+        write_report: Callable[[Path], object],
+    ) -> None:
+        self.directory, self.plan, self.options = directory, plan, options
+        self.search, self.launcher, self.compose, self.describe = search, launcher, compose, describe
+        self.screen, self.write_report = screen, write_report
+        self.running: list[Followed] = []
+        self.waiting: list[Job] = []  # planned and without a result; and failed ones that are tried again
+        self.retries: dict[int, int] = {}  # how many are left, by job
+        self.stopped = False  # no further job is to start
+        self.started = time.monotonic()
+        self.seconds_before = plan.seconds
+
+    def run(self) -> int:
+        """All jobs to their ends; returns the sweep's exit code. Ctrl-C and SIGTERM stop every job, and the report is written all the same."""
+        self.waiting = [job for job in self.plan.jobs if self._state(job) not in SETTLED]
+        interrupted = False
+        self._save("running")
+        with self.screen, _sigterm_interrupts():
+            try:
+                self._go_on()
+            except KeyboardInterrupt:
+                interrupted = True
+                self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
+                self._stop_all()
+        result = read_sweep(self.directory)
+        completed = result.count(*SETTLED) == self.plan.total and not interrupted
+        self._save("interrupted" if interrupted else "completed" if completed else "failed")
+        self.write_report(self.directory)
+        return EXIT_INTERRUPTED if interrupted else EXIT_DONE if completed else EXIT_FAILED
+
+    def _go_on(self) -> None:
+        """Start and follow until nothing runs and nothing is left to start."""
+        self._fill()
+        while self.running:
+            time.sleep(TICK_SECONDS)
+            ended = [followed for followed in self.running if self._follow(followed)]
+            for followed in ended:
+                self._settle(followed)
+            if self.stopped:
+                self._stop_all()
+            self._fill()
+            if ended:
+                self._save("running")
+                self.write_report(self.directory)
+            self.screen.show(self.running, self.plan)
+
+    def _fill(self) -> None:
+        """Start jobs while there is room for one."""
+        while not self.stopped and len(self.running) < self.launcher.capacity and (job := self._next()) is not None:
+            self._start(job)
+
+    def _next(self) -> Job | None:
+        if self.waiting:
+            return self.waiting.pop(0)
+        number = len(self.plan.jobs)
+        overrides = self.search.ask(number)
+        if overrides is None:
+            return None
+        job = self.describe(number, overrides)
+        self.plan.jobs.append(job)
+        self._save("running")
+        return job
+
+    def _start(self, job: Job) -> None:
+        directory = self.directory / job.name
+        job.attempts += 1
+        try:
+            composition = replace(self.compose(job.number, job.overrides), run_dir=directory)
+            prepared = launch.prepare(composition, progress=False, elsewhere=self.launcher.elsewhere)
+            launch.create(prepared)
+        except RefusedError as error:  # of a search, or its data or the disk has changed since it was checked
+            self._refused(job, directory, str(error))
+            return
+        self._save("running")
+        process = self.launcher.start(directory)
+        steps = prepared.data.plan.total_steps
+        self.running.append(Followed(job, directory, process, steps, jsonl.Tail(directory / "metrics.jsonl")))
+        self.screen.started(job, "" if prepared.checkpoint is None else f"continues from {prepared.checkpoint.name}")
+
+    def _follow(self, followed: Followed) -> bool:
+        """Read what a job has written; True when it has ended."""
+        code = followed.process.poll()
+        for row in followed.tail.read():
+            followed.last |= row
+            followed.step_times.extend([row["throughput/step_time"] or 0.0] if "throughput/step_time" in row else [])
+            value = row.get(self.plan.metric)
+            if "eval/loss" not in row or value is None or followed.hopeless or code is not None:
+                continue
+            tokens = int(row["train/total_tokens"] or 0)
+            if self.search.is_hopeless(followed.job.number, tokens, value):
+                followed.hopeless = f"{self.plan.metric} {value:.4f} after {tokens:,} tokens is behind other jobs"
+                followed.process.stop()
+        if code is None:
+            return False
+        self._write_end(followed, code)
+        return True
+
+    def _write_end(self, followed: Followed, code: int) -> None:
+        """Complete status.json where the job could not, or where it does not know why it was stopped."""
+        status = run_dir.read_status(followed.directory)
+        fields = {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
+        if status.get("state") == "running":
+            cause = (
+                f"killed by signal {-code}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
+                if code < 0
+                else f"exited with code {code}"
+            )
+            error = (
+                f"the job was {cause}" if code < 0 else f"the job {cause} without a word; see {followed.directory / 'logs' / 'console.log'}"
+            )
+            run_dir.write_status(followed.directory, "failed", **fields, exit_code=EXIT_FAILED, error=error)
+        elif followed.hopeless and status.get("state") == "interrupted":
+            run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, pruned=followed.hopeless)
+
+    def _settle(self, followed: Followed) -> None:
+        """Decide what an ended job means: a result, another attempt, the end of the sweep."""
+        self.running.remove(followed)
+        job, state = followed.job, self._state(followed.job)
+        status = run_dir.read_status(followed.directory)
+        left = self.retries.setdefault(job.number, self.options.retries)
+        if state == "failed" and left and status.get("exit_code") != EXIT_REFUSED and not self.stopped:
+            self.retries[job.number] -= 1
+            self.screen.ended(job, f"failed, is tried again ({left} of {self.options.retries} retries left)", status.get("error"))
+            self.waiting.insert(0, job)
+            return
+        self._conclude(job, state, status.get("error") or status.get("pruned"))
+
+    def _refused(self, job: Job, directory: Path, error: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        run_dir.write_status(directory, "failed", exit_code=EXIT_REFUSED, error=error)
+        self._conclude(job, "failed", error)
+
+    def _conclude(self, job: Job, state: str, why: str | None) -> None:
+        result = read_sweep(self.directory)
+        value = next((one.value for one in result.jobs if one.number == job.number), None)
+        if state in (*SETTLED, "failed"):
+            self.search.tell(job.number, value, pruned=state == "pruned")
+        best = result.best_job is not None and result.best_job.number == job.number
+        outcome = "" if value is None else f", {self.plan.metric} {value:.4f}{' (best so far)' * best}"
+        self.screen.ended(job, state + outcome, why)
+        self._keep(result.best_job.number if result.best_job else None)
+        if state == "failed" and self.options.fail_fast and not self.stopped:
+            self.stopped = True
+            self.screen.say("sweep.fail_fast: a job failed, so the others are stopped")
+
+    def _keep(self, best: int | None) -> None:
+        """Remove the checkpoints and exports of finished jobs that sweep.keep does not name. Unfinished ones need theirs to go on."""
+        if self.options.keep == "all":
+            return
+        for job in self.plan.jobs:
+            if self._state(job) in SETTLED and not (self.options.keep == "best" and job.number == best):
+                for name in ("checkpoints", "hf"):
+                    shutil.rmtree(self.directory / job.name / name, ignore_errors=True)
+
+    def _stop_all(self) -> None:
+        """End every running job: ask, wait, and after a while (or a second Ctrl-C) insist."""
+        self.stopped = True
+        for followed in self.running:
+            followed.process.stop()
+        deadline = time.monotonic() + self.launcher.grace_seconds
+        try:
+            while self.running and time.monotonic() < deadline:
+                self._collect()
+                time.sleep(TICK_SECONDS)
+        except KeyboardInterrupt:
+            pass
+        for followed in self.running:
+            followed.process.kill()
+        while self.running:
+            self._collect()
+            time.sleep(TICK_SECONDS)
+
+    def _collect(self) -> None:
+        for followed in [followed for followed in self.running if self._follow(followed)]:
+            self._settle(followed)
+
+    def _state(self, job: Job) -> str:
+        directory = self.directory / job.name
+        return run_dir.state_of(directory, run_dir.read_status(directory))
+
+    def _save(self, state: str) -> None:
+        self.plan.state, self.plan.time, self.plan.process = state, time.time(), run_dir.this_process()
+        self.plan.seconds = self.seconds_before + time.monotonic() - self.started
+        self.plan.save(self.directory)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

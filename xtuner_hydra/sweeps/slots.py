@@ -1,0 +1,143 @@
+"""Jobs side by side on this machine: how many at once, and which devices and threads each sees.
+
+A slot is a share of the machine. On GPUs a slot is as many of them as a job has ranks; on a CPU the number of slots is bounded by cores and by
+memory, and the cores are shared out evenly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xtuner_hydra.errors import RefusedError
+
+
+@dataclass
+class Slots:
+    """`hydra/launcher=slots`: conf/hydra/launcher/slots.yaml says what the options mean."""
+
+    slots: int | None = None
+    threads: int | None = None
+    devices: list[int] | None = None
+    free: list[int] = field(default_factory=list, init=False)
+    capacity: int = field(default=1, init=False)
+    elsewhere = False
+    grace_seconds = 60
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise RefusedError(f"hydra.launcher.{name}={value}: must be a whole number, at least 1, or null")
+
+    def fit(self, ranks: int, gpus: int, job_gb: float, jobs: int) -> None:
+        """Decide the number of slots for `jobs` jobs of `ranks` ranks, each of which takes about `job_gb` of memory. gpus: 0 = on the CPU.
+
+        Raises RefusedError where not even one job fits the devices named."""
+        self.ranks, self.gpus = ranks, list(range(gpus)) if self.devices is None else list(self.devices)
+        if gpus == 0:
+            room = min(cores() // ranks, int(available_gb() // job_gb))
+        elif (room := len(self.gpus) // ranks) == 0:
+            raise RefusedError(f"hydra.launcher.devices: {len(self.gpus)} devices, but a job has parallelism.nproc_per_node={ranks} ranks")
+        elif self.slots is not None and self.slots > room:
+            raise RefusedError(f"hydra.launcher.slots={self.slots}: {len(self.gpus)} devices hold {room} jobs of {ranks} ranks")
+        self.on_gpus = gpus > 0
+        self.capacity = max(1, min(room if self.slots is None else self.slots, jobs))
+        self.free = list(range(self.capacity))
+
+    def describe(self) -> str:
+        """`2 slots of 1 thread`."""
+        share = f"{self.ranks} GPU" if self.on_gpus else f"{self.threads_each * self.ranks} thread"
+        plural = "s" * (self.capacity > 1), "s" * (not share.startswith("1 "))
+        return f"{self.capacity} slot{plural[0]} of {share}{plural[1]}"
+
+    @property
+    def threads_each(self) -> int:
+        """CPU threads of one rank."""
+        if self.threads is not None:
+            return self.threads
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        return int(asked) if asked.isdigit() and int(asked) else max(1, cores() // (self.capacity * self.ranks))
+
+    def start(self, directory: Path) -> LocalJob:
+        """Start the job of a prepared run directory in a free slot."""
+        slot = self.free.pop(0)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads_each)}
+        if self.on_gpus:
+            mine = self.gpus[slot * self.ranks : (slot + 1) * self.ranks]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, _visible(mine)))
+        with (directory / "logs" / "console.log").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "xtuner_hydra.ranks", str(directory), str(self.ranks)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the sweep alone, which then stops its jobs
+            )
+        return LocalJob(process, self, slot)
+
+
+@dataclass
+class LocalJob:
+    """A job's process, the leader of its group."""
+
+    process: subprocess.Popen[bytes]
+    slots: Slots
+    slot: int | None
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that ended it), or None while it runs. Its slot is free from then on."""
+        code = self.process.poll()
+        if code is not None and self.slot is not None:
+            self._signal_group(signal.SIGKILL)  # ranks that outlived it
+            self.slots.free.append(self.slot)
+            self.slots.free.sort()
+            self.slot = None
+        return code
+
+    def stop(self) -> None:
+        """Ask it to close its files and end."""
+        if self.process.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_gb() -> float:
+    """Memory that programs may still take: MemAvailable, or all there is where the system does not tell; a container's limit counts."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            total = int(line.split()[1]) / 2**20
+    limits = [text for text in _lines("/sys/fs/cgroup/memory.max") if text.isdigit()]
+    return min([total, *(int(limit) / 2**30 for limit in limits)])
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _visible(devices: list[int]) -> list[str]:
+    """`devices`, numbered as this process sees them, by the names an outer CUDA_VISIBLE_DEVICES gives them."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = outer.split(",") if outer else None
+    return [names[device] if names and device < len(names) else str(device) for device in devices]

@@ -1,0 +1,116 @@
+"""Jobs through submitit: `submitit_slurm` on a cluster (not run on one), `submitit_local` in processes of this machine.
+
+A job is prepared here and runs where the run directory is on the same file system. One that SLURM requeues finds its newest checkpoint, as
+every job of a sweep resumes by itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtuner_hydra.errors import EXIT_FAILED, RefusedError
+from xtuner_hydra.sweeps.slots import cores
+
+FOLDER = ".submitit"
+
+
+class Submitit:
+    """`hydra/launcher=submitit_*`: conf/hydra/launcher/ says what the options mean."""
+
+    grace_seconds = 120
+
+    def __init__(self, options: dict[str, Any], sweep_dir: Path, *, ranks: int, jobs: int) -> None:
+        """jobs: of the sweep. Raises RefusedError where submitit or the cluster is not there, or an option is unknown."""
+        submitit = _submitit()
+        self.ranks = ranks
+        self.cluster = options.pop("cluster")
+        self.elsewhere = self.cluster != "local"
+        self.capacity = min(jobs, options.pop("jobs") or jobs)
+        requeue = options.pop("requeue")
+        shared: dict[str, Any] = {
+            key: options.pop(key) for key in ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb") if key in options
+        }
+        own: dict[str, Any] = {f"{self.cluster}_{key}": value for key, value in options.items()}
+        parameters = {key: value for key, value in {**shared, **own}.items() if value not in (None, [], {})}
+        try:
+            self.executor = submitit.AutoExecutor(
+                sweep_dir / FOLDER / "%j", cluster=self.cluster, **{f"{self.cluster}_max_num_timeout": requeue}
+            )
+            self.executor.update_parameters(name="xtuner_hydra", **parameters)
+        except (RuntimeError, ValueError, TypeError, NameError) as error:
+            raise RefusedError(f"hydra/launcher=submitit_{self.cluster}: {' '.join(str(error).split())}") from None
+
+    def describe(self) -> str:
+        """`submitit on slurm, 64 at once`."""
+        return f"submitit on {self.cluster}, {self.capacity} at once"
+
+    def start(self, directory: Path) -> SubmittedJob:
+        """Submit the job of a prepared run directory."""
+        threads = None if self.elsewhere else max(1, cores() // (self.capacity * self.ranks))
+        return SubmittedJob(self.executor.submit(RunRanks(directory, self.ranks, threads)))
+
+
+@dataclass
+class SubmittedJob:
+    """A job in submitit's hands."""
+
+    job: Any
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it waits or runs. One that never said how it ended counts as failed."""
+        if not self.job.done():
+            return None
+        try:
+            return int(self.job.result())
+        except Exception:  # submitit raises what the job raised, or its own errors where the job is gone
+            return EXIT_FAILED
+
+    def stop(self) -> None:
+        """Cancel it: SLURM sends SIGTERM first."""
+        self.job.cancel()
+
+    def kill(self) -> None:
+        """Cancel it once more; SLURM sends SIGKILL by itself."""
+        self.job.cancel()
+
+
+@dataclass(frozen=True)
+class RunRanks:
+    """What submitit carries to the node: train the run directory in a process of its own, so that signals and memory are its own too."""
+
+    directory: Path
+    ranks: int
+    threads: int | None
+    """CPU threads of a rank; None leaves it to the node."""
+
+    def __call__(self) -> int:
+        environment = os.environ | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
+        with (self.directory / "logs" / "console.log").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "xtuner_hydra.ranks", str(self.directory), str(self.ranks)],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                return process.wait()
+            except BaseException:  # cancelled, or about to be requeued
+                process.terminate()
+                process.wait()
+                raise
+
+    def checkpoint(self) -> Any:
+        """Asked by submitit before the time is up: the same again, which continues from the newest checkpoint."""
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def _submitit():  # type: ignore[no-untyped-def]
+    try:
+        import submitit
+    except ImportError:
+        raise RefusedError("hydra/launcher=submitit_*: needs submitit; pip install 'xtuner-hydra[sweep]'") from None
+    return submitit

@@ -1,0 +1,67 @@
+"""`report DIR... [--to FILE]`: write the report of a run or of a sweep anew, or one page that compares many runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from xtuner_hydra.errors import EXIT_DONE, RefusedError
+from xtuner_hydra.reports.comparison import write_comparison
+from xtuner_hydra.reports.run import write_run
+from xtuner_hydra.reports.sweep import FILES, text, write_sweep
+from xtuner_hydra.results.run import Run, find_runs, load_run
+from xtuner_hydra.results.sweep import FILE_NAME
+
+DEFAULT = Path("comparison.html")
+
+
+def main(argv: list[str]) -> int:
+    """Write what the directories call for, and say where it is."""
+    arguments = _parser().parse_args(argv)
+    for directory in arguments.directories:
+        if not directory.is_dir():
+            raise RefusedError(f"report: {directory} is not a directory; give run directories, sweeps, or directories that hold some")
+    first = arguments.directories[0] if len(arguments.directories) == 1 and arguments.to is None else None
+    if first and (first / FILE_NAME).is_file():
+        print(text(write_sweep(first)))
+        written = [first / name for name in FILES]
+    elif first and (first / "config.yaml").is_file():
+        written = [write_run(first)]
+    else:
+        written = [_compare(arguments.directories, arguments.to or DEFAULT)]
+    print("\n".join(f"wrote {path}" for path in written))
+    return EXIT_DONE
+
+
+def _compare(directories: list[Path], to: Path) -> Path:
+    runs = _readable(find_runs(directories))
+    if not runs:
+        raise RefusedError(f"report: there is no run in or below {', '.join(map(str, directories))}")
+    if not to.parent.is_dir():
+        raise RefusedError(f"report: --to {to}: {to.parent} is not a directory")
+    write_comparison(runs, to)
+    return to
+
+
+def _readable(directories: Iterable[Path]) -> list[Run]:
+    """The runs, but those that this version cannot read: one of many must not cost the others their page."""
+    runs = []
+    for directory in directories:
+        try:
+            runs.append(load_run(directory))
+        except RefusedError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return runs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xtuner-hydra report", description="Write the report of a run, of a sweep, or of many runs side by side."
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a run, a sweep, or a directory that holds some")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="compare all runs found on this page (several directories: comparison.html)"
+    )
+    return parser
