@@ -196,7 +196,11 @@ def _kept(parameter: DTensor, dim: int, size: int) -> tuple[int, int]:
     placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in parameter.placements]
     mesh = parameter.device_mesh
     numbers = distribute_tensor(torch.arange(size, device=mesh.device_type), mesh, placements, src_data_rank=None).to_local()
-    return (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+    if not len(numbers):
+        return 0, 0
+    start, stop = int(numbers[0]), int(numbers[-1]) + 1
+    assert stop - start == len(numbers), "a part with gaps has no (start, stop)"
+    return start, stop
 
 
 @torch.no_grad()
