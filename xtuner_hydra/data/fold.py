@@ -13,11 +13,13 @@ from xtuner_hydra.data.formats import Conversation, Message
 
 def fold(conversation: Conversation, *, tools: bool, thinking: bool) -> Conversation:
     """`conversation` with its tools and all that belongs to them, or its thinking, in the text."""
-    messages = [_fold_thinking(message) for message in conversation.messages] if thinking else conversation.messages
-    if not tools:
-        return Conversation(messages, conversation.tools)
-    messages = [_fold_tools(message) for message in messages]
-    return Conversation(_with_system(messages, _listed(conversation.tools)) if conversation.tools else messages)
+    messages = conversation.messages
+    if tools:
+        messages = [_fold_tools(message) for message in messages]
+        messages = _with_system(messages, _listed(conversation.tools)) if conversation.tools else messages
+    if thinking:
+        messages = [_fold_thinking(message) for message in messages]
+    return Conversation(messages, [] if tools else conversation.tools)
 
 
 def _fold_thinking(message: Message) -> Message:

@@ -94,7 +94,7 @@ def parse_alpaca(record: object) -> Conversation:
 
 
 def parse_prompt_completion(record: object) -> Sample:
-    """`prompt` and `completion`: both text (no chat template; loss on the completion and an EOS), or both lists of messages (loss on the latter's)."""
+    """`prompt` and `completion`: both text (no chat template; loss on the completion and an EOS), or both messages (loss on the latter)."""
     if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
         raise ValueError(f"expected an object with prompt and completion, got {_described(record)}")
     prompt, completion = record["prompt"], record["completion"]
@@ -158,7 +158,7 @@ def _import(name: str, key: str) -> Callable[[object], object]:
         ) from None
     if not callable(found):
         raise ConfigError(key, name, "is not a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _made_by(name: str, function: Callable[[object], object], record: object) -> Sample:
