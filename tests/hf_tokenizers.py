@@ -147,7 +147,10 @@ def sentencepiece_like(directory, template):
     words = sorted({word for line in lines for word in line.split()})
     alphabet = ["▁", *map(chr, range(32, 127)), "\n", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=[one for one in alphabet if len(one) == 1], special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+        vocab_size=1500,
+        initial_alphabet=[one for one in alphabet if len(one) == 1],
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(words, trainer)
     around = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])

@@ -28,7 +28,7 @@ from xtuner_hydra.checkpoint import state
 from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
@@ -75,6 +75,7 @@ def prepare(composition: Composition, *, progress: bool = True) -> Prepared:
     resolve(config, ranks)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, progress=progress)
+    refuse_ids_without_a_row(data, config.model.vocab_size, tokenizer)
     if checkpoint is not None:
         state.refuse_other_trajectory(checkpoint, state.trajectory(config, data.plan.fingerprint))
     return Prepared(composition, config, ranks, data, tokenizer, checkpoint)
@@ -87,6 +88,13 @@ def resolve(config: Config, ranks: int) -> None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
     if config.model.pretrained is not None:
         config.model.pretrained = str(Path(config.model.pretrained).resolve())
+    config.model.tokenizer = _absolute(config.model.tokenizer)
+    config.model.chat_template = _absolute(config.model.chat_template)
+
+
+def _absolute(name: str | None) -> str | None:
+    """A path in full; a name that is no path here (byte, qwen3, a Hub id) as it is."""
+    return str(Path(name).expanduser().resolve()) if name is not None and Path(name).expanduser().exists() else name
 
 
 def run(composition: Composition, *, isolated: bool = False) -> int:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.schema import Config, SourceConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 
@@ -41,6 +41,9 @@ def did_you_mean(word: str, candidates: list[str]) -> str:
 def unknown_key(key: str, where: str = "") -> RefusedError:
     """The error for a key that the schema does not have."""
     parent, keys = key.rpartition(".")[0], known_keys()
+    if "[" in parent:  # an item of data.sources
+        names = [field.name for field in fields(SourceConfig)]
+        return RefusedError(f"{key}: there is no such key{f' (set in {where})' if where else ''}. A source has {', '.join(names)}")
     hint = did_you_mean(key, [known for known, is_group in keys.items() if not is_group])
     if not hint and keys.get(parent):
         siblings = [known for known in keys if known.rpartition(".")[0] == parent]
@@ -94,6 +97,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
     """`???` left in a group is refused by name; `model=hf` has had its open shapes filled in by then."""
+    if merged.data.get("sources") and OmegaConf.is_missing(merged.data, "path"):
+        merged.data.path = None  # a mixture stands in for it
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise RefusedError(f"{missing[0]}: needs a value; set {missing[0]}=... (left open in {where(missing[0])})")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import suppress
 from itertools import pairwise
 
 import hf_tokenizers as made
@@ -121,9 +122,7 @@ def test_the_mask_is_transformers_own_for_the_template_with_marks(load, theirs, 
         template = template.replace("MARK", "<|end_header_id|>\n\n' }}{% if message['role'] == 'assistant' %}{% generation %}BODY")
         template = template.replace("BODY", body + "{% endgeneration %}{% else %}" + body + "{% endif %}")
     for record in (RECORDS[0], RECORDS[1], RECORDS[3]):
-        made_by_them = theirs(name).apply_chat_template(
-            record, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-        )
+        made_by_them = theirs(name).apply_chat_template(record, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
         ids, supervised = load(name).encode(parse_openai(record))
         assert made_by_them["input_ids"] == ids.tolist()
         assert made_by_them["assistant_masks"] == supervised.astype(int).tolist()
@@ -196,7 +195,12 @@ def test_loss_true_on_a_question_takes_its_content_in(load):
 CALLS = {
     "messages": [
         {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": None, "reasoning_content": "add\n", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "add\n",
+            "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}],
+        },
         {"role": "tool", "content": "2"},
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "It is 2.", "reasoning_content": "done"},
@@ -214,7 +218,9 @@ def test_thinking_and_tool_calls_are_supervised(load):
 def test_what_a_template_has_no_place_for_is_written_into_the_text_and_announced(load):
     tokenizer = load("chatml")
     assert "has no place for tools and thinking" in tokenizer.name
-    assert supervised_text(tokenizer, CALLS) == f"<think>\nadd\n\n</think>\n\n{CALL}<|im_end|>|<think>\ndone\n</think>\n\nIt is 2.<|im_end|>"
+    assert (
+        supervised_text(tokenizer, CALLS) == f"<think>\nadd\n\n</think>\n\n{CALL}<|im_end|>|<think>\ndone\n</think>\n\nIt is 2.<|im_end|>"
+    )
     ids, _ = tokenizer.encode(parse_openai(CALLS))
     assert "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>" in tokenizer.decode(ids.tolist())
 
@@ -315,7 +321,10 @@ def test_a_missing_eos_is_a_sentence(tmp_path):
         tokenizer.encode(parse_text("a"))
 
 
-@pytest.mark.parametrize(("name", "ends"), [("chatml", ["<|im_end|>", "<|endoftext|>"]), ("llama3", ["<|eot_id|>"]), ("qwen3", ["<|im_end|>", "<|endoftext|>"])])
+END = ["<|im_end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize(("name", "ends"), [("chatml", END), ("llama3", ["<|eot_id|>"]), ("qwen3", END)])
 def test_generation_ends_at_the_end_of_a_turn_and_at_eos(load, name, ends):
     assert [load(name).decode([number]) for number in load(name).stop_token_ids] == ends
 
@@ -339,7 +348,10 @@ def test_a_tokenizer_that_adds_spaces(tmp_path):
     record = [*chat("The water is cold.", "How is it?"), *chat("Warm.", "And now?")]
     ids, supervised = tokenizer.encode(parse_openai(record))
     assert ids.tolist() == AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(record, return_dict=True).input_ids
-    assert [tokenizer.decode(ids[start:stop].tolist()).strip() for start, stop in runs(supervised)] == ["The water is cold. </s>", "Warm. </s>"]
+    assert [tokenizer.decode(ids[start:stop].tolist()).strip() for start, stop in runs(supervised)] == [
+        "The water is cold. </s>",
+        "Warm. </s>",
+    ]
 
 
 def test_processes_that_tokenise_get_all_they_need(load):
@@ -364,7 +376,10 @@ def test_an_export_has_the_same_files_and_the_original_template(directories, loa
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.chat_template == theirs(name).chat_template
-    assert again.apply_chat_template(RECORDS[1], return_dict=True).input_ids == theirs(name).apply_chat_template(RECORDS[1], return_dict=True).input_ids
+    assert (
+        again.apply_chat_template(RECORDS[1], return_dict=True).input_ids
+        == theirs(name).apply_chat_template(RECORDS[1], return_dict=True).input_ids
+    )
 
 
 def test_a_template_of_ours_is_exported_where_there_is_no_original(load, tmp_path):
@@ -392,7 +407,10 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(directories):
     ("options", "words"),
     [
         ({"tokenizer": "/nowhere/at/all"}, "model.tokenizer=/nowhere/at/all: there is no such directory"),
-        ({"tokenizer": "chatml", "chat_template": "chatml"}, "model.chat_template=chatml: there is no such file; give a .jinja file, or one of qwen3"),
+        (
+            {"tokenizer": "chatml", "chat_template": "chatml"},
+            "model.chat_template=chatml: there is no such file; give a .jinja file, or one of qwen3",
+        ),
         ({"tokenizer": "empty"}, "there is no tokenizer in it"),
         ({"tokenizer": "broken"}, "transformers cannot load the tokenizer"),
     ],
@@ -420,8 +438,6 @@ def test_code_in_a_tokenizer_s_directory_is_never_run(directories, tmp_path):
     config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    try:
+    with suppress(ConfigError):  # or loaded as one of transformers' own, without that code
         load_tokenizer(model(tokenizer=str(tmp_path)))
-    except ConfigError as error:
-        assert "model.tokenizer" in str(error)
     assert not (tmp_path / "ran").exists()
