@@ -57,6 +57,13 @@ def plan(argv: list[str]) -> int:
     return plan_main(argv[1:])
 
 
+def data(argv: list[str]) -> int:
+    """`data [overrides] [-n 3]`: show what a run would learn from, and stop."""
+    from xtuner_hydra.tools.data import main as data_main
+
+    return data_main(argv[1:])
+
+
 def doctor(argv: list[str]) -> int:
     """`doctor`: check this machine."""
     from xtuner_hydra.tools.doctor import main as doctor_main
@@ -64,7 +71,7 @@ def doctor(argv: list[str]) -> int:
     return doctor_main(argv[1:])
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "doctor": doctor}
+VERBS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "data": data, "doctor": doctor}
 
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:

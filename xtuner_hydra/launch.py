@@ -88,13 +88,10 @@ def resolve(config: Config, ranks: int) -> None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
     if config.model.pretrained is not None:
         config.model.pretrained = str(Path(config.model.pretrained).resolve())
-    config.model.tokenizer = _absolute(config.model.tokenizer)
-    config.model.chat_template = _absolute(config.model.chat_template)
-
-
-def _absolute(name: str | None) -> str | None:
-    """A path in full; a name that is no path here (byte, qwen3, a Hub id) as it is."""
-    return str(Path(name).expanduser().resolve()) if name is not None and Path(name).expanduser().exists() else name
+    if (tokenizer := config.model.tokenizer) is not None and tokenizer != "byte" and Path(tokenizer).expanduser().is_dir():
+        config.model.tokenizer = str(Path(tokenizer).expanduser().resolve())
+    if (template := config.model.chat_template) is not None and template.endswith(".jinja"):
+        config.model.chat_template = str(Path(template).expanduser().resolve())
 
 
 def run(composition: Composition, *, isolated: bool = False) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -26,18 +26,23 @@ _TOKEN_WORK = 16384  # a token's matrix products cost about as much as attending
 EVAL_PACK = 2048
 """Tokens in a pack of held-out data, unless a sample is longer; without gradients it needs little memory."""
 
+EXAMPLES = 3
+"""Samples of each kind of loss that are told by name."""
+
 
 @dataclass(frozen=True)
 class Selection:
     """What of a cache is used, as parallel arrays: tokens [0, lengths[i]) of samples[i]. samples, lengths: int64 (selected,).
 
-    The counts say what became of the rest: `truncated` to max_length, `dropped` as longer, `unsupervised` = without a label (any more)."""
+    The counts say what became of the rest: `truncated` to max_length, `dropped` as longer, `unsupervised` = without a label (any more).
+    examples: the first few samples of each of these, by its name."""
 
     samples: Int64s
     lengths: Int64s
     truncated: int = 0
     dropped: int = 0
     unsupervised: int = 0
+    examples: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,13 +93,10 @@ def select_samples(
     used = keep & learnt
     if not used.any():
         raise _nothing_left(cache, keep, key)
-    return Selection(
-        samples[used],
-        stops[used],
-        truncated=int((overlong & used).sum()),
-        dropped=int((~keep).sum()),
-        unsupervised=int((keep & ~learnt).sum()),
-    )
+    lost = {"truncated": overlong & used, "dropped": ~keep, "unsupervised": keep & ~learnt}
+    counts = {name: int(which.sum()) for name, which in lost.items()}
+    examples = {name: samples[which][:EXAMPLES].tolist() for name, which in lost.items()}
+    return Selection(samples[used], stops[used], **counts, examples=examples)
 
 
 def join(selections: list[Selection], starts: list[int]) -> Selection:
@@ -105,6 +107,12 @@ def join(selections: list[Selection], starts: list[int]) -> Selection:
         truncated=sum(selection.truncated for selection in selections),
         dropped=sum(selection.dropped for selection in selections),
         unsupervised=sum(selection.unsupervised for selection in selections),
+        examples={
+            name: [sample + start for selection, start in zip(selections, starts, strict=True) for sample in selection.examples[name]][
+                :EXAMPLES
+            ]
+            for name in ("truncated", "dropped", "unsupervised")
+        },
     )
 
 
