@@ -89,12 +89,6 @@ class SourceConfig:
     sample_ratio: float = 1.0
     """How often the source counts, times data.sample_ratio."""
 
-    def __post_init__(self) -> None:
-        _paths("data.sources: path", self.path, required=True)
-        if self.format is not None:
-            _format("data.sources: format", self.format)
-        _positive("data.sources: sample_ratio", self.sample_ratio)
-
 
 @dataclass
 class DataConfig:
@@ -150,7 +144,15 @@ class DataConfig:
             raise ConfigError(
                 "data.sources", "[...]", "data.path is set too; set data.path=null, or start from data=openai, which has none"
             )
+        self._check_sources()
         self._check_eval_ratio()
+
+    def _check_sources(self) -> None:
+        for i, source in enumerate(self.sources or []):
+            _paths(f"data.sources[{i}].path", source.path, required=True)
+            _positive(f"data.sources[{i}].sample_ratio", source.sample_ratio)
+            if source.format is not None:
+                _format(f"data.sources[{i}].format", source.format)
 
     def _check_eval_ratio(self) -> None:
         if self.eval_ratio is None:

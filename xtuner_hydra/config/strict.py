@@ -41,9 +41,6 @@ def did_you_mean(word: str, candidates: list[str]) -> str:
 def unknown_key(key: str, where: str = "") -> RefusedError:
     """The error for a key that the schema does not have."""
     parent, keys = key.rpartition(".")[0], known_keys()
-    if "[" in parent:  # an item of data.sources
-        names = [field.name for field in fields(SourceConfig)]
-        return RefusedError(f"{key}: there is no such key{f' (set in {where})' if where else ''}. A source has {', '.join(names)}")
     hint = did_you_mean(key, [known for known, is_group in keys.items() if not is_group])
     if not hint and keys.get(parent):
         siblings = [known for known in keys if known.rpartition(".")[0] == parent]
@@ -59,6 +56,7 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
     Raises RefusedError (unknown key, wrong type, missing value, bad interpolation) or ConfigError (a value out of range)."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
+        _refuse_bad_sources(plain, where)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
         config = OmegaConf.to_object(merged)
@@ -93,6 +91,25 @@ def to_dict(config: Config) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _refuse_bad_sources(plain: Any, where: Callable[[str], str]) -> None:
+    """Refuse, by its full key, what an item of data.sources must not have; OmegaConf would name the last part alone."""
+    sources = plain.get("data", {}).get("sources") if isinstance(plain, dict) else None
+    for i, source in enumerate(sources if isinstance(sources, list) else []):
+        prefix = f"data.sources[{i}]"
+        set_in, names = where(prefix), [field.name for field in fields(SourceConfig)]
+        if not isinstance(source, dict):
+            raise RefusedError(f"{prefix}: must be {{{', '.join(names)}}}, got {source!r} (set in {set_in})")
+        try:
+            OmegaConf.merge(OmegaConf.structured(SourceConfig), source)
+        except ConfigKeyError as error:
+            hint = did_you_mean(str(error.key), names)
+            raise RefusedError(
+                f"{prefix}.{error.key}: there is no such key (set in {set_in}).{hint} A source has {', '.join(names)}"
+            ) from None
+        except ValidationError as error:
+            raise RefusedError(f"{prefix}.{error.full_key}: {_first_line(error)} (set in {set_in})") from None
 
 
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:

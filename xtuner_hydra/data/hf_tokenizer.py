@@ -43,11 +43,12 @@ class HFTokenizer:
         self._backend = _bare(backend)
         self._known: dict[str, list[int]] = {}
         added = backend.get_added_tokens_decoder()
-        self._added = np.array(sorted(added), dtype=np.int64)
         texts = tuple(token.content for token in added.values())
         self.bos_token_id: int | None = loaded.bos_token_id
         self.eos_token_id: int | None = loaded.eos_token_id
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._added = np.zeros(self.vocab_size, dtype=np.bool_)  # by id
+        self._added[list(added)] = True
         own = _own_template(loaded, texts)
         self.template = choose(own, chosen, _special(loaded), texts)
         self.fingerprint = self._fingerprint()
@@ -123,7 +124,7 @@ class HFTokenizer:
 
     def _asks_alike(self, rendered: Rendered, ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> bool:
         """Whether the tokens before each span, back to the last special one, are those of that text alone."""
-        special = np.flatnonzero(np.isin(ids, self._added))
+        special = np.flatnonzero(self._added[ids])
         for start, _ in rendered.spans:
             stop = int(np.searchsorted(offsets[:, 0], start))
             place = int(np.searchsorted(special, stop)) - 1
@@ -174,7 +175,7 @@ class HFTokenizer:
                 Conversation([Message("user", "a", supervised=False), Message("assistant", "b", supervised=True)])
             )
             last = ids[supervised].tolist()[-1:]
-            ends = [number for number in last if number in self._added]
+            ends = [number for number in last if self._added[number]]
         except ValueError:
             pass  # no template, or one for other chats
         return tuple(dict.fromkeys([*ends, *([] if self.eos_token_id is None else [self.eos_token_id])]))
