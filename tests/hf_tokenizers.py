@@ -21,6 +21,12 @@ CHATML_MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+CHATML_ENDLESS = CHATML_MARKED.replace(
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}<|im_end|>"
+)
+
+DROPS_THINKING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+
 LLAMA3 = (
     "{{- bos_token }}{% for message in messages %}"
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"

@@ -146,13 +146,14 @@ class ChatTemplate:
 
     def spans(self, conversation: Conversation) -> Rendered:
         """The text with what is supervised. ValueError for a conversation that this template does not let us learn from."""
-        conversation = self._folded(conversation)
+        given, conversation = conversation, self._folded(conversation)
         if any(message.role == "pretrain" for message in conversation.messages):
             raise ValueError("role pretrain has no place in a chat template; use data.format=text for such data")
         text, marked = self._render(conversation)
         if _MARKED.search(self._of(conversation)):
             spans = self._by_marks(conversation, text, marked)
         else:
+            _refuse_losses(given, text)
             spans = [self._answer(conversation, text, i) for i, message in enumerate(conversation.messages) if _learnt(message)]
         others = [i for i, message in enumerate(conversation.messages) if message.supervised and message.role != "assistant"]
         spans += [self._other(conversation, text, i) for i in others]
@@ -208,7 +209,7 @@ class ChatTemplate:
 
     def _render(self, conversation: Conversation, *, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """(text, passages marked by {% generation %}); by transformers, as apply_chat_template does it."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._of(conversation)
@@ -222,6 +223,8 @@ class ChatTemplate:
                 add_generation_prompt=ask,
                 **self.special,
             )
+        except TemplateSyntaxError as error:
+            raise ConfigError(_KEY, self.name, f"line {error.lineno} is no Jinja ({error.message})") from None
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template refuses this conversation ({error})") from None
         return texts[0], [(int(start), int(stop)) for start, stop in marked[0]] if marked else []
@@ -286,6 +289,17 @@ def _user(content: str) -> Message:
 
 def _assistant(content: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Message:
     return Message("assistant", content, True, calls or [], thinking=thinking)
+
+
+def _refuse_losses(conversation: Conversation, text: str) -> None:
+    """ValueError where an answer that is to be learnt has thinking or calls which the template left out of `text`."""
+    for number, message in enumerate(conversation.messages, 1):
+        if not _learnt(message):
+            continue
+        if message.thinking and message.thinking.strip() not in text:
+            raise ValueError(f"message {number}: the chat template leaves out its thinking; {_REMEDY}")
+        if any(call["name"] not in text for call in message.tool_calls):
+            raise ValueError(f"message {number}: the chat template leaves out its tool calls; {_REMEDY}")
 
 
 def _learnt(message: Message) -> bool:

@@ -52,8 +52,9 @@ class HFTokenizer:
         own = _own_template(loaded, texts)
         self.template = choose(own, chosen, _special(loaded), texts)
         self.fingerprint = self._fingerprint()
-        self.name = f"{source} ({len(loaded)} ids; chat template: {_described(self.template)})"
-        self.stop_token_ids = self._stops()
+        ends = self._ends_of_turn()
+        self.stop_token_ids = tuple(dict.fromkeys([*(ends or []), *([] if self.eos_token_id is None else [self.eos_token_id])]))
+        self.name = f"{source} ({len(loaded)} ids; chat template: {_described(self.template, ends)})"
         self._files = {str(path.relative_to(directory)): path.read_bytes() for pattern in _FILES for path in directory.glob(pattern)}
         self._kept_template = self.template.template if self.template and chosen and _is_users(own, self.template) else None
 
@@ -167,18 +168,13 @@ class HFTokenizer:
         flags = [np.zeros(len(self._before), dtype=np.bool_), supervised, np.full(len(after), sample.pieces[-1][1])]
         return np.concatenate([np.array(self._before, np.uint32), ids, np.array(after, np.uint32)]), np.concatenate(flags)
 
-    def _stops(self) -> tuple[int, ...]:
-        """Tokens at which generation ends: the one that ends the assistant's turn, and EOS."""
-        ends: list[int] = []
-        try:
-            ids, supervised = self.encode(
-                Conversation([Message("user", "a", supervised=False), Message("assistant", "b", supervised=True)])
-            )
-            last = ids[supervised].tolist()[-1:]
-            ends = [number for number in last if self._added[number]]
-        except ValueError:
-            pass  # no template, or one for other chats
-        return tuple(dict.fromkeys([*ends, *([] if self.eos_token_id is None else [self.eos_token_id])]))
+    def _ends_of_turn(self) -> list[int] | None:
+        """The token by which an answer ends, if it is a special one and learnt; None where a chat of one turn cannot show it."""
+        chat = Conversation([Message("user", "a", supervised=False), Message("assistant", "b", supervised=True)])
+        encoded = or_error(self.encode, chat)
+        if isinstance(encoded, ValueError):
+            return None
+        return [number for number in encoded[0][encoded[1]].tolist()[-1:] if self._added[number]]
 
     def _fingerprint(self) -> str:
         """Of all that decides ids and labels."""
@@ -243,11 +239,11 @@ def _is_users(own: ChatTemplate | None, used: ChatTemplate) -> bool:
     return own is None or "(ours" not in used.name
 
 
-def _described(template: ChatTemplate | None) -> str:
+def _described(template: ChatTemplate | None, ends: list[int] | None) -> str:
     if template is None:
         return "none"
-    lacks = template.lacks
-    return template.name + (f", which has no place for {' and '.join(lacks)}: they are written into the text" if lacks else "")
+    told = f", which has no place for {' and '.join(template.lacks)}: they are written into the text" if template.lacks else ""
+    return template.name + told + (", of which no token that ends a turn is learnt" if ends == [] else "")
 
 
 def _plain(sample: Text) -> Rendered:

@@ -92,8 +92,30 @@ def test_what_is_wrong_is_said(record, words):
 
 
 WORDS = st.sampled_from(
-    ["messages", "dialogs", "tools", "role", "content", "loss", "tool_calls", "function", "name", "arguments", "type", "text"]
-    + ["conversations", "from", "value", "instruction", "input", "output", "history", "system", "prompt", "completion"]
+    [
+        "messages",
+        "dialogs",
+        "tools",
+        "role",
+        "content",
+        "loss",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "type",
+        "text",
+        "conversations",
+        "from",
+        "value",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "system",
+        "prompt",
+        "completion",
+    ]
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "text", "{"]),

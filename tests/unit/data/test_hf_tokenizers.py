@@ -8,12 +8,14 @@ from itertools import pairwise
 import hf_tokenizers as made
 import numpy as np
 import pytest
-from chats import chat
+from chats import chat, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.data import cache as cache_module
+from xtuner_hydra.data.cache import build_cache
 from xtuner_hydra.data.chat_templates import FAMILIES
 from xtuner_hydra.data.formats import Conversation, Text, parse_openai, parse_text
 from xtuner_hydra.data.hf_tokenizer import HFTokenizer
@@ -30,6 +32,8 @@ MAKERS = {
     "forgetful": (made.chatml, {"template": made.FORGETFUL}),
     "dated": (made.llama3, {"template": made.LLAMA3_DATED}),
     "bare": (made.chatml, {"template": None}),
+    "endless": (made.chatml, {"template": made.CHATML_ENDLESS}),
+    "thoughtless": (made.chatml, {"template": made.DROPS_THINKING}),
 }
 
 
@@ -271,6 +275,40 @@ def test_the_qwen3_family_is_recognised_and_announced_and_may_be_named(load):
 def test_a_template_that_forgets_is_refused_with_the_remedy_where_it_matters(load):
     with pytest.raises(ValueError, match=r"message 2: the chat template renders .* differently .* model\.chat_template=PATH"):
         load("forgetful").encode(parse_openai([*chat("a"), *chat("b")]))
+
+
+def test_thinking_that_a_template_drops_is_refused(load):
+    answer = {**chat("x")[1], "reasoning_content": "because"}
+    with pytest.raises(ValueError, match=r"message 2: the chat template leaves out its thinking; .* model\.chat_template=PATH"):
+        load("thoughtless").encode(parse_openai([chat("x")[0], answer]))
+    assert supervised_text(load("thoughtless"), [chat("x")[0], {**answer, "loss": False}, *chat("y")]) == "y<|im_end|>"
+
+
+def test_marks_that_leave_out_the_end_of_the_turn_are_announced(load):
+    assert "of which no token that ends a turn is learnt" in load("endless").name
+    assert "no token that ends a turn" not in load("marked").name
+    assert supervised_text(load("endless"), chat("a")) == "a"
+
+
+def test_a_template_that_is_no_jinja_is_refused(load, tmp_path):
+    path = tmp_path / "broken.jinja"
+    path.write_text("fine\n{% for %}")
+    with pytest.raises(ConfigError, match=r"model\.chat_template=.*broken\.jinja: line 2 is no Jinja"):
+        load("chatml", str(path))
+
+
+def test_two_processes_make_the_cache_that_one_makes(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 2000)
+    options = {"bad_lines": "skip", "progress": False}
+    lines = [*RECORDS * 5, [{"role": "assistant", "content": "first"}], CALLS, b"{broken", *RECORDS]
+    path = write_lines(tmp_path / "data.jsonl", lines)
+    one = build_cache([path], "openai", load("qwen3"), cache_dir=tmp_path / "one", num_workers=0, **options)
+    monkeypatch.setattr(cache_module, "SERIAL_BYTES", 0)
+    two = build_cache([path], "openai", load("qwen3"), cache_dir=tmp_path / "two", num_workers=2, **options)
+    assert [two.ids(i).tolist() for i in range(len(two))] == [one.ids(i).tolist() for i in range(len(one))]
+    assert [two.supervised(i).tolist() for i in range(len(two))] == [one.supervised(i).tolist() for i in range(len(one))]
+    assert two.skipped == one.skipped
+    assert [line.kind for line in one.skipped] == ["JSON"]
 
 
 def test_a_template_of_the_user_s(load, tmp_path):

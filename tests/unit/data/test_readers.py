@@ -41,9 +41,9 @@ def zst(path):
 
 def parquet(path, rows=RECORDS):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": row} for row in rows]), path, row_group_size=10)
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.Table.from_pylist([{"messages": row} for row in rows]), path, row_group_size=10
+    )
     return path
 
 
