@@ -21,9 +21,7 @@ CHATML_MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-CHATML_ENDLESS = CHATML_MARKED.replace(
-    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}<|im_end|>"
-)
+CHATML_ENDLESS = CHATML_MARKED.replace(" + '<|im_end|>' }}{% endgeneration %}", " }}{% endgeneration %}<|im_end|>")
 
 DROPS_THINKING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
 

@@ -8,7 +8,8 @@ family there is a template of ours here, which keeps everything and renders the 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class ChatTemplate:
     added: tuple[str, ...]
     with_tools: str | None = None
 
-    @property
+    @cached_property
     def lacks(self) -> list[str]:
         """What the template has no place for; it is written into the text."""
         lacking = {"tools": "tool_calls" not in self._all, "thinking": not re.search(r"reasoning_content|thinking|reasoning", self._all)}
@@ -205,7 +206,19 @@ class ChatTemplate:
     def _folded(self, conversation: Conversation) -> Conversation:
         """What the template has no place for written into the text."""
         lacks = self.lacks
+        if any(message.role == "developer" for message in conversation.messages) and self._drops_developers:
+            messages = [replace(one, role="system") if one.role == "developer" else one for one in conversation.messages]
+            conversation = replace(conversation, messages=messages)
         return fold(conversation, tools="tools" in lacks, thinking="thinking" in lacks) if lacks else conversation
+
+    @cached_property
+    def _drops_developers(self) -> bool:
+        """Whether the template passes over messages of the role that newer models have for `system`."""
+        chat = Conversation([Message("developer", "instructions", supervised=False), _user("a")])
+        try:
+            return "instructions" not in self._render(chat)[0]
+        except ValueError:
+            return True
 
     def _render(self, conversation: Conversation, *, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """(text, passages marked by {% generation %}); by transformers, as apply_chat_template does it."""

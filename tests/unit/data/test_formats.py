@@ -92,31 +92,8 @@ def test_what_is_wrong_is_said(record, words):
 
 
 WORDS = st.sampled_from(
-    [
-        "messages",
-        "dialogs",
-        "tools",
-        "role",
-        "content",
-        "loss",
-        "tool_calls",
-        "function",
-        "name",
-        "arguments",
-        "type",
-        "text",
-        "conversations",
-        "from",
-        "value",
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "system",
-        "prompt",
-        "completion",
-    ]
-)
+    ["messages", "dialogs", "tools", "role", "content", "loss", "tool_calls", "function", "name", "arguments", "type", "text"]
+) | st.sampled_from(["conversations", "from", "value", "instruction", "input", "output", "history", "system", "prompt", "completion"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "text", "{"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=5),

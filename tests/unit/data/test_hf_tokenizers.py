@@ -229,6 +229,12 @@ def test_what_a_template_has_no_place_for_is_written_into_the_text_and_announced
     assert "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>" in tokenizer.decode(ids.tolist())
 
 
+@pytest.mark.parametrize(("name", "role"), [("chatml", "developer"), ("qwen3", "system")])
+def test_a_developer_s_message_is_the_system_s_where_the_template_would_pass_over_it(load, name, role):
+    ids, _ = load(name).encode(parse_openai([{"role": "developer", "content": "Be brief."}, *chat("a")]))
+    assert load(name).decode(ids.tolist()).startswith(f"<|im_start|>{role}\nBe brief.<|im_end|>\n")
+
+
 THINKING = st.none() | st.sampled_from(["", "t", "\nt\n\nu\n"])
 CONTENT = st.sampled_from(["", "a", "\n b ", "<think>\nx\n</think>\n\ny", "</think>z", "<tool_response>r</tool_response>"])
 ASSISTANT = st.builds(
