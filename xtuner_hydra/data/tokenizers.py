@@ -170,7 +170,9 @@ def tokenizer_directory(source: str) -> Path:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            "model.tokenizer", source, f"neither a directory here nor a tokenizer that can be had from the Hugging Face Hub ({reason})"
+            "model.tokenizer",
+            source,
+            f"neither a directory here nor a tokenizer that the Hugging Face Hub gives ({reason}); give a directory, or set model.tokenizer=byte",
         ) from None
 
 
