@@ -356,6 +356,16 @@ def test_prompt_and_completion_are_cut_between_them(load, theirs):
         assert tokenizer.decode(ids[supervised].tolist()) == completion + "<|endoftext|>"
 
 
+def test_a_prompt_is_tokenised_as_it_is_alone_also_where_no_token_runs_across_its_end(load, theirs):
+    """Two spaces are one token, but before a word the second one goes with the word: here without being merged with it."""
+    alone, whole = (theirs("chatml")(text).input_ids for text in ("a  ", "a  Ω"))
+    assert whole[: len(alone)] != alone
+    assert theirs("chatml").decode(whole[:3]) == "a  "
+    ids, supervised = load("chatml").encode(Text([("a  ", False), ("Ω", True)]))
+    assert ids[~supervised].tolist() == alone
+    assert load("chatml").decode(ids.tolist()) == "a  Ω<|endoftext|>"
+
+
 def test_a_missing_eos_is_a_sentence(tmp_path):
     made.save(tmp_path, made.byte_level(), made.CHATML)
     tokenizer = HFTokenizer(tmp_path, "here")
