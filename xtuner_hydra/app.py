@@ -303,7 +303,7 @@ class App:
         """The override or the file that gave `key` its value (the last one wins)."""
         for override in reversed(overrides):
             name = override.lstrip("+").partition("=")[0]
-            if name == key or (key.startswith(name + ".") and "." in name):
+            if name == key or (key.startswith((f"{name}.", f"{name}[")) and "." in name):
                 return f"the command line: {override}"
         group, _, rest = key.partition(".")
         for owner, inner in (("debug", key), ("experiment", key), (group, rest)):

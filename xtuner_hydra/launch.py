@@ -24,7 +24,7 @@ from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import changed
-from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, ConfigError
@@ -83,6 +83,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
         config.checkpoint.resume = str(checkpoint)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, progress=progress)
+    refuse_ids_without_a_row(data, config.model.vocab_size, tokenizer)
     if checkpoint is not None:
         state.refuse_other_trajectory(checkpoint, state.trajectory(config, data.plan.fingerprint))
     return Prepared(composition, config, ranks, data, tokenizer, checkpoint)
@@ -96,6 +97,12 @@ def resolve(config: Config, ranks: int) -> None:
     config.data.path = _absolute(config.data.path)
     config.data.eval_path = _absolute(config.data.eval_path)
     config.data.cache_dir = _absolute(config.data.cache_dir)
+    for source in config.data.sources or []:
+        source.path = _absolute(source.path)
+    if (tokenizer := config.model.tokenizer) is not None and tokenizer != "byte" and Path(tokenizer).expanduser().is_dir():
+        config.model.tokenizer = str(Path(tokenizer).expanduser().resolve())
+    if (template := config.model.chat_template) is not None and template.endswith(".jinja"):
+        config.model.chat_template = str(Path(template).expanduser().resolve())
 
 
 def _absolute(path: Any) -> Any:

@@ -23,6 +23,7 @@ import torch
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.show import first_sample
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
@@ -127,7 +128,7 @@ def with_trackers(trainer: Trainer) -> None:
 
 def _tell(trainer: Trainer) -> None:
     """What is about to be trained, in XTuner's order: data, model, parameters, accumulation."""
-    for line in trainer.data.summary():
+    for line in [*trainer.data.summary(), first_sample(trainer.data, trainer.tokenizer)]:
         log.info(line)
     model = trainer.engine.model
     log.info(f"model:\n{model}")

@@ -29,7 +29,7 @@ def refused(cli, *args):
         ("data.path=nowhere.jsonl", "no such file"),
         ("hydra.run.dir=/proc/none", "cannot be written"),
         ("model.pretrained=nowhere", "nowhere"),
-        ("model.tokenizer=gpt2", "model.tokenizer=byte"),
+        ("model.tokenizer=nobody/nothing-at-all", "model.tokenizer=byte"),
         ("checkpoint.resume=nowhere", "no such file"),
         ("parallelism.nproc_per_node=2", "not divisible by the 2"),
         ("trainer.epochs=1", "set one and leave the others null"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ def export(
         if dist.get_rank() == 0:
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             write_json(staging / "config.json", hf_config(config, dtype, **special))
-            write_json(staging / "generation_config.json", {**special, "_from_model_config": True})
+            write_json(staging / "generation_config.json", _generation(special, tokenizer.stop_token_ids))
             tokenizer.save(staging)
 
     path = commit(directory / f"step-{step}", write, keep=keep)
@@ -49,6 +50,13 @@ def export(
         _point_latest(path)
     dist.barrier()
     return path
+
+
+def _generation(special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
+    """generation_config.json: what is generated ends with the assistant's turn too, where EOS is another token."""
+    if len(stops) < 2:
+        return {**special, "_from_model_config": True}
+    return {**special, "eos_token_id": list(stops)}
 
 
 def write_weights(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:

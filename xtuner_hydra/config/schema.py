@@ -5,7 +5,9 @@ keys with the same defaults (tests/unit/config/test_schema.py keeps the two in s
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,9 +119,9 @@ class ModelConfig:
     strict: bool = True
     """Refuse weights that are missing in `pretrained`, unexpected or of another shape; false = list them and start those from random values."""
     tokenizer: str | None = None
-    """`byte`; null = the one in `pretrained`."""
+    """`byte`, or a directory or Hub id of a Hugging Face tokenizer; null = the one in `pretrained`."""
     chat_template: str | None = None
-    """How messages become tokens; for the byte tokenizer `chatml` (markers are single tokens; the default) or `xtuner` (all bytes)."""
+    """How messages become text; null = the tokenizer's own, else a .jinja file, `qwen3`; for `byte` `chatml` (the default) or `xtuner`."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -149,12 +151,30 @@ class ModelConfig:
         return moe is not None and layer not in moe.mlp_only_layers and (layer + 1) % moe.decoder_sparse_step == 0
 
 
+FORMATS = ("openai", "sharegpt", "alpaca", "prompt_completion", "text")
+"""Shapes of a record that data/formats.py reads."""
+
+
+@dataclass
+class SourceConfig:
+    """One of the sources of a mixture (data.sources)."""
+
+    path: Any = MISSING
+    """Like data.path."""
+    format: str | None = None
+    """Like data.format, which holds where this is null."""
+    sample_ratio: float = 1.0
+    """How often the source counts, times data.sample_ratio."""
+
+
 @dataclass
 class DataConfig:
     path: Any = MISSING
-    """File, directory (read recursively), glob, or a list of these."""
+    """File (.jsonl, .json, .parquet; .gz, .zst), directory (read recursively), glob, or a list of these."""
     format: str = "openai"
-    """Shape of a line: `openai` = a list of messages, {"messages"} or {"dialogs"}."""
+    """Shape of a record: `openai`, `sharegpt`, `alpaca`, `prompt_completion`, `text`, or package.module:function, code of yours."""
+    sources: list[SourceConfig] | None = None
+    """A mixture in place of `path`: a list of {path, format, sample_ratio}."""
     sample_ratio: float = 1.0
     """How often the data counts: the integer part repeats it, the fraction is drawn once with trainer.seed."""
     max_length: int | None = None
@@ -174,10 +194,12 @@ class DataConfig:
     num_workers: int | None = None
     """Processes that tokenise; null = one a core, 0 = none beside this one."""
     eval_path: Any = None
-    """Held-out data, like `path`; null = no evaluation."""
+    """Held-out data, like `path`; null = no evaluation, or eval_ratio."""
+    eval_ratio: float | None = None
+    """Share of the data to hold out, chosen by content; xor eval_path."""
 
     def __post_init__(self) -> None:
-        _one_of("data.format", self.format, ("openai",))
+        _format("data.format", self.format)
         _one_of("data.overlong", self.overlong, ("truncate", "drop", "error"))
         _one_of("data.bad_lines", self.bad_lines, ("error", "skip"))
         _one_of("data.pack_strategy", self.pack_strategy, ("best_fit", "soft", "hard", "none"))
@@ -193,8 +215,29 @@ class DataConfig:
                 )
         if self.num_workers is not None:
             _at_least(0, "data.num_workers", self.num_workers)
-        _paths("data.path", self.path, required=True)
+        _paths("data.path", self.path, required=not self.sources)
         _paths("data.eval_path", self.eval_path, required=False)
+        if self.sources and self.path is not None:
+            raise ConfigError(
+                "data.sources", "[...]", "data.path is set too; set data.path=null, or start from data=openai, which has none"
+            )
+        self._check_sources()
+        self._check_eval_ratio()
+
+    def _check_sources(self) -> None:
+        for i, source in enumerate(self.sources or []):
+            _paths(f"data.sources[{i}].path", source.path, required=True)
+            _positive(f"data.sources[{i}].sample_ratio", source.sample_ratio)
+            if source.format is not None:
+                _format(f"data.sources[{i}].format", source.format)
+
+    def _check_eval_ratio(self) -> None:
+        if self.eval_ratio is None:
+            return
+        if not 0 < self.eval_ratio < 1:
+            raise ConfigError("data.eval_ratio", self.eval_ratio, "must be above 0 and below 1")
+        if self.eval_path is not None:
+            raise ConfigError("data.eval_ratio", self.eval_ratio, "data.eval_path is set too; set one of them to null")
 
 
 @dataclass
@@ -422,6 +465,13 @@ class Config:
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(key, value, f"must be one of {', '.join(choices)}")
+
+
+def _format(key: str, value: str) -> None:
+    if value not in FORMATS and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+        close = difflib.get_close_matches(value, FORMATS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(key, value, f"must be one of {', '.join(FORMATS)}, or package.module:function.{hint}")
 
 
 def _at_least(low: int, key: str, value: int, why: str = "") -> None:

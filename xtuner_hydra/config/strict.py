@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.schema import Config, SourceConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 T = TypeVar("T")
@@ -59,6 +59,7 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
     Raises RefusedError (unknown key, wrong type, missing value, bad interpolation) or ConfigError (a value out of range)."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
+        _refuse_bad_sources(plain, where)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
         config = OmegaConf.to_object(merged)
@@ -127,8 +128,29 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _refuse_bad_sources(plain: Any, where: Callable[[str], str]) -> None:
+    """Refuse, by its full key, what an item of data.sources must not have; OmegaConf would name the last part alone."""
+    sources = plain.get("data", {}).get("sources") if isinstance(plain, dict) else None
+    for i, source in enumerate(sources if isinstance(sources, list) else []):
+        prefix = f"data.sources[{i}]"
+        set_in, names = where(prefix), [field.name for field in fields(SourceConfig)]
+        if not isinstance(source, dict):
+            raise RefusedError(f"{prefix}: must be {{{', '.join(names)}}}, got {source!r} (set in {set_in})")
+        try:
+            OmegaConf.merge(OmegaConf.structured(SourceConfig), source)
+        except ConfigKeyError as error:
+            hint = did_you_mean(str(error.key), names)
+            raise RefusedError(
+                f"{prefix}.{error.key}: there is no such key (set in {set_in}).{hint} A source has {', '.join(names)}"
+            ) from None
+        except ValidationError as error:
+            raise RefusedError(f"{prefix}.{error.full_key}: {_first_line(error)} (set in {set_in})") from None
+
+
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
     """`???` left in a group is refused by name; `model=hf` has had its open shapes filled in by then."""
+    if merged.data.get("sources") and OmegaConf.is_missing(merged.data, "path"):
+        merged.data.path = None  # a mixture stands in for it
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise RefusedError(f"{missing[0]}: needs a value; set {missing[0]}=... (left open in {where(missing[0])})")

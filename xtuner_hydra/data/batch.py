@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtuner_hydra.data.cache import TokenCache
+from xtuner_hydra.data.mixture import Samples
 from xtuner_hydra.data.packing import Int64s, Packs
 
 IGNORE = -100
@@ -42,7 +42,7 @@ class PackedBatch:
         return replace(self, **tensors)
 
 
-def make_batch(cache: TokenCache, packs: Packs, pack: int) -> PackedBatch:
+def make_batch(cache: Samples, packs: Packs, pack: int) -> PackedBatch:
     """The batch of pack number `pack`, which has at least two tokens."""
     segments = packs.segments(pack)
     documents = list(zip(packs.sample[segments].tolist(), packs.start[segments].tolist(), packs.stop[segments].tolist(), strict=True))

@@ -4,8 +4,8 @@ A cache is a directory named after its fingerprint, a hash of all that decides i
 
     ids.bin         uint16 or uint32 (tokens,)   token ids, sample after sample
     supervised.bin  bool (tokens,)               whether the token is to be learnt
-    index.bin       int64 (samples, 3)           length, supervised tokens, line number in its file
-    meta.json       sizes, samples of each file, lines that were skipped; written last
+    index.bin       int64 (samples, 3)           length, supervised tokens, line number (Parquet: row number) in its file
+    meta.json       sizes, samples of each file, the largest id, lines that were skipped; written last
 
 It is written in a staging directory beside its place and renamed, so it is whole or not there. Processes that build the same one at once
 each finish; the first to rename wins. One whose files do not fit meta.json is built again."""
@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtuner_hydra.data.formats import FORMATS
-from xtuner_hydra.data.sources import chunks, lines, read_chunk
+from xtuner_hydra.data.formats import Format, Sample, find_format, format_identity
+from xtuner_hydra.data.readers import Part, records, split, unit
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync_directory, sync_tree, write_json
 
-VERSION = 2
+VERSION = 3
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")
@@ -57,7 +57,7 @@ log = logging.getLogger("xtuner_hydra")
 
 @dataclass(frozen=True)
 class Skipped:
-    """A line that was left out (data.bad_lines=skip). `kind`: `UTF-8`, `JSON` or `conversation`."""
+    """A line (or row) that was left out (data.bad_lines=skip). `kind`: `UTF-8`, `JSON` or `conversation`."""
 
     file: str
     line: int
@@ -73,7 +73,7 @@ class TokenCache:
     """An open cache. lengths, supervised_lengths, lines: int64 (samples,).
 
     `supervised_lengths` counts the labels of a whole sample. `lines` are line numbers, from 1. `sample_counts`: samples of each file.
-    `built`: made just now, not found. `file_hashes`: SHA-256 of each file, known to build_cache, which read them."""
+    `largest_id`: of all tokens. `built`: made just now, not found. `file_hashes`: SHA-256 of each file, known to build_cache, which read them."""
 
     def __init__(self, directory: Path, files: list[Path], meta: dict[str, Any]) -> None:
         self.directory = directory
@@ -82,6 +82,7 @@ class TokenCache:
         self.file_hashes: list[str] = []
         self.fingerprint: str = meta["fingerprint"]
         self.sample_counts: list[int] = meta["sample_counts"]
+        self.largest_id: int = meta["largest_id"]
         self.skipped = [Skipped(str(files[file]), *rest) for file, *rest in meta["skipped"]]
         index = np.fromfile(directory / "index.bin", dtype=np.int64).reshape(-1, 3)
         self.lengths, self.supervised_lengths, self.lines = np.ascontiguousarray(index.T)
@@ -177,7 +178,8 @@ def describe_skipped(skipped: list[Skipped], most: int = 3) -> list[str]:
     if not skipped:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line.kind for line in skipped).most_common())
-    return [f"{len(skipped)} lines skipped ({kinds})", *(f"  {line.file} line {line.line}: {line.message}" for line in skipped[:most])]
+    first = (f"  {line.file} {unit(Path(line.file))} {line.line}: {line.message}" for line in skipped[:most])
+    return [f"{len(skipped)} lines skipped ({kinds})", *first]
 
 
 def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:
@@ -216,17 +218,15 @@ class _Recipe:
 
 @dataclass(frozen=True)
 class _Task:
-    """A byte range of a file, for a worker to tokenise."""
+    """A part of a file, for a worker to tokenise."""
 
     file_number: int
-    file: Path
-    start: int
-    stop: int
+    part: Part
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a worker makes of its byte range. index: int64 (samples, 3) as in index.bin; line numbers count from 1 at the range's start."""
+class _Tokens:
+    """What a worker makes of its part. index: int64 (samples, 3) as in index.bin; line numbers count from 1 at the part's start."""
 
     task: _Task
     ids: NDArray[np.unsignedinteger]
@@ -242,54 +242,70 @@ class _BadLine(Exception):
         self.kind, self.message = kind, message.encode("utf-8", "backslashreplace").decode()  # a role may hold half a surrogate pair too
 
 
-def _tokenize(recipe: _Recipe, task: _Task) -> _Part:
+def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     """Runs in a worker."""
-    content = read_chunk(task.file, task.start, task.stop)
-    ids, supervised, index, bad = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], [], []
-    for number, line in lines(content):
-        try:
-            sample_ids, sample_supervised = _encode(line, recipe)
-        except _BadLine as error:
+    read = records(task.part)
+    samples, bad = _parse(read.pairs, recipe)
+    ids, supervised, index = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], []
+    for number, encoded in zip(samples, recipe.tokenizer.encode_batch(list(samples.values())), strict=True):
+        if isinstance(encoded, ValueError) or not len(encoded[0]):
+            error = _unusable(encoded) if isinstance(encoded, ValueError) else _BadLine("conversation", "the conversation is empty")
             bad.append((number, error.kind, error.message))
-            if recipe.skip:
-                continue
-            break
+            continue
+        sample_ids, sample_supervised = encoded
         sample_supervised[0] = False  # no token comes before it, from which to predict it
         ids.append(sample_ids.astype(recipe.dtype, copy=False))
         supervised.append(sample_supervised)
         index.append((len(sample_ids), np.count_nonzero(sample_supervised), number))
-    return _Part(
+    return _Tokens(
         task,
         ids=np.concatenate(ids),
         supervised=np.concatenate(supervised),
         index=np.array(index, dtype=np.int64).reshape(-1, 3),
-        bad=bad,
-        line_count=content.count(b"\n"),
+        bad=sorted(bad),
+        line_count=read.count,
     )
 
 
-def _encode(line: bytes, recipe: _Recipe) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[dict[int, Sample], list[tuple[int, str, str]]]:
+    """({number: sample}, bad lines) of a part; ends with the first bad one, unless such lines are skipped."""
+    parse = find_format(recipe.format)
+    samples: dict[int, Sample] = {}
+    bad: list[tuple[int, str, str]] = []
+    for number, record in pairs:
+        try:
+            samples[number] = _sample(record, parse)
+        except _BadLine as error:
+            bad.append((number, error.kind, error.message))
+            if not recipe.skip:
+                break
+    return samples, bad
+
+
+def _sample(record: Any, parse: Format) -> Sample:
     try:
-        text = line.decode("utf-8")
+        return parse(_json(record) if isinstance(record, bytes) else record)
+    except (ValueError, RecursionError) as error:
+        raise _unusable(error) from None
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _BadLine("UTF-8", f"not valid UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})") from None
-    try:
-        record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _BadLine("JSON", f"not valid JSON ({error.msg} at column {error.pos + 1}); a line holds one conversation") from None
+        raise _BadLine("JSON", f"not valid JSON ({error.msg} at column {error.pos + 1}); a line holds one sample") from None
     except (ValueError, RecursionError) as error:
         raise _BadLine("JSON", f"not usable JSON ({error})") from None
-    try:
-        ids, supervised = recipe.tokenizer.encode(FORMATS[recipe.format](record))
-    except UnicodeEncodeError as error:
-        raise _BadLine(
+
+
+def _unusable(error: ValueError | RecursionError) -> _BadLine:
+    if isinstance(error, UnicodeEncodeError):
+        return _BadLine(
             "conversation", f"the text holds half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise _BadLine("conversation", str(error)) from None
-    if not len(ids):
-        raise _BadLine("conversation", "the conversation is empty")
-    return ids, supervised
+        )
+    return _BadLine("conversation", str(error))
 
 
 class _Writer:
@@ -300,12 +316,13 @@ class _Writer:
         self.sample_counts = [0] * len(files)
         self.skipped: list[tuple[int, int, str, str]] = []
         self.tokens = 0
+        self.largest_id = 0
 
     @property
     def samples(self) -> int:
         return sum(self.sample_counts)
 
-    def write(self, parts: Iterable[_Part]) -> None:
+    def write(self, parts: Iterable[_Tokens]) -> None:
         """Write all parts, which come in order. DataError at the first bad line, unless such lines are skipped, and where nothing is left."""
         lines_before = [0] * len(self.files)
         with ExitStack() as stack:
@@ -320,9 +337,14 @@ class _Writer:
                 index.write(part.index.data)
                 self.sample_counts[number] += len(part.index)
                 self.tokens += len(part.ids)
+                self.largest_id = max(self.largest_id, int(part.ids.max(initial=0)))
                 lines_before[number] += part.line_count
         if not self.samples:
-            first = f" ({len(self.skipped)} skipped; the first, line {self.skipped[0][1]}: {self.skipped[0][3]})" if self.skipped else ""
+            first = (
+                f" ({len(self.skipped)} skipped; the first, {unit(self.files[self.skipped[0][0]])} {self.skipped[0][1]}: {self.skipped[0][3]})"
+                if self.skipped
+                else ""
+            )
             raise DataError(f"{self.key}: no usable line in {', '.join(map(str, self.files))}{first}")
 
     def finish(self, fingerprint: str) -> None:
@@ -333,6 +355,7 @@ class _Writer:
             "dtype": np.dtype(self.recipe.dtype).name,
             "samples": self.samples,
             "tokens": self.tokens,
+            "largest_id": self.largest_id,
             "sizes": {name: (self.directory / name).stat().st_size for name in BINARIES},
             "hashes": {name: _hash_file(self.directory / name) for name in BINARIES},
             "files": [str(file) for file in self.files],
@@ -344,37 +367,36 @@ class _Writer:
     def _bad_line(self, file_number: int, line: int, kind: str, message: str) -> None:
         if not self.recipe.skip:
             raise DataError(
-                f"{self.key}: {self.files[file_number]} line {line}: {message}.\n"
+                f"{self.key}: {self.files[file_number]} {unit(self.files[file_number])} {line}: {message}.\n"
                 "Set data.bad_lines=skip to leave such lines out; they are counted and listed in the run directory."
             )
         self.skipped.append((file_number, line, kind, message))
 
 
-def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress: bool) -> Generator[_Part]:
-    """Every chunk of every file, tokenised, in order; in this process where there is little to do."""
+def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress: bool) -> Generator[_Tokens]:
+    """Every part of every file, tokenised, in order; in this process where there is little to do."""
     from tqdm import tqdm
 
     tokenize = partial(_tokenize, recipe)
-    tasks = [_Task(number, file, *span) for number, file in enumerate(files) for span in chunks(file, CHUNK_BYTES)]
-    total = sum(task.stop - task.start for task in tasks)
-    workers = min(_cores() if num_workers is None else num_workers, len(tasks))
+    tasks = (_Task(number, part) for number, file in enumerate(files) for part in split(file, CHUNK_BYTES))
+    total = sum(file.stat().st_size for file in files)
+    workers = _cores() if num_workers is None else num_workers
     parts = map(tokenize, tasks) if workers < 2 or total < SERIAL_BYTES else _in_processes(tokenize, tasks, workers)
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None if progress else True, file=sys.stderr) as bar:
         for part in parts:
             yield part
-            bar.update(part.task.stop - part.task.start)
+            bar.update(part.task.part.size)
 
 
-def _in_processes(tokenize: Callable[[_Task], _Part], tasks: list[_Task], workers: int) -> Iterator[_Part]:
+def _in_processes(tokenize: Callable[[_Task], _Tokens], tasks: Iterator[_Task], workers: int) -> Iterator[_Tokens]:
     """`map(tokenize, tasks)` by processes, a few tasks ahead. ConfigError when one of them dies."""
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and locks in whatever state they are
-    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    waiting = iter(tasks)
-    running: deque[Future[_Part]] = deque()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_process)
+    running: deque[Future[_Tokens]] = deque()
     try:
         while True:
-            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
+            while len(running) < 2 * workers and (task := next(tasks, None)) is not None:
                 running.append(pool.submit(tokenize, task))
             if not running:
                 return
@@ -384,6 +406,11 @@ def _in_processes(tokenize: Callable[[_Task], _Part], tasks: list[_Task], worker
         raise ConfigError("data.num_workers", workers, why) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough; each would start a thread a core of its own
 
 
 @contextmanager
@@ -433,7 +460,7 @@ def _remove_stale(cache_dir: Path) -> None:
 
 
 def _fingerprint(file_hashes: list[str], recipe: _Recipe) -> str:
-    parts = [VERSION, recipe.format, recipe.tokenizer.fingerprint, recipe.skip, file_hashes]
+    parts = [VERSION, format_identity(recipe.format), recipe.tokenizer.fingerprint, recipe.skip, file_hashes]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

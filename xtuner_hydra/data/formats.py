@@ -1,24 +1,40 @@
-"""Shapes of a line: a decoded JSON value -> a Conversation, or a ValueError with a sentence that says what is wrong with it."""
+"""Shapes of a record: a decoded JSON value -> a Conversation or a Text, or a ValueError with a sentence that says what is wrong with it."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from xtuner_hydra.errors import ConfigError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "pretrain")
 SUPERVISED_ROLES = ("assistant", "pretrain")  # XTuner's: the loss is taken on these unless a message says otherwise
+_THINKING = ("reasoning_content", "thinking", "reasoning")  # names that transformers reads, the usual one first
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `supervised`: whether the loss is taken on it. `tool_calls`: dicts of `name` and `arguments` (an object)."""
+    """One turn. `supervised`: whether the loss is taken on it.
+
+    tool_calls: dicts of `name` and `arguments` (an object); call_ids: their ids, None where the data has none. thinking: what the assistant
+    thought before `content`. name, tool_call_id: of the tool, and of the call, that a `tool` message answers."""
 
     role: str
     content: str
     supervised: bool
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    call_ids: list[str | None] = field(default_factory=list)
+    thinking: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,26 +45,150 @@ class Conversation:
     tools: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Text:
+    """Text without a chat template: pieces (text, supervised) that follow each other. An EOS ends it, supervised like the last piece."""
+
+    pieces: list[tuple[str, bool]]
+
+
+Sample = Conversation | Text
+Format = Callable[[object], Sample]
+
+
 def parse_openai(record: object) -> Conversation:
     """OpenAI's chat shape, as XTuner reads it: a list of messages, or an object with `messages` or `dialogs` and perhaps `tools`.
 
-    A message has `role` and `content` (text, a list of text parts, or null beside `tool_calls`) and perhaps `loss`: true or false."""
+    A message has `role` and `content` (text, a list of text parts, or null beside `tool_calls`), perhaps `reasoning_content`, and perhaps
+    `loss`: true or false."""
     tools: object = None
     if isinstance(record, dict):
         tools = record.get("tools")
         keys = [key for key in ("messages", "dialogs") if key in record]
         if len(keys) != 1:
-            raise ValueError(f"an object needs `messages` (or `dialogs`), this one has {', '.join(map(repr, record)) or 'nothing'}")
+            raise ValueError(f"an object needs `messages` (or `dialogs`), this one has {_keys(record)}")
         record = record[keys[0]]
-    if not isinstance(record, list):
-        raise ValueError(f"expected a list of messages, got {_kind(record)}")
-    messages = [_message(number, message) for number, message in enumerate(record, 1)]
+    return _conversation(_messages(record), tools)
+
+
+def parse_sharegpt(record: object) -> Conversation:
+    """ShareGPT's shape: an object with `conversations`, a list of `from` and `value`, and perhaps `system` and `tools`.
+
+    `from` is human or user, gpt or assistant, system, function_call (a call as JSON), or function, tool or observation (its result)."""
+    turns = _field(record, "conversations", list, "a list of turns")
+    messages = [_sharegpt_message(number, turn) for number, turn in enumerate(turns, 1)]
+    return _conversation(_system(record) + messages, _maybe_json("tools", _get(record, "tools")))
+
+
+def parse_alpaca(record: object) -> Conversation:
+    """Alpaca's shape: `instruction`, perhaps `input` (added after a blank line), and `output`.
+
+    Perhaps `system`, and `history`: [question, answer] pairs that came before."""
+    instruction, output = _field(record, "instruction", str, "text"), _field(record, "output", str, "text")
+    context = _get(record, "input") or ""
+    if not isinstance(context, str):
+        raise ValueError(f"input must be text, got {_kind(context)}")
+    question = f"{instruction}\n\n{context}" if context else instruction
+    turns = [*_history(_get(record, "history")), (question, output)]
+    return Conversation(_system(record) + [message for turn in turns for message in _exchange(*turn)])
+
+
+def parse_prompt_completion(record: object) -> Sample:
+    """`prompt` and `completion`: both text (no chat template; loss on the completion and an EOS), or both messages (loss on the latter)."""
+    if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
+        raise ValueError(f"expected an object with prompt and completion, got {_described(record)}")
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Text([(prompt, False), (completion, True)])
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise ValueError(f"prompt and completion must both be text or both lists of messages, got {_kind(prompt)} and {_kind(completion)}")
+    asked = [{**message, "loss": False} if isinstance(message, dict) else message for message in prompt]
+    return _conversation(_messages(asked + completion), record.get("tools"))
+
+
+def parse_text(record: object) -> Text:
+    """A document: an object with `text` or `content`, or bare text."""
+    if isinstance(record, str):
+        return _document(record)
+    keys = [key for key in ("text", "content") if isinstance(record, dict) and key in record]
+    if len(keys) != 1:
+        raise ValueError(f"expected an object with `text` (or `content`), got {_described(record)}")
+    return _document(_field(record, keys[0], str, "text"))
+
+
+FORMATS: dict[str, Format] = {
+    "openai": parse_openai,
+    "sharegpt": parse_sharegpt,
+    "alpaca": parse_alpaca,
+    "prompt_completion": parse_prompt_completion,
+    "text": parse_text,
+}
+
+
+def find_format(name: str, key: str = "data.format") -> Format:
+    """The function behind data.format: one of ours, or `package.module:function`, which is imported (from the working directory too).
+
+    A function of yours takes a decoded record and returns what the `openai` format takes (a list of messages, or an object with `messages`),
+    text for a document, or a Conversation or Text made here; it raises ValueError for a record that cannot be used. Naming one runs its code:
+    it is one of the few places where a config can. Raises ConfigError where it cannot be imported."""
+    if name in FORMATS:
+        return FORMATS[name]
+    function = _import(name, key)
+    return lambda record: _made_by(name, function, record)
+
+
+def format_identity(name: str) -> str:
+    """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of its file."""
+    if name in FORMATS:
+        return name
+    source = inspect.getsourcefile(_import(name, "data.format"))
+    content = Path(source).read_bytes() if source else b""
+    return f"{name} {hashlib.sha256(content).hexdigest()}"
+
+
+def _import(name: str, key: str) -> Callable[[object], object]:
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the installed command does not have it, `python -m` has
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise ConfigError(
+            key, name, f"cannot be imported ({type(error).__name__}: {error}); give package.module:function, found from {os.getcwd()}"
+        ) from None
+    if not callable(found):
+        raise ConfigError(key, name, "is not a function")
+    return found
+
+
+def _made_by(name: str, function: Callable[[object], object], record: object) -> Sample:
+    try:
+        made = function(record)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} failed ({type(error).__name__}: {error})") from None
+    if isinstance(made, Conversation | Text):
+        return made
+    return _document(made) if isinstance(made, str) else parse_openai(made)
+
+
+def _conversation(messages: list[Message], tools: object) -> Conversation:
     if not any(message.role in SUPERVISED_ROLES for message in messages):
         raise ValueError("a conversation without an assistant turn; there is nothing to learn from it")
     return Conversation(messages, _tools(tools))
 
 
-FORMATS: dict[str, Callable[[object], Conversation]] = {"openai": parse_openai}
+def _document(text: str) -> Text:
+    if not text:
+        raise ValueError("the text is empty")
+    return Text([(text, True)])
+
+
+def _messages(record: object) -> list[Message]:
+    if not isinstance(record, list):
+        raise ValueError(f"expected a list of messages, got {_kind(record)}")
+    return [_message(number, message) for number, message in enumerate(record, 1)]
 
 
 def _message(number: int, message: object) -> Message:
@@ -57,14 +197,30 @@ def _message(number: int, message: object) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"message {number}: role {json.dumps(role, ensure_ascii=False)} is not one of {', '.join(ROLES)}")
-    loss = message.get("loss", role in SUPERVISED_ROLES)
-    if not isinstance(loss, bool):
-        raise ValueError(f"message {number}: loss must be true or false, got {_kind(loss)}")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise ValueError(f"message {number}: tool_calls must be a list, got {_kind(calls)}")
-    calls = [_call(number, call) for call in calls]
-    return Message(role, _content(number, message.get("content"), has_calls=bool(calls)), loss, calls)
+    thinking = next((message[key] for key in _THINKING if message.get(key) is not None), None)
+    return Message(
+        role,
+        _content(number, message.get("content"), has_calls=bool(calls)),
+        _loss(number, message, role),
+        [_call(number, call) for call in calls],
+        [_call_id(call) for call in calls],
+        thinking=_text_or_none(number, "reasoning_content", thinking),
+        name=_text_or_none(number, "name", message.get("name")),
+        tool_call_id=_text_or_none(number, "tool_call_id", message.get("tool_call_id")),
+    )
+
+
+def _loss(number: int, message: dict[str, Any], role: str) -> bool:
+    """Whether `message` is learnt: what its `loss` says (null, as Parquet fills gaps, says nothing), else what its role does."""
+    loss = message.get("loss")
+    if loss is None:
+        return role in SUPERVISED_ROLES
+    if not isinstance(loss, bool):
+        raise ValueError(f"message {number}: loss must be true or false, got {_kind(loss)}")
+    return loss
 
 
 def _content(number: int, content: object, *, has_calls: bool) -> str:
@@ -86,7 +242,7 @@ def _part(number: int, part: object) -> str:
 
 def _call(number: int, call: object) -> dict[str, Any]:
     """{"name", "arguments"} of a tool call; OpenAI wraps them in `function` and writes the arguments as a JSON string."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number}: a tool call needs a function with a name")
     arguments = function.get("arguments", {})
@@ -98,12 +254,101 @@ def _call(number: int, call: object) -> dict[str, Any]:
     return {"name": function["name"], "arguments": arguments}
 
 
+def _call_id(call: Any) -> str | None:
+    identity = call.get("id")
+    return identity if isinstance(identity, str) else None
+
+
 def _tools(tools: object) -> list[dict[str, Any]]:
     if tools is None:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools must be a list of objects")
     return tools
+
+
+_SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def _sharegpt_message(number: int, turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number}: expected an object with from and value, got {_kind(turn)}")
+    speaker, value = turn.get("from"), turn.get("value")
+    role = _SHAREGPT.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(f"turn {number}: from {json.dumps(speaker, ensure_ascii=False)} is not one of {', '.join(_SHAREGPT)}")
+    if not isinstance(value, str):
+        raise ValueError(f"turn {number}: value must be text, got {_kind(value)}")
+    if speaker != "function_call":
+        return Message(role, value, _loss(number, turn, role))
+    call = _maybe_json(f"turn {number}: function_call", value)
+    calls = call if isinstance(call, list) else [call]
+    return Message(role, "", _loss(number, turn, role), [_call(number, one) for one in calls])
+
+
+def _maybe_json(name: str, value: object) -> object:
+    """`value`, read as JSON where it is text."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip() else value or None
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error})") from None
+
+
+def _system(record: object) -> list[Message]:
+    """The system message of a record that has `system` beside its turns."""
+    system = _get(record, "system")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"system must be text, got {_kind(system)}")
+    return [Message("system", system, supervised=False)] if system else []
+
+
+def _history(history: object) -> list[tuple[str, str]]:
+    pairs = history or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    ):
+        raise ValueError("history must be a list of [question, answer] pairs")
+    return [(question, answer) for question, answer in pairs]
+
+
+def _exchange(question: str, answer: str) -> list[Message]:
+    return [Message("user", question, supervised=False), Message("assistant", answer, supervised=True)]
+
+
+def _field(record: object, name: str, kind: type, word: str) -> Any:
+    if not isinstance(record, dict) or name not in record:
+        raise ValueError(f"expected an object with {name}, got {_described(record)}")
+    if not isinstance(record[name], kind):
+        raise ValueError(f"{name} must be {word}, got {_kind(record[name])}")
+    return record[name]
+
+
+def _get(record: object, name: str) -> object:
+    return record.get(name) if isinstance(record, dict) else None
+
+
+def _text_or_none(number: int, name: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"message {number}: {name} must be text, got {_kind(value)}")
+
+
+def _described(record: object) -> str:
+    return f"one with {_keys(record)}" if isinstance(record, dict) else _kind(record)
+
+
+def _keys(record: dict[str, Any]) -> str:
+    return ", ".join(map(repr, record)) or "nothing"
 
 
 def _kind(value: object) -> str:

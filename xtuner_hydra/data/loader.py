@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from xtuner_hydra.config.schema import DataConfig
 from xtuner_hydra.data.batch import PackedBatch, deal, empty_batch, make_batch
-from xtuner_hydra.data.cache import TokenCache
+from xtuner_hydra.data.mixture import Samples
 from xtuner_hydra.data.plan import Selection, TrainPlan, eval_packs, work
 
 AHEAD = 2
@@ -87,7 +87,7 @@ def step_batch(plan: TrainPlan, step: int, dp_rank: int, dp_size: int) -> StepBa
     )
 
 
-def eval_batches(cache: TokenCache, selection: Selection, data: DataConfig, *, dp_rank: int, dp_size: int) -> Iterator[PackedBatch]:
+def eval_batches(cache: Samples, selection: Selection, data: DataConfig, *, dp_rank: int, dp_size: int) -> Iterator[PackedBatch]:
     """The held-out samples once, as this rank's share; every rank gets equally many batches."""
     packs = eval_packs(selection, data)
     for pack in deal(work(packs), dp_size)[dp_rank]:

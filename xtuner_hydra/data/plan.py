@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xtuner_hydra.config.schema import DataConfig, ModelConfig, TrainerConfig
 from xtuner_hydra.data import packing
-from xtuner_hydra.data.cache import TokenCache
+from xtuner_hydra.data.mixture import Samples
 from xtuner_hydra.data.packing import Int64s, Packs
+from xtuner_hydra.data.readers import unit
 from xtuner_hydra.errors import DataError
 
 _TOKEN_WORK = 16384  # a token's matrix products cost about as much as attending to so many others (10,000 in qwen3_tiny, 50,000 in 8B)
@@ -24,18 +26,23 @@ _TOKEN_WORK = 16384  # a token's matrix products cost about as much as attending
 EVAL_PACK = 2048
 """Tokens in a pack of held-out data, unless a sample is longer; without gradients it needs little memory."""
 
+EXAMPLES = 3
+"""Samples of each kind of loss that are told by name."""
+
 
 @dataclass(frozen=True)
 class Selection:
     """What of a cache is used, as parallel arrays: tokens [0, lengths[i]) of samples[i]. samples, lengths: int64 (selected,).
 
-    The counts say what became of the rest: `truncated` to max_length, `dropped` as longer, `unsupervised` = without a label (any more)."""
+    The counts say what became of the rest: `truncated` to max_length, `dropped` as longer, `unsupervised` = without a label (any more).
+    examples: the first few samples of each of these, by its name."""
 
     samples: Int64s
     lengths: Int64s
     truncated: int = 0
     dropped: int = 0
     unsupervised: int = 0
+    examples: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,11 +67,22 @@ def held_out_limit(data: DataConfig, model: ModelConfig) -> int | None:
     return None if data.pack_strategy == "hard" else model.max_position_embeddings
 
 
-def select_samples(cache: TokenCache, data: DataConfig, limit: int | None, *, seed: int, sample_ratio: float, key: str) -> Selection:
-    """Apply sample_ratio, `limit` and overlong. `key` (data.path, data.eval_path) starts the messages.
+def select_samples(
+    cache: Samples,
+    data: DataConfig,
+    limit: int | None,
+    *,
+    seed: int,
+    sample_ratio: float,
+    key: str,
+    among: NDArray[np.bool_] | None = None,
+) -> Selection:
+    """Apply sample_ratio, `limit` and overlong. `key` (data.path, data.eval_path) starts the messages; among: which samples there are.
 
     Raises DataError for an overlong sample where that is an error, and where no sample with a label is left."""
     samples = _repeat(len(cache), sample_ratio, seed)
+    if among is not None:
+        samples = samples[among[samples]]
     lengths = cache.lengths[samples]
     overlong = lengths > limit if limit is not None else np.zeros(len(samples), dtype=bool)
     if data.overlong == "error" and overlong.any():
@@ -75,16 +93,30 @@ def select_samples(cache: TokenCache, data: DataConfig, limit: int | None, *, se
     used = keep & learnt
     if not used.any():
         raise _nothing_left(cache, keep, key)
+    lost = {"truncated": overlong & used, "dropped": ~keep, "unsupervised": keep & ~learnt}
+    counts = {name: int(which.sum()) for name, which in lost.items()}
+    examples = {name: samples[which][:EXAMPLES].tolist() for name, which in lost.items()}
+    return Selection(samples[used], stops[used], **counts, examples=examples)
+
+
+def join(selections: list[Selection], starts: list[int]) -> Selection:
+    """Selections of the parts of a mixture as one of the whole; starts: number of each part's first sample."""
     return Selection(
-        samples[used],
-        stops[used],
-        truncated=int((overlong & used).sum()),
-        dropped=int((~keep).sum()),
-        unsupervised=int((keep & ~learnt).sum()),
+        np.concatenate([selection.samples + start for selection, start in zip(selections, starts, strict=True)]),
+        np.concatenate([selection.lengths for selection in selections]),
+        truncated=sum(selection.truncated for selection in selections),
+        dropped=sum(selection.dropped for selection in selections),
+        unsupervised=sum(selection.unsupervised for selection in selections),
+        examples={
+            name: [sample + start for selection, start in zip(selections, starts, strict=True) for sample in selection.examples[name]][
+                :EXAMPLES
+            ]
+            for name in ("truncated", "dropped", "unsupervised")
+        },
     )
 
 
-def supervised_tokens(cache: TokenCache, samples: Int64s, start: Int64s, stop: Int64s) -> Int64s:
+def supervised_tokens(cache: Samples, samples: Int64s, start: Int64s, stop: Int64s) -> Int64s:
     """Labels in tokens [start, stop) of each sample, (samples,). The first token of a segment has none: what precedes it is elsewhere."""
     counts = cache.supervised_lengths[samples]
     for i in np.flatnonzero((start > 0) | (stop < cache.lengths[samples])):
@@ -115,7 +147,7 @@ class TrainPlan:
 
     total_steps: int, exact. fingerprint: changes when the order of the data would, the seed and the batch size apart."""
 
-    def __init__(self, cache: TokenCache, selection: Selection, data: DataConfig, trainer: TrainerConfig) -> None:
+    def __init__(self, cache: Samples, selection: Selection, data: DataConfig, trainer: TrainerConfig) -> None:
         assert trainer.global_batch_size is not None, "resolved before the data is planned"
         self.cache = cache
         self.selection = selection
@@ -235,17 +267,17 @@ def _repeat(samples: int, ratio: float, seed: int) -> Int64s:
     return np.concatenate([np.tile(np.arange(samples), whole), np.sort(drawn)])
 
 
-def _overlong(cache: TokenCache, data: DataConfig, sample: int, limit: int | None, key: str) -> DataError:
+def _overlong(cache: Samples, data: DataConfig, sample: int, limit: int | None, key: str) -> DataError:
     file, line = cache.locate(sample)
     default = "data.pack_max_length" if limit == data.pack_max_length else "model.max_position_embeddings"
     name = default if data.max_length is None else "data.max_length"
     return DataError(
-        f"{key}: {file} line {line}: {cache.lengths[sample]} tokens, longer than {name}={limit}.\n"
+        f"{key}: {file} {unit(file)} {line}: {cache.lengths[sample]} tokens, longer than {name}={limit}.\n"
         "Raise that, or set data.overlong to truncate or drop; both are counted and announced."
     )
 
 
-def _nothing_left(cache: TokenCache, keep: np.ndarray, key: str) -> DataError:
+def _nothing_left(cache: Samples, keep: np.ndarray, key: str) -> DataError:
     where = f"{key}: {', '.join(map(str, cache.files))}"
     if not len(keep):
         return DataError(f"{where}: data.sample_ratio leaves none of the {len(cache)} samples")
@@ -259,6 +291,7 @@ def _nothing_left(cache: TokenCache, keep: np.ndarray, key: str) -> DataError:
     )
 
 
-def _fingerprint(cache: TokenCache, data: DataConfig) -> str:
+def _fingerprint(cache: Samples, data: DataConfig) -> str:
     parts = [cache.fingerprint, data.sample_ratio, data.max_length, data.overlong, data.pack_strategy, data.pack_max_length, data.shuffle]
+    parts += [[source.sample_ratio for source in data.sources or []], data.eval_ratio]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner_hydra.config.schema import Config
+import numpy as np
+
+from xtuner_hydra.config.schema import Config, DataConfig
 from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, describe_skipped, open_cache
-from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, select_samples, training_limit
+from xtuner_hydra.data.mixture import Mixture, Samples, held_out, parts_of
+from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, join, select_samples, training_limit
+from xtuner_hydra.data.readers import unit
 from xtuner_hydra.data.sources import resolve_files
 from xtuner_hydra.data.tokenizers import Tokenizer
-from xtuner_hydra.errors import DataError
+from xtuner_hydra.errors import ConfigError, DataError
 from xtuner_hydra.files import write_json
 
 FILE_NAME = "data.json"
@@ -23,9 +28,9 @@ FILE_NAME = "data.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A token cache and what of it is used."""
+    """Samples and what of them is used."""
 
-    cache: TokenCache
+    cache: Samples
     selection: Selection
 
 
@@ -42,8 +47,8 @@ class PreparedData:
     def load(cls, run_dir: Path, config: Config) -> PreparedData:
         """Open what `save` noted in `run_dir`, without reading the sources again. Raises DataError where a cache is gone."""
         saved = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
-        held_out = _open(saved["eval"]) if saved["eval"] else None
-        return _assemble(config, _open(saved["train"]), held_out, tokenizer_name=saved["tokenizer"])
+        held = _open(saved["eval"]) if config.data.eval_path is not None else None
+        return _assemble(config, _open(saved["train"]), held, tokenizer_name=saved["tokenizer"])
 
     def save(self, run_dir: Path) -> None:
         """Write data.json: files with their hashes, caches, counts."""
@@ -56,26 +61,31 @@ class PreparedData:
     def summary(self) -> list[str]:
         """The data as lines for people."""
         plan, selection = self.plan, self.train.selection
-        ratio = f" (sample_ratio {plan.data.sample_ratio:g})"
         return [
             f"tokenizer: {self.tokenizer_name}",
-            *_files("training data", self.train, ratio),
+            *_training_files(self.train, plan.data),
             f"{len(selection)} samples -> {len(plan.epoch_packs(0))} packs of up to {plan.data.pack_max_length} tokens "
             f"({plan.data.pack_strategy}), {plan.utilization:.1%} full{_left_out(selection)}",
-            *(_files("held-out data", self.eval, _left_out(self.eval.selection)) if self.eval else []),
+            *(self._held_out() if self.eval else []),
         ]
+
+    def _held_out(self) -> list[str]:
+        assert self.eval is not None
+        if self.plan.data.eval_ratio is None:
+            return _files("held-out data", self.eval.cache, _left_out(self.eval.selection)) + describe_skipped(self.eval.cache.skipped)
+        count, of = len(self.eval.selection), len(self.eval.cache)
+        return [f"held-out data: {count} of the {of} samples (eval_ratio {self.plan.data.eval_ratio:g}){_left_out(self.eval.selection)}"]
 
 
 def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> PreparedData:
     """Read, check, tokenise, select and plan. Raises DataError or ConfigError, and then leaves nothing behind."""
-    cache_dir = _cache_dir(config.data.cache_dir)
+    data, cache_dir = config.data, _cache_dir(config.data.cache_dir)
     with all_or_nothing(cache_dir) as built:
 
-        def open_or_build(path: Any, key: str) -> TokenCache:
-            data = config.data
+        def open_or_build(path: Any, format: str, key: str) -> TokenCache:
             cache = build_cache(
                 resolve_files(path, key),
-                data.format,
+                format,
                 tokenizer,
                 bad_lines=data.bad_lines,
                 cache_dir=cache_dir,
@@ -87,22 +97,69 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
                 built.append(cache)
             return cache
 
-        train = open_or_build(config.data.path, "data.path")
-        held_out = open_or_build(config.data.eval_path, "data.eval_path") if config.data.eval_path is not None else None
-        return _assemble(config, train, held_out, tokenizer_name=tokenizer.name)
+        train = _training_caches(data, open_or_build)
+        held = open_or_build(data.eval_path, data.format, "data.eval_path") if data.eval_path is not None else None
+        return _assemble(config, train, held, tokenizer_name=tokenizer.name)
 
 
-def _assemble(config: Config, train: TokenCache, held_out: TokenCache | None, *, tokenizer_name: str) -> PreparedData:
-    seed, data = config.trainer.seed, config.data
-    selection = select_samples(train, data, training_limit(data), seed=seed, sample_ratio=data.sample_ratio, key="data.path")
+def _training_caches(data: DataConfig, open_or_build: Callable[[Any, str, str], TokenCache]) -> Samples:
+    if not data.sources:
+        return open_or_build(data.path, data.format, "data.path")
+    sources = enumerate(data.sources)
+    return Mixture([open_or_build(source.path, source.format or data.format, f"data.sources[{i}].path") for i, source in sources])
+
+
+def refuse_ids_without_a_row(data: PreparedData, vocab_size: int, tokenizer: Tokenizer) -> None:
+    """ConfigError where a token of the data has no row in an embedding of `vocab_size` rows. A tokenizer may have more ids than are used."""
+    cache = max((source.cache for source in (data.train, data.eval) if source), key=lambda cache: cache.largest_id)
+    if cache.largest_id < vocab_size:
+        return
+    sample = next(sample for sample in range(len(cache)) if cache.ids(sample).max() >= vocab_size)
+    file, line = cache.locate(sample)
+    token = next(number for number in cache.ids(sample).tolist() if number >= vocab_size)
+    raise ConfigError(
+        "model.vocab_size",
+        vocab_size,
+        f"{file} {unit(file)} {line} holds token {token} ({tokenizer.decode([token])!r}), and the embedding has rows for 0 to {vocab_size - 1}; "
+        f"take the tokenizer that belongs to the weights, or with random weights set model.vocab_size={tokenizer.vocab_size} or more",
+    )
+
+
+def _assemble(config: Config, train: Samples, held: Samples | None, *, tokenizer_name: str) -> PreparedData:
+    data, seed = config.data, config.trainer.seed
+    apart = held_out(train, data.eval_ratio) if data.eval_ratio is not None else None
+    selection = _select_training(train, data, seed, apart)
     evaluated = None
-    if held_out is not None:
-        limit = held_out_limit(data, config.model)
-        evaluated = Source(held_out, select_samples(held_out, data, limit, seed=seed, sample_ratio=1.0, key="data.eval_path"))
+    if held is not None or apart is not None:
+        samples, key = (held, "data.eval_path") if held is not None else (train, "data.eval_ratio")
+        chosen = select_samples(samples, data, held_out_limit(data, config.model), seed=seed, sample_ratio=1.0, key=key, among=apart)
+        evaluated = Source(samples, chosen)
     return PreparedData(Source(train, selection), evaluated, TrainPlan(train, selection, data, config.trainer), tokenizer_name)
 
 
-def _open(saved: dict[str, Any]) -> TokenCache:
+def _select_training(train: Samples, data: DataConfig, seed: int, apart: np.ndarray | None) -> Selection:
+    selections, starts = [], []
+    for (part, place), (key, ratio) in zip(parts_of(train), _ratios(data), strict=True):
+        among = None if apart is None else ~apart[place]
+        limit = training_limit(data)
+        selections.append(select_samples(part, data, limit, seed=seed, sample_ratio=ratio, key=key, among=among))
+        starts.append(place.start)
+    return join(selections, starts)
+
+
+def _ratios(data: DataConfig) -> list[tuple[str, float]]:
+    """(key, how often it counts) of each source."""
+    if not data.sources:
+        return [("data.path", data.sample_ratio)]
+    return [(f"data.sources[{i}].path", source.sample_ratio * data.sample_ratio) for i, source in enumerate(data.sources)]
+
+
+def _open(saved: dict[str, Any]) -> Samples:
+    caches = [_open_part(part) for part in saved["sources"]]
+    return caches[0] if len(caches) == 1 else Mixture(caches)
+
+
+def _open_part(saved: dict[str, Any]) -> TokenCache:
     try:
         return open_cache(Path(saved["cache"]), [Path(file) for file in saved["files"]])
     except CacheError as error:
@@ -112,7 +169,6 @@ def _open(saved: dict[str, Any]) -> TokenCache:
 def _describe(source: Source) -> dict[str, Any]:
     cache, selection = source.cache, source.selection
     return {
-        "cache": str(cache.directory.resolve()),
         "fingerprint": cache.fingerprint,
         "files": [str(file.resolve()) for file in cache.files],
         "hashes": cache.file_hashes,
@@ -123,13 +179,38 @@ def _describe(source: Source) -> dict[str, Any]:
         "dropped": selection.dropped,
         "unsupervised": selection.unsupervised,
         "skipped_lines": [vars(line) for line in cache.skipped],
+        "sources": [
+            {
+                "cache": str(part.directory.resolve()),
+                "files": [str(file.resolve()) for file in part.files],
+                "samples": len(part),
+                "tokens": int(part.lengths.sum()),
+                "selected": dict(zip(("samples", "tokens"), _counts(selection, place), strict=True)),
+            }
+            for part, place in parts_of(cache)
+        ],
     }
 
 
-def _files(title: str, source: Source, remark: str) -> list[str]:
-    cache = source.cache
-    lines = [f"{title}: {file}: {count} samples{remark}" for file, count in zip(cache.files, cache.sample_counts, strict=True)]
-    return lines + describe_skipped(cache.skipped)
+def _counts(selection: Selection, place: slice) -> tuple[int, int]:
+    """(samples, tokens) that are selected of the samples with numbers in `place`."""
+    inside = (selection.samples >= place.start) & (selection.samples < place.stop)
+    return int(inside.sum()), int(selection.lengths[inside].sum())
+
+
+def _training_files(source: Source, data: DataConfig) -> list[str]:
+    """The files, and of a mixture what each source gives."""
+    lines: list[str] = []
+    for number, ((part, place), (_, ratio)) in enumerate(zip(parts_of(source.cache), _ratios(data), strict=True)):
+        lines += _files("training data", part, f" (sample_ratio {ratio:g})")
+        if data.sources:
+            samples, tokens = _counts(source.selection, place)
+            lines.append(f"source {number}: {samples} samples, {tokens:,} tokens, {tokens / source.selection.tokens:.1%} of all")
+    return lines + describe_skipped(source.cache.skipped)
+
+
+def _files(title: str, cache: Samples, remark: str) -> list[str]:
+    return [f"{title}: {file}: {count} samples{remark}" for file, count in zip(cache.files, cache.sample_counts, strict=True)]
 
 
 def _left_out(selection: Selection) -> str:

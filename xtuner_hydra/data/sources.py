@@ -9,12 +9,12 @@ from pathlib import Path
 
 from xtuner_hydra.errors import DataError
 
-SUFFIXES = (".jsonl", ".json")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def resolve_files(path: str | list[str], key: str) -> list[Path]:
-    """The files behind `path`: a file, a directory (recursively, sorted, *.jsonl and *.json), a glob, or a list of these.
+    """The files behind `path`: a file, a directory (recursively, sorted, what ends in SUFFIXES), a glob, or a list of these.
 
     Raises DataError that names `key` for what is not there, cannot be read, or is empty."""
     paths = [path] if isinstance(path, str) else path
@@ -49,7 +49,7 @@ def read_chunk(file: Path, start: int, stop: int) -> bytes:
             content = stream.read(stop - start)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    return content.removeprefix(_BYTE_ORDER_MARK) if start == 0 else content
+    return content.removeprefix(BYTE_ORDER_MARK) if start == 0 else content
 
 
 def lines(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -61,9 +61,9 @@ def lines(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _resolve(path: str, key: str) -> list[Path]:
     if os.path.isdir(path):
-        files = sorted(file for file in Path(path).rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(file for file in Path(path).rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
         if not files:
-            raise DataError(f"{key}: {path}: a directory without {' or '.join('*' + suffix for suffix in SUFFIXES)} files")
+            raise DataError(f"{key}: {path}: a directory without {', '.join('*' + suffix for suffix in SUFFIXES)} files")
         return files
     if os.path.exists(path):
         return [Path(path)]

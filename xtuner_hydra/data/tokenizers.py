@@ -1,4 +1,4 @@
-"""Tokenizers: a Conversation -> token ids and which of them are supervised.
+"""Tokenizers: a Conversation or a Text -> token ids and which of them are supervised.
 
 Supervised is what the assistant must produce: its content, its tool calls and the token that ends its turn; never the header of the turn."""
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtuner_hydra.config.schema import ModelConfig
-from xtuner_hydra.data.formats import Conversation, Message
+from xtuner_hydra.data.fold import fold
+from xtuner_hydra.data.formats import Conversation, Sample, Text
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_json
 
@@ -22,6 +24,7 @@ log = logging.getLogger("xtuner_hydra")
 IM_START, IM_END, BOS, PAD = 256, 257, 258, 259
 MARKERS = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<|bos|>": BOS, "<|pad|>": PAD}
 TEMPLATES = ("chatml", "xtuner")
+Encoded = tuple[NDArray[np.uint32], NDArray[np.bool_]]
 _OWN = "xtuner_hydra"  # key of tokenizer_config.json by which a directory that we wrote is known
 
 
@@ -34,10 +37,20 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Every id is below this."""
     bos_token_id: int | None
-    eos_token_id: int
+    eos_token_id: int | None
+    stop_token_ids: tuple[int, ...]
+    """Tokens at which generation ends: the end of an assistant's turn, and EOS."""
 
-    def encode(self, conversation: Conversation) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """(ids, supervised), both of one length."""
+    def encode(self, sample: Sample) -> Encoded:
+        """(ids, supervised), both of one length. ValueError for a sample that cannot be learnt from."""
+        ...
+
+    def encode_batch(self, samples: list[Sample]) -> list[Encoded | ValueError]:
+        """`encode` of each sample; what it would raise stands in the result."""
+        ...
+
+    def prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
+        """The ids that ask for an answer to `conversation`."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -58,7 +71,8 @@ class ByteTokenizer:
 
     vocab_size = 260
     bos_token_id: int | None = BOS
-    eos_token_id = IM_END
+    eos_token_id: int | None = IM_END
+    stop_token_ids: tuple[int, ...] = (IM_END,)
 
     def __init__(self, template: str = "chatml") -> None:
         if template not in TEMPLATES:
@@ -67,14 +81,37 @@ class ByteTokenizer:
         self.name = f"byte ({template}: UTF-8 bytes, {self.vocab_size} ids)"
         self.fingerprint = f"byte-{template}-1"
 
-    def encode(self, conversation: Conversation) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """(ids, supervised) of a conversation, both of one length."""
+    def encode(self, sample: Sample) -> Encoded:
+        """(ids, supervised) of a sample, both of one length."""
         pieces = _Pieces()
         if self.template == "xtuner":
+            pieces.marker(BOS)
+        if isinstance(sample, Text):
+            for text, supervised in sample.pieces:
+                pieces.text(text, supervised)
+            pieces.marker(IM_END, sample.pieces[-1][1])
+        elif self.template == "xtuner":
+            _encode_xtuner(pieces, sample)
+        else:
+            _encode_chatml(pieces, sample)
+        return pieces.arrays()
+
+    def encode_batch(self, samples: list[Sample]) -> list[Encoded | ValueError]:
+        """`encode` of each sample; what it would raise stands in the result."""
+        return [or_error(self.encode, sample) for sample in samples]
+
+    def prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
+        """The ids that ask for an answer to `conversation`."""
+        pieces = _Pieces()
+        if self.template == "xtuner":
+            pieces.marker(BOS)
             _encode_xtuner(pieces, conversation)
+            pieces.text("<|im_start|>assistant\n")
         else:
             _encode_chatml(pieces, conversation)
-        return pieces.arrays()
+            pieces.marker(IM_START)
+            pieces.text("assistant\n")
+        return pieces.arrays()[0]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -98,39 +135,86 @@ class ByteTokenizer:
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The tokenizer of a model config. Raises ConfigError for one that cannot be had, or whose ids the embedding does not hold."""
-    tokenizer = ByteTokenizer(_byte_template(model))
+    """The tokenizer of a model config. Raises ConfigError for one that cannot be had, or (bytes) whose ids the embedding does not hold.
+
+    Which ids of a Hugging Face tokenizer occur is known when the data is read; prepare.py looks at them."""
+    source = model.tokenizer or model.pretrained
+    if source is None:
+        raise ConfigError("model.tokenizer", None, "there is no model.pretrained to take a tokenizer from; set model.tokenizer=byte")
+    if source == "byte":
+        return _byte(model, None)
+    directory = tokenizer_directory(source)
+    if not any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
+        if model.tokenizer is not None:
+            raise ConfigError("model.tokenizer", source, "there is no tokenizer in it (tokenizer.json)")
+        log.warning(f"{directory} has no tokenizer; using the byte tokenizer (say model.tokenizer=byte to mean it)")
+        return _byte(model, None)
+    if (own := _own_template(directory)) is not None:
+        return _byte(model, own)
+    from xtuner_hydra.data.hf_tokenizer import HFTokenizer
+
+    return HFTokenizer(directory, source, model.chat_template)
+
+
+def tokenizer_directory(source: str) -> Path:
+    """`source` (model.tokenizer), a directory, or the copy of a Hub repository's tokenizer files. ConfigError where there is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ConfigError("model.tokenizer", source, "there is no such directory; give one with a tokenizer.json, a Hub id, or byte")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            "model.tokenizer",
+            source,
+            f"neither a directory here nor a tokenizer that the Hugging Face Hub gives ({reason}); give a directory, or set model.tokenizer=byte",
+        ) from None
+
+
+_HUB_FILES = [
+    "config.json",
+    "tokenizer*",
+    "*vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.jinja",
+    "chat_template.json",
+]
+
+
+def _byte(model: ModelConfig, template: str | None) -> ByteTokenizer:
+    """The byte tokenizer with the template that the config says, else `template`, else chatml."""
+    tokenizer = ByteTokenizer(model.chat_template or template or TEMPLATES[0])
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError("model.vocab_size", model.vocab_size, f"the byte tokenizer has {tokenizer.vocab_size} ids")
     return tokenizer
 
 
-def _byte_template(model: ModelConfig) -> str:
-    """The byte tokenizer's template: said in the config, else noted in `pretrained` by an export of ours, else chatml."""
-    if model.tokenizer not in (None, "byte"):
-        raise ConfigError("model.tokenizer", model.tokenizer, "Hugging Face tokenizers are not supported yet; set model.tokenizer=byte")
-    if model.tokenizer is None and model.pretrained is not None:
-        own = _own_template(Path(model.pretrained))
-        return model.chat_template or own or TEMPLATES[0]
-    if model.tokenizer is None:
-        raise ConfigError("model.tokenizer", None, "there is no model.pretrained to take a tokenizer from; set model.tokenizer=byte")
-    return model.chat_template or TEMPLATES[0]
-
-
 def _own_template(directory: Path) -> str | None:
-    """The template that an export of ours names; None for a directory without a tokenizer (the byte tokenizer serves, as in XTuner)."""
-    if not any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
-        log.warning(f"{directory} has no tokenizer; using the byte tokenizer (say model.tokenizer=byte to mean it)")
-        return None
+    """The template that an export of ours names; None for a stranger's tokenizer."""
     config = directory / "tokenizer_config.json"
-    own: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get(_OWN, {}) if config.is_file() else {}
-    if own.get("tokenizer") != "byte":
-        raise ConfigError(
-            "model.tokenizer",
-            None,
-            f"the tokenizer in {directory} cannot be used yet (Hugging Face tokenizers come later); set model.tokenizer=byte",
-        )
-    return str(own["chat_template"])
+    try:
+        own: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get(_OWN, {}) if config.is_file() else {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("model.tokenizer", directory, f"tokenizer_config.json cannot be read ({error})") from None
+    return str(own["chat_template"]) if own.get("tokenizer") == "byte" else None
+
+
+def or_error(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` gives, or the ValueError that it raises; too deep a nesting is one too."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        return error
+    except RecursionError as error:
+        return ValueError(str(error))
 
 
 class _Pieces:
@@ -164,38 +248,18 @@ def _encode_chatml(pieces: _Pieces, conversation: Conversation) -> None:
 
 
 def _encode_xtuner(pieces: _Pieces, conversation: Conversation) -> None:
-    pieces.marker(BOS)
     for role, body, supervised in _turns(conversation):
         pieces.text(f"<|im_start|>{role}\n")
         pieces.text(f"{body}<|im_end|>\n", supervised)
 
 
 def _turns(conversation: Conversation) -> list[tuple[str, str, bool]]:
-    """(role, text, supervised) a message; tools stand in the system turn, their results in a user turn, as Qwen's models have them."""
-    turns = [(_role(message), _body(message), message.supervised) for message in conversation.messages]
-    if conversation.tools:
-        if turns[0][0] != "system":
-            turns.insert(0, ("system", "", False))
-        turns[0] = ("system", (turns[0][1] + "\n\n" + _tools(conversation.tools)).lstrip("\n"), turns[0][2])
-    return turns
+    """(role, text, supervised) a message; tools, calls and thinking stand in the text."""
+    messages = fold(conversation, tools=True, thinking=True).messages
+    return [(_ROLES.get(message.role, message.role), message.content, message.supervised) for message in messages]
 
 
-def _role(message: Message) -> str:
-    return {"tool": "user", "developer": "system", "pretrain": "assistant"}.get(message.role, message.role)
-
-
-def _body(message: Message) -> str:
-    if message.role == "tool":
-        return f"<tool_response>\n{message.content}\n</tool_response>"
-    calls = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in message.tool_calls]
-    return "\n".join(([message.content] if message.content or not calls else []) + calls)
-
-
-def _tools(tools: list[dict[str, Any]]) -> str:
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    head = f"Tools you may call, one JSON schema a line:\n<tools>\n{listed}\n</tools>\n"
-    return head + 'To call one, write {"name", "arguments"} as JSON inside <tool_call></tool_call>.'
-
+_ROLES = {"developer": "system", "pretrain": "assistant"}
 
 _JINJA = {
     "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n"

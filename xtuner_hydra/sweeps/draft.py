@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xtuner_hydra import launch
 from xtuner_hydra.app import App, Composition
-from xtuner_hydra.config.schema import Config, SweepConfig
+from xtuner_hydra.config.schema import Config, DataConfig, SweepConfig
 from xtuner_hydra.config.strict import changed, did_you_mean
 from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
 from xtuner_hydra.errors import ConfigError, RefusedError
@@ -125,9 +125,13 @@ def _is_aside(key: str) -> bool:
     return key.startswith(("sweep.", "tracking.")) or key in ("checkpoint.resume", "data.num_workers", "data.cache_dir")
 
 
+def _has_held_out(data: DataConfig) -> bool:
+    return data.eval_path is not None or data.eval_ratio is not None
+
+
 def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
     """The metric that decides. Raises ConfigError for one that does not exist or that a job would not have."""
-    evaluated = all(draft.config.data.eval_path is not None and draft.config.trainer.eval_interval is not None for draft in jobs)
+    evaluated = all(_has_held_out(draft.config.data) and draft.config.trainer.eval_interval is not None for draft in jobs)
     metric = sweep.metric or ("eval/loss" if evaluated else "train/loss")
     if metric not in METRICS:
         raise ConfigError(

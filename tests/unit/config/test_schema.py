@@ -28,7 +28,7 @@ def compose(*overrides):
 
 def required(group, option):
     """What an option needs besides its name, because it leaves values open."""
-    return {"openai": ["data.path=x.jsonl"]}.get(option, [])
+    return ["data.path=x.jsonl"] if option in ("openai", "sharegpt", "alpaca", "prompt_completion") else []
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in GROUPS])

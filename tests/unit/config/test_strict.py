@@ -4,7 +4,7 @@ import pytest
 
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config, OptimizerConfig, SweepConfig
-from xtuner_hydra.config.strict import changed, from_yaml
+from xtuner_hydra.config.strict import changed, from_yaml, to_yaml
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 
@@ -59,6 +59,34 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
 )
 def test_refusals_name_culprit_and_remedy(override, words):
     assert words in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ("[{pth: a}]", "data.sources[0].pth: there is no such key (set in the command line: data.sources=[{pth: a}]). Did you mean path?"),
+        ("[{path: a},{format: text}]", "data.sources[1].path: needs a value"),
+        ("[{path: a,sample_ratio: x}]", "data.sources[0].sample_ratio: Value 'x' of type 'str' could not be converted to Float"),
+        ("[{path: a,sample_ratio: -1}]", "data.sources[0].sample_ratio=-1.0: must be a number above 0 (set in the command line"),
+        ("[a]", "data.sources[0]: must be {path, format, sample_ratio}, got 'a'"),
+        ("a", "data.sources"),
+        ("[]", "data.path: needs a value"),
+    ],
+)
+def test_a_mixture_is_as_strict_as_the_rest(sources, words):
+    assert words in refusal("data=openai", f"data.sources={sources}")
+
+
+def test_a_mixture_takes_the_place_of_a_path_that_was_left_open():
+    overrides = ["data=openai", "data.sources=[{path: a},{path: [b,c],format: text,sample_ratio: 0.5}]"]
+    with App(overrides) as app:
+        config = app.compose(overrides).config
+    assert config.data.path is None
+    assert [(source.path, source.format, source.sample_ratio) for source in config.data.sources] == [
+        ("a", None, 1.0),
+        (["b", "c"], "text", 0.5),
+    ]
+    assert from_yaml(to_yaml(config)) == config
 
 
 def test_two_durations_are_refused():

@@ -74,3 +74,26 @@ def test_no_held_out_prompt_is_trained_on():
         return {message["content"].strip().lower() for record in records for message in messages(record) if message["role"] == "user"}
 
     assert not prompts(TRAIN) & prompts(HELD_OUT)
+
+
+TEXTS = [record["text"] for record in read("pretrain_text.jsonl")]
+
+
+def test_a_corpus_of_60_to_150_kilobytes_of_different_texts():
+    assert 60_000 <= (EXAMPLES / "pretrain_text.jsonl").stat().st_size <= 150_000
+    assert len(set(TEXTS)) == len(TEXTS) >= 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        pytest.param(lambda text: "|" in text and "---" in text, 5, id="tables"),
+        pytest.param(
+            lambda text: re.search(r"^(def|class|fn|import|#include|module|export|/\*\*|CREATE) ?", text, re.MULTILINE), 6, id="code"
+        ),
+        pytest.param(lambda text: text.count(". ") >= 4 and "|" not in text, 25, id="prose"),
+        pytest.param(lambda text: bool(re.search(r"[一-鿿]", text)), 2, id="Chinese"),
+    ],
+)
+def test_the_corpus_is_varied(kind, least):
+    assert sum(bool(kind(text)) for text in TEXTS) >= least

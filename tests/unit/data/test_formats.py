@@ -1,11 +1,25 @@
 import json
+import sys
 from contextlib import suppress
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xtuner_hydra.data.formats import parse_openai
+from xtuner_hydra.config import schema
+from xtuner_hydra.data.formats import (
+    FORMATS,
+    Conversation,
+    Text,
+    find_format,
+    format_identity,
+    parse_alpaca,
+    parse_openai,
+    parse_prompt_completion,
+    parse_sharegpt,
+    parse_text,
+)
+from xtuner_hydra.errors import ConfigError
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
@@ -79,7 +93,7 @@ def test_what_is_wrong_is_said(record, words):
 
 WORDS = st.sampled_from(
     ["messages", "dialogs", "tools", "role", "content", "loss", "tool_calls", "function", "name", "arguments", "type", "text"]
-)
+) | st.sampled_from(["conversations", "from", "value", "instruction", "input", "output", "history", "system", "prompt", "completion"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "text", "{"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=5),
@@ -95,3 +109,172 @@ def test_any_json_is_a_conversation_or_refused_with_a_value_error(record):
         conversation = parse_openai(record)
         assert all(isinstance(message.content, str) for message in conversation.messages)
         assert any(message.role in ("assistant", "pretrain") for message in conversation.messages)
+
+
+def turns(conversation):
+    return [(message.role, message.content, message.supervised) for message in conversation.messages]
+
+
+def test_thinking_names_and_ids_come_along():
+    record = [
+        {**ANSWER, "reasoning_content": "hm", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": {}}}, {"name": "g"}]},
+        {"role": "tool", "content": "7", "name": "f", "tool_call_id": "c1"},
+    ]
+    answer, result = parse_openai(record).messages
+    assert (answer.thinking, answer.call_ids) == ("hm", ["c1", None])
+    assert (result.name, result.tool_call_id) == ("f", "c1")
+    assert parse_openai([{**ANSWER, "thinking": "hm"}]).messages == parse_openai([{**ANSWER, "reasoning": "hm"}]).messages
+
+
+def test_null_means_absent_as_parquet_fills_gaps():
+    filled = {"messages": [{**USER, "loss": None, "tool_calls": None, "name": None}, {**ANSWER, "reasoning_content": None}], "tools": None}
+    assert parse_openai(filled) == parse_openai([USER, ANSWER])
+
+
+def test_sharegpt_names():
+    record = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "1+1?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "2."},
+            {"from": "user", "value": "Sure?"},
+            {"from": "assistant", "value": "Yes.", "loss": False},
+        ],
+        "tools": '[{"name": "add"}]',
+    }
+    conversation = parse_sharegpt(record)
+    assert turns(conversation) == [
+        ("system", "Be brief.", False),
+        ("user", "1+1?", False),
+        ("assistant", "", True),
+        ("tool", "2", False),
+        ("assistant", "2.", True),
+        ("user", "Sure?", False),
+        ("assistant", "Yes.", False),
+    ]
+    assert conversation.messages[2].tool_calls == [{"name": "add", "arguments": {"a": 1}}]
+    assert conversation.tools == [{"name": "add"}]
+
+
+@pytest.mark.parametrize("name", ["function", "tool", "observation"])
+def test_sharegpt_has_several_names_for_a_result(name):
+    record = {"conversations": [{"from": name, "value": "2"}, {"from": "gpt", "value": "x"}]}
+    assert parse_sharegpt(record).messages[0].role == "tool"
+
+
+def test_alpaca_is_a_chat():
+    record = {"instruction": "Add.", "input": "1 and 1", "output": "2", "system": "S", "history": [["q", "a"]]}
+    assert turns(parse_alpaca(record)) == [
+        ("system", "S", False),
+        ("user", "q", False),
+        ("assistant", "a", True),
+        ("user", "Add.\n\n1 and 1", False),
+        ("assistant", "2", True),
+    ]
+    assert turns(parse_alpaca({"instruction": "Add.", "input": "", "output": "2"}))[0] == ("user", "Add.", False)
+
+
+def test_prompt_and_completion_are_text_or_messages():
+    assert parse_prompt_completion({"prompt": "a", "completion": "b"}) == Text([("a", False), ("b", True)])
+    chat = parse_prompt_completion({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert [message.supervised for message in chat.messages] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("record", [{"text": "a b"}, {"content": "a b", "url": "x"}, "a b"])
+def test_a_document(record):
+    assert parse_text(record) == Text([("a b", True)])
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "words"),
+    [
+        (parse_sharegpt, {"messages": []}, "expected an object with conversations, got one with 'messages'"),
+        (parse_sharegpt, {"conversations": {}}, "conversations must be a list of turns, got an object"),
+        (parse_sharegpt, {"conversations": [3]}, "turn 1: expected an object with from and value"),
+        (parse_sharegpt, {"conversations": [{"from": "robot", "value": "x"}]}, 'turn 1: from "robot" is not one of'),
+        (parse_sharegpt, {"conversations": [{"from": "gpt", "value": None}]}, "turn 1: value must be text, got null"),
+        (parse_sharegpt, {"conversations": [{"from": "function_call", "value": "{"}]}, "turn 1: function_call is not JSON"),
+        (parse_sharegpt, {"conversations": [{"from": "human", "value": "x"}]}, "without an assistant turn"),
+        (parse_sharegpt, {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "tools is not JSON"),
+        (parse_sharegpt, {"conversations": [], "system": 3}, "system must be text"),
+        (parse_alpaca, {"instruction": "x"}, "expected an object with output"),
+        (parse_alpaca, {"instruction": "x", "output": 3}, "output must be text, got a number"),
+        (parse_alpaca, {"instruction": "x", "output": "y", "input": {}, "history": [["q"]]}, "history must be a list of"),
+        (parse_prompt_completion, {"prompt": "x"}, "expected an object with prompt and completion"),
+        (parse_prompt_completion, {"prompt": "x", "completion": [ANSWER]}, "must both be text or both lists of messages"),
+        (parse_text, {"body": "x"}, "expected an object with `text` (or `content`), got one with 'body'"),
+        (parse_text, {"text": ["x"]}, "text must be text, got a list"),
+        (parse_text, {"text": ""}, "the text is empty"),
+        (parse_text, ["x"], "got a list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else json.dumps(value)[:40] if not callable(value) else value.__name__,
+)
+def test_what_is_wrong_with_other_shapes_is_said(parse, record, words):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse(record)
+    assert words in str(error.value)
+
+
+def test_the_schema_knows_the_formats():
+    assert tuple(FORMATS) == schema.FORMATS
+
+
+MODULE = """
+from xtuner_hydra.data.formats import Text
+
+def question(record):
+    return [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
+
+def document(record):
+    return record["a"]
+
+def pair(record):
+    return Text([(record["q"], False), (record["a"], True)])
+
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of the user's in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_formats", raising=False)
+    (tmp_path / "my_formats.py").write_text(MODULE)
+    return tmp_path / "my_formats.py"
+
+
+def test_a_format_of_the_user_s(module):
+    record = {"q": "Hi", "a": "Hello."}
+    assert find_format("my_formats:question")(record) == parse_openai([USER, ANSWER])
+    assert find_format("my_formats:document")(record) == Text([("Hello.", True)])
+    assert find_format("my_formats:pair")(record) == Text([("Hi", False), ("Hello.", True)])
+    with pytest.raises(ValueError, match=r"my_formats:question failed \(KeyError: 'a'\)"):
+        find_format("my_formats:question")({"q": "Hi"})
+
+
+def test_the_identity_of_a_user_s_format_is_the_content_of_its_file(module):
+    before = format_identity("my_formats:question")
+    module.write_text(MODULE + "\n# changed\n")
+    assert format_identity("my_formats:question") != before
+    assert format_identity("openai") == "openai"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere.at_all:f", "ModuleNotFoundError"), ("my_formats:missing", "AttributeError"), ("my_formats:number", "is not a function")],
+)
+def test_a_format_that_cannot_be_imported_is_refused(module, name, words):
+    with pytest.raises(ConfigError, match=rf"data\.format={name}: .*{words}"):
+        find_format(name)
+
+
+@settings(deadline=None)
+@given(JSON)
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_json_is_read_or_refused_with_a_value_error(name, record):
+    with suppress(ValueError):
+        assert isinstance(FORMATS[name](record), Conversation | Text)

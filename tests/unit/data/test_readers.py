@@ -1,0 +1,127 @@
+"""The same records from every kind of file, with the numbers by which people find them."""
+
+import gzip
+import json
+
+import pytest
+from chats import build, chat, write_lines
+
+from xtuner_hydra.data import readers
+from xtuner_hydra.data.readers import records, split, unit
+from xtuner_hydra.errors import DataError
+
+RECORDS = [chat("é" * n, f"question {n}") for n in range(1, 40)]
+
+
+def read(file, size=300):
+    """(number in the file, decoded record) of each record, however the file is split."""
+    found, before = [], 0
+    for part in split(file, size):
+        content = records(part)
+        found += [(before + number, json.loads(record) if isinstance(record, bytes) else record) for number, record in content.pairs]
+        before += content.count
+    return found
+
+
+def jsonl(path):
+    return write_lines(path, RECORDS)
+
+
+def gz(path):
+    path.write_bytes(gzip.compress(jsonl(path.with_suffix("")).read_bytes()))
+    return path
+
+
+def zst(path):
+    pyarrow = pytest.importorskip("pyarrow")
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+        stream.write(jsonl(path.with_suffix("")).read_bytes())
+    return path
+
+
+def parquet(path, rows=RECORDS):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.Table.from_pylist([{"messages": row} for row in rows]), path, row_group_size=10
+    )
+    return path
+
+
+@pytest.mark.parametrize(("make", "name"), [(jsonl, "a.jsonl"), (gz, "a.jsonl.gz"), (zst, "a.jsonl.zst"), (jsonl, "a.json")])
+def test_lines_are_lines_however_they_are_kept(tmp_path, make, name):
+    assert read(make(tmp_path / name)) == list(enumerate(RECORDS, 1))
+
+
+def test_rows_of_parquet_are_counted_over_its_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "ROWS", 4)
+    file = parquet(tmp_path / "a.parquet")
+    assert read(file) == [(number, {"messages": record}) for number, record in enumerate(RECORDS, 1)]
+    assert (unit(file), unit(tmp_path / "a.jsonl")) == ("row", "line")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_of_records_has_the_lines_where_they_start(tmp_path, indent):
+    wrapped = [{"messages": record} for record in RECORDS]
+    (tmp_path / "a.json").write_text("\n\n" + json.dumps(wrapped, indent=indent))
+    found = read(tmp_path / "a.json")
+    assert [record for _, record in found] == wrapped
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert all(lines[number - 1].lstrip().startswith(("{", "[{")) for number, _ in found)
+    assert len({number for number, _ in found}) == (len(wrapped) if indent else 1)
+
+
+def test_one_conversation_in_a_json_file_is_no_array_of_records(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS[0]))
+    assert read(tmp_path / "a.json") == [(1, RECORDS[0])]
+
+
+def test_blank_lines_and_a_byte_order_mark_in_a_compressed_file(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf[1]\r\n\n[2]"))
+    assert read(tmp_path / "a.jsonl.gz") == [(1, [1]), (3, [2])]
+
+
+def test_the_same_samples_whatever_the_file(tmp_path):
+    whole = build([jsonl(tmp_path / "plain.jsonl")], tmp_path)
+    for file in (gz(tmp_path / "b.jsonl.gz"), zst(tmp_path / "c.jsonl.zst"), parquet(tmp_path / "d.parquet")):
+        cache = build([file], tmp_path)
+        assert [cache.ids(i).tolist() for i in range(len(cache))] == [whole.ids(i).tolist() for i in range(len(whole))]
+        assert cache.lines.tolist() == whole.lines.tolist()
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl.gz", "line 3"), ("a.parquet", "row 3"), ("a.json", "line 3")])
+def test_what_is_wrong_is_told_with_its_place(tmp_path, name, place):
+    rows = [*RECORDS[:2], [{"role": "robot", "content": "x"}], *RECORDS[3:]]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        parquet(path, rows)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(write_lines(tmp_path / "x", rows).read_bytes()))
+    else:
+        path.write_text("[" + ",\n".join(json.dumps({"messages": row}) for row in rows) + "]")
+    with pytest.raises(DataError, match=rf"{name} {place}: message 1: role \"robot\""):
+        build([path], tmp_path)
+    cache = build([path], tmp_path, bad_lines="skip")
+    assert (len(cache), len(cache.skipped), cache.skipped[0].line) == (len(RECORDS) - 1, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_that_is_not_what_it_is_called(tmp_path, name):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"[1]\n" * 10)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        list(split(tmp_path / name, 100))
+
+
+def test_a_compressed_file_that_was_cut_is_refused(tmp_path):
+    file = gz(tmp_path / "a.jsonl.gz")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cannot be decompressed"):
+        build([file], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
+def test_what_needs_pyarrow_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"need pyarrow; pip install 'xtuner-hydra\[data\]'"):
+        list(split(tmp_path / name, 100))

@@ -1,0 +1,354 @@
+"""Jinja chat templates: a Conversation -> its text, and the spans of it that the assistant must produce.
+
+A template that marks what the assistant writes with {% generation %} is believed. Any other is rendered turn by turn: the text up to a turn, with the
+prompt that asks for an answer, must be the beginning of the whole text, and what follows it, to the token that ends the turn, is the span. A
+template that renders earlier turns differently once others follow cannot be learnt from that way: Qwen3's leaves out earlier thinking. For such a
+family there is a template of ours here, which keeps everything and renders the same bytes wherever the original keeps everything."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from xtuner_hydra.data.fold import fold
+from xtuner_hydra.data.formats import Conversation, Message
+from xtuner_hydra.errors import ConfigError
+
+_KEY = "model.chat_template"
+_REMEDY = (
+    "give a template that does not with model.chat_template=PATH, a .jinja file with {% generation %} around what the assistant writes"
+)
+_MARKED = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+
+# Templates that ask for the date get this one: a run must be the same tomorrow. It is the date that Llama's templates fall back to.
+_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24"}
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " }}{% endmacro %}{{ '' }}"
+)
+
+QWEN3 = r"""
+{%- macro call(function) -%}
+<tool_call>
+{"name": "{{ function.name }}", "arguments": {{ function.arguments if function.arguments is string else function.arguments | tojson }}}
+</tool_call>
+{%- endmacro -%}
+{%- set question = namespace(asked=false) -%}
+{%- for message in messages if message.role == 'user' and message.content is string -%}
+    {%- if not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) -%}
+        {%- set question.asked = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set instructions = messages[0].content if messages and messages[0].role == 'system' else none -%}
+{%- if tools -%}
+    {{- '<|im_start|>system\n' -}}
+    {%- if instructions is not none -%}
+        {{- instructions + '\n\n' -}}
+    {%- endif -%}
+    {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' -}}
+    {%- for tool in tools -%}
+        {{- '\n' + (tool | tojson) -}}
+    {%- endfor -%}
+    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments ' -}}
+    {{- 'within <tool_call></tool_call> XML tags:\n' -}}
+    {{- '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' -}}
+{%- elif instructions is not none -%}
+    {{- '<|im_start|>system\n' + instructions + '<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set content = message.content if message.content is string else '' -%}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}
+    {%- elif message.role == 'tool' -%}
+        {%- if loop.first or loop.previtem.role != 'tool' -%}
+            {{- '<|im_start|>user' -}}
+        {%- endif -%}
+        {{- '\n<tool_response>\n' + content + '\n</tool_response>' -}}
+        {%- if loop.last or loop.nextitem.role != 'tool' -%}
+            {{- '<|im_end|>\n' -}}
+        {%- endif -%}
+    {%- elif message.role == 'assistant' -%}
+        {%- set thought = '' -%}
+        {%- if message.reasoning_content is string -%}
+            {%- set thought = message.reasoning_content -%}
+        {%- elif '</think>' in content -%}
+            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+        {%- endif -%}
+        {{- '<|im_start|>assistant\n' -}}
+        {%- generation -%}
+            {%- if thought or (loop.last and question.asked) -%}
+                {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') -}}
+            {%- else -%}
+                {{- content -}}
+            {%- endif -%}
+            {%- for tool_call in message.tool_calls or [] -%}
+                {%- if content or not loop.first -%}
+                    {{- '\n' -}}
+                {%- endif -%}
+                {{- call(tool_call.function or tool_call) -}}
+            {%- endfor -%}
+            {{- '<|im_end|>' -}}
+        {%- endgeneration -%}
+        {{- '\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+    {%- if enable_thinking is defined and enable_thinking is false -%}
+        {{- '<think>\n\n</think>\n\n' -}}
+    {%- endif -%}
+{%- endif -%}
+"""
+
+FAMILIES = {"qwen3": QWEN3}
+"""Templates of ours for training, by the family's name."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a conversation, and [start, stop) of each supervised stretch of it, in order and apart."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template with what transformers gives it: `special`, the names of special tokens (bos_token, ...) and their text.
+
+    name: for people. added: texts of all added tokens, by which the end of a turn is known. with_tools: the template for conversations with
+    tools where the tokenizer has one of its own for them."""
+
+    name: str
+    template: str
+    special: dict[str, str]
+    added: tuple[str, ...]
+    with_tools: str | None = None
+
+    @cached_property
+    def lacks(self) -> list[str]:
+        """What the template has no place for; it is written into the text."""
+        lacking = {"tools": "tool_calls" not in self._all, "thinking": not re.search(r"reasoning_content|thinking|reasoning", self._all)}
+        return [name for name, missing in lacking.items() if missing]
+
+    @property
+    def _all(self) -> str:
+        return self.template + (self.with_tools or "")
+
+    def render(self, conversation: Conversation, *, ask: bool = False) -> str:
+        """The text; `ask`: with the prompt for an answer at its end. ValueError where the template refuses the conversation."""
+        return self._render(self._folded(conversation), ask=ask)[0]
+
+    def spans(self, conversation: Conversation) -> Rendered:
+        """The text with what is supervised. ValueError for a conversation that this template does not let us learn from."""
+        given, conversation = conversation, self._folded(conversation)
+        if any(message.role == "pretrain" for message in conversation.messages):
+            raise ValueError("role pretrain has no place in a chat template; use data.format=text for such data")
+        text, marked = self._render(conversation)
+        if _MARKED.search(self._of(conversation)):
+            spans = self._by_marks(conversation, text, marked)
+        else:
+            _refuse_losses(given, text)
+            spans = [self._answer(conversation, text, i) for i, message in enumerate(conversation.messages) if _learnt(message)]
+        others = [i for i, message in enumerate(conversation.messages) if message.supervised and message.role != "assistant"]
+        spans += [self._other(conversation, text, i) for i in others]
+        return Rendered(text, sorted(span for span in spans if span[0] < span[1]))
+
+    def _by_marks(self, conversation: Conversation, text: str, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        if all(message.supervised for message in answers):
+            return marked
+        if len(marked) != len(answers):
+            raise ValueError(
+                f"the chat template marks {len(marked)} passages in {len(answers)} assistant messages, so `loss` cannot be told for each"
+            )
+        return [span for span, message in zip(marked, answers, strict=True) if message.supervised]
+
+    def _answer(self, conversation: Conversation, text: str, i: int) -> tuple[int, int]:
+        """The span of assistant message `i`: from the end of the prompt that asks for it to the end of its turn."""
+        asked, turn = self._prefix(conversation, text, i, ask=True), self._prefix(conversation, text, i + 1)
+        if turn < asked:
+            raise ValueError(f"message {i + 1}: the chat template renders no more of it than the prompt that asks for it; {_REMEDY}")
+        return asked, self._end_of_turn(text, asked, turn)
+
+    def _other(self, conversation: Conversation, text: str, i: int) -> tuple[int, int]:
+        """The span of a message that is not the assistant's and yet to be learnt (`loss`: true): its content to the end of its turn."""
+        begin, stop = self._prefix(conversation, text, i), self._prefix(conversation, text, i + 1)
+        place = text.find(conversation.messages[i].content.strip(), begin, stop)
+        if place < 0:
+            raise ValueError(f"message {i + 1}: the chat template changes its content, so its `loss` cannot be taken")
+        return place, self._end_of_turn(text, place, stop)
+
+    def _end_of_turn(self, text: str, start: int, stop: int) -> int:
+        """`stop` without the white space after the token that ends the turn, where one does."""
+        turn = text[start:stop].rstrip()
+        return start + len(turn) if turn.endswith(self.added) else stop
+
+    def _prefix(self, conversation: Conversation, text: str, count: int, *, ask: bool = False) -> int:
+        """Length of the first `count` messages' text, which `text` must begin with."""
+        if count == len(conversation.messages):
+            return len(text)
+        if count == 0 and not ask:
+            return 0
+        part, _ = self._render(Conversation(conversation.messages[:count], conversation.tools), ask=ask)
+        if not text.startswith(part):
+            raise ValueError(
+                f"message {count + ask}: the chat template renders what stands before differently once more follows; {_REMEDY}"
+            )
+        return len(part)
+
+    def _folded(self, conversation: Conversation) -> Conversation:
+        """What the template has no place for written into the text."""
+        lacks = self.lacks
+        if any(message.role == "developer" for message in conversation.messages) and self._drops_developers:
+            messages = [replace(one, role="system") if one.role == "developer" else one for one in conversation.messages]
+            conversation = replace(conversation, messages=messages)
+        return fold(conversation, tools="tools" in lacks, thinking="thinking" in lacks) if lacks else conversation
+
+    @cached_property
+    def _drops_developers(self) -> bool:
+        """Whether the template passes over messages of the role that newer models have for `system`."""
+        chat = Conversation([Message("developer", "instructions", supervised=False), _user("a")])
+        try:
+            return "instructions" not in self._render(chat)[0]
+        except ValueError:
+            return True
+
+    def _render(self, conversation: Conversation, *, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """(text, passages marked by {% generation %}); by transformers, as apply_chat_template does it."""
+        from jinja2 import TemplateError, TemplateSyntaxError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._of(conversation)
+        render: Any = render_jinja_template  # its annotations do not fit what it takes and returns
+        try:
+            texts, marked = render(
+                [[_as_dict(message) for message in conversation.messages]],
+                tools=conversation.tools or None,
+                chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
+                return_assistant_tokens_mask=bool(_MARKED.search(template)),
+                add_generation_prompt=ask,
+                **self.special,
+            )
+        except TemplateSyntaxError as error:
+            raise ConfigError(_KEY, self.name, f"line {error.lineno} is no Jinja ({error.message})") from None
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"the chat template refuses this conversation ({error})") from None
+        return texts[0], [(int(start), int(stop)) for start, stop in marked[0]] if marked else []
+
+    def _of(self, conversation: Conversation) -> str:
+        return self.with_tools if conversation.tools and self.with_tools else self.template
+
+
+def choose(own: ChatTemplate | None, chosen: str | None, special: dict[str, str], added: tuple[str, ...]) -> ChatTemplate | None:
+    """The template to train with: `chosen` (model.chat_template: a family's name or a file), else the tokenizer's `own`, or ours for its family.
+
+    None: there is none. Raises ConfigError for a `chosen` that cannot be had."""
+    if chosen in FAMILIES:
+        return ChatTemplate(_ours(chosen), FAMILIES[chosen], special, added)
+    if chosen is not None:
+        return ChatTemplate(chosen, _read(chosen), special, added)
+    if own is None or _MARKED.search(own.template) or keeps_prefixes(own):
+        return own
+    for family in FAMILIES:
+        ours = ChatTemplate(_ours(family), FAMILIES[family], special, added)
+        if same_where_nothing_is_lost(own, ours):
+            return ours
+    return own
+
+
+def keeps_prefixes(template: ChatTemplate) -> bool:
+    """Whether a chat of two turns, with thinking, can be learnt turn by turn."""
+    messages = [_user("a"), _assistant("b", thinking="t"), _user("c"), _assistant("d", thinking="t")]
+    try:
+        template.spans(Conversation(messages))
+    except ValueError:
+        return False
+    return True
+
+
+def same_where_nothing_is_lost(one: ChatTemplate, other: ChatTemplate) -> bool:
+    """Whether two templates render the same bytes for chats of every kind of which a Qwen3-like template leaves nothing out."""
+    try:
+        return all(one.render(chat, ask=ask) == other.render(chat, ask=ask) for chat in _probes() for ask in (False, True))
+    except ValueError:
+        return False
+
+
+def _probes() -> list[Conversation]:
+    system, call = Message("system", "s", supervised=False), {"name": "f", "arguments": {"x": [1, "é"]}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    result = Message("tool", "7", supervised=False)
+    looped = [_user("a"), _assistant("", thinking="t", calls=[call, call]), result, result, _assistant("b", thinking="u\n")]
+    return [
+        Conversation([_user("a"), _assistant("\nb")]),
+        Conversation([system, _user("a"), _assistant("b", thinking="t")]),
+        Conversation([_user("a"), _assistant("<think>\nt\n</think>\n\nb")]),
+        Conversation([_user("a"), _assistant("b"), _user("c"), system, _user("d"), _assistant("e")]),
+        Conversation(looped, tools),
+        Conversation([system, *looped[:-1], _assistant("w", calls=[call])], tools),
+    ]
+
+
+def _user(content: str) -> Message:
+    return Message("user", content, supervised=False)
+
+
+def _assistant(content: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Message:
+    return Message("assistant", content, True, calls or [], thinking=thinking)
+
+
+def _refuse_losses(conversation: Conversation, text: str) -> None:
+    """ValueError where an answer that is to be learnt has thinking or calls which the template left out of `text`."""
+    for number, message in enumerate(conversation.messages, 1):
+        if not _learnt(message):
+            continue
+        if message.thinking and message.thinking.strip() not in text:
+            raise ValueError(f"message {number}: the chat template leaves out its thinking; {_REMEDY}")
+        if any(call["name"] not in text for call in message.tool_calls):
+            raise ValueError(f"message {number}: the chat template leaves out its tool calls; {_REMEDY}")
+
+
+def _learnt(message: Message) -> bool:
+    return message.supervised and message.role == "assistant"
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as transformers' templates expect it: keys without a value are left out."""
+    calls = [
+        {
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call["arguments"]},
+            **({"id": call["id"]} if "id" in call else {}),
+        }
+        for call in message.tool_calls
+    ]
+    values = {
+        "role": message.role,
+        "content": message.content,
+        "tool_calls": calls or None,
+        "reasoning_content": message.thinking,
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _ours(family: str) -> str:
+    return f"{family} (ours, for training: it keeps the thinking of earlier turns)"
+
+
+def _read(path: str) -> str:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(_KEY, path, f"there is no such file; give a .jinja file, or one of {', '.join(FAMILIES)}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(_KEY, path, f"cannot be read ({error})") from None
