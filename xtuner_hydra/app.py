@@ -37,6 +37,7 @@ from xtuner_hydra.errors import ConfigError, RefusedError
 
 PACKAGE = Path(__file__).parent
 CHECKOUT_CONF = PACKAGE.parent / "conf"
+DURATIONS = ("trainer.total_steps", "trainer.epochs", "trainer.total_tokens")
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,18 @@ class App:
         return to_group("sweep", SweepConfig, self._multirun_config.sweep)
 
     def sweep_preset(self) -> dict[str, str]:
-        """What the chosen option of `sweep` sets outside its own group, by full key, as an override would say it."""
+        """What the chosen option of `sweep` sets outside its own group and nothing sets otherwise, by full key, as an override would say it.
+
+        Its duration gives way to one that was chosen."""
         file = self._file("sweep", str(self._multirun_config.hydra.runtime.choices["sweep"]))
         values = OmegaConf.to_container(file) if file is not None and "sweep" in file else {}
         assert isinstance(values, dict)
         others = flatten({str(key): value for key, value in values.items() if key != "sweep"})
-        return {key: json.dumps(value) for key, value in others.items()}
+        cfg = self._multirun_config
+        in_force = {key: value for key, value in others.items() if OmegaConf.select(cfg, key) == value}
+        if any(OmegaConf.select(cfg, key) is not None and key not in in_force for key in DURATIONS):
+            in_force = {key: value for key, value in in_force.items() if key not in DURATIONS}
+        return {key: json.dumps(value) for key, value in in_force.items()}
 
     def launcher(self) -> tuple[str, dict[str, Any]]:
         """(the option of hydra/launcher, its values)."""

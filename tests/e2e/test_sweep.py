@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from conftest import CommandLine, read_rows, read_status, stop, wait_for
+from conftest import REPOSITORY, CommandLine, read_rows, read_status, stop, wait_for
 
 
 def sweep_file(directory):
@@ -165,6 +165,23 @@ def test_a_bayesian_search_stops_hopeless_jobs_and_can_be_resumed(tmp_path):
     states = [row["state"] for row in csv.DictReader((tmp_path / "sweep" / "sweep.csv").open())]
     assert states[0] == "completed"
     assert set(states) <= {"completed", "pruned"}
+
+
+def test_a_sweep_is_resumed_from_anywhere_but_not_on_other_data(tmp_path):
+    cli = CommandLine(tmp_path)
+    chats = (REPOSITORY / "xtuner_hydra" / "examples" / "openai_sft.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_text("".join(chats[:20]))
+    arguments = ("debug=fast", "data=openai", "data.path=chats.jsonl", "tracking=none", "checkpoint=none", "hydra.sweep.dir=sweep")
+    assert cli("-m", "optimizer.lr=1e-3,1e30", *arguments).code == 1
+    (tmp_path / "elsewhere").mkdir()
+    cli.directory = tmp_path / "elsewhere"
+    planned = cli("plan", "sweep.resume=../sweep")
+    assert (planned.code, planned.out.count("done")) == (0, 1), planned.text
+    done = cli("sweep.resume=../sweep")
+    assert (done.code, "job 1 (optimizer.lr=1e+30): started" in done.out, "go on with: " in done.out) == (1, True, True), done.text
+    (tmp_path / "chats.jsonl").write_text("".join(chats[20:40]))
+    refused = cli("sweep.resume=../sweep")
+    assert (refused.code, "not what the sweep was started with" in refused.err) == (2, True), refused.text
 
 
 def test_submitit_runs_the_jobs_on_this_machine(tmp_path):

@@ -63,7 +63,7 @@ def parts_used_by(part):
         ("reports", {"config", "errors", "files", "results", "run_dir", "tracking"}),
         ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel"}),
         ("trainer", {"checkpoint", "config", "data", "engine", "errors", "metrics", "model", "optim", "parallel", "tracking"}),
-        ("sweeps", {"app", "config", "cost", "errors", "launch", "parallel", "reports", "results", "run_dir", "tracking"}),
+        ("sweeps", {"app", "config", "cost", "errors", "files", "launch", "parallel", "reports", "results", "run_dir", "tracking"}),
         ("cost", {"config", "model"}),
         ("ranks", {"errors", "parallel", "run_dir", "worker"}),
         ("app", {"config", "errors", "model"}),
@@ -90,6 +90,7 @@ def test_every_module_is_imported_by_another():
     assert {name for name in MODULES if name not in used and not any(one.startswith(name + ".") for one in used)} <= {
         "xtuner_hydra.__main__",
         "xtuner_hydra.examples",
+        "xtuner_hydra.tools",
         *(f"xtuner_hydra.tools.{verb}" for verb in VERBS),
     }
     assert {f"xtuner_hydra.tools.{verb}" for verb in VERBS} <= MODULES.keys()

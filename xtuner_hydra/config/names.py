@@ -21,8 +21,12 @@ def run_name(choices: Mapping[str, str | None], overrides: Sequence[str]) -> str
 
 
 def job_name(number: int, overrides: Sequence[str]) -> str:
-    """`3_lr6e-05-pack_max_length1024`: a sweep's job by its number and what sets it apart."""
-    return _safe(f"{number}_" + _values(overrides).lstrip("-")).rstrip("_")
+    """`3_lr6e-05-scheduler_linear`: a sweep's job by its number and what sets it apart; of a path the last part."""
+    parts = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        parts.append(_part(key, value.rstrip("/").rpartition("/")[2]))
+    return _safe(f"{number}_" + "-".join(parts)).rstrip("_")
 
 
 def _values(overrides: Sequence[str]) -> str:
@@ -31,8 +35,13 @@ def _values(overrides: Sequence[str]) -> str:
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if "." in key and not key.startswith(("hydra.", "tracking.")) and "/" not in value:
-            text += f"-{key.rpartition('.')[2]}{'' if re.match(r'[0-9.-]', value) else '_'}{value}"
+            text += "-" + _part(key, value)
     return text
+
+
+def _part(key: str, value: str) -> str:
+    """`lr1e-4`, `pack_strategy_soft`."""
+    return f"{key.rpartition('.')[2]}{'' if re.match(r'[0-9.-]', value) else '_'}{value}"
 
 
 def _safe(name: str) -> str:

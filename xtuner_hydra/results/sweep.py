@@ -7,6 +7,8 @@ sweep.json   overrides     what was typed (a resumed sweep must not differ)
              swept         the keys that vary, in the order they were given
              total         jobs in all; those of a search join `jobs` as they are drawn
              jobs          number, name (the directory), overrides (the swept values), signature, attempts
+             data          fingerprints of the data that the jobs train and are judged on
+             directory     working directory of the command, which relative paths are seen from
              process       host, pid, started of the process that runs the sweep; state, seconds (in all), time
 """
 
@@ -41,6 +43,7 @@ class Job:
     overrides: list[str]
     signature: str
     attempts: int = 0
+    trial: int | None = None  # number in Optuna's study, of a job that a search has drawn
 
 
 @dataclass
@@ -59,6 +62,8 @@ class SweepPlan:
     seconds: float = 0.0
     time: float = 0.0
     process: dict[str, Any] = field(default_factory=dict)
+    data: list[str] = field(default_factory=list)
+    directory: str = ""
     config_dir: str | None = None
     config_name: str | None = None
 

@@ -15,7 +15,7 @@ from xtuner_hydra.config.strict import changed, did_you_mean
 from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.results.sweep import Job
-from xtuner_hydra.sweeps import space
+from xtuner_hydra.sweeps import search, space, submitit
 from xtuner_hydra.sweeps.space import Parameter
 from xtuner_hydra.tracking.base import METRICS
 
@@ -31,7 +31,10 @@ class JobDraft:
     tokens: int
     disk: int
     memory_gb: float
-    twin: int | None = None  # number of an earlier job with the same signature
+    data: str
+    """Fingerprint of what it trains on and is judged on."""
+    twin: int | None = None
+    """Number of an earlier job with the same signature."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Draft:
 def draft(app: App, directory: Path) -> Draft:
     """Expand and check the sweep of `app`'s command line in `directory`. Raises RefusedError for the first job that cannot be, with its overrides."""
     sweep = app.sweep_config()
+    _refuse_missing(app, sweep)
     fixed, parameters = space.split(app, sweep)
     if not parameters:
         raise RefusedError("-m: nothing to sweep; give a key several values (optimizer.lr=1e-5,6e-5), or choose a preset (sweep=seeds)")
@@ -81,7 +85,7 @@ def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[l
         try:
             jobs.append(_check(app, fixed, overrides, first + number, directory, jobs))
         except RefusedError as error:
-            raise RefusedError(f"job {number + 1} of {len(swept)} ({' '.join(overrides)}): {error}") from None
+            raise RefusedError(f"job {first + number} ({' '.join(overrides)}): {error}") from None
     return Draft(directory, fixed, [], sweep, _metric(sweep, jobs), jobs)
 
 
@@ -102,6 +106,14 @@ def signature(config: Config, default: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _refuse_missing(app: App, sweep: SweepConfig) -> None:
+    """RefusedError where what the sweep needs besides us is not installed."""
+    if sweep.search in ("random", "bayes"):
+        search.refuse_missing()
+    if cluster := app.launcher()[1].get("cluster"):
+        submitit.refuse_missing(cluster)
+
+
 def _check(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path, earlier: Sequence[JobDraft]) -> JobDraft:
     composition = compose(app, fixed, overrides, number, directory)
     sign = signature(composition.config, app.defaults)
@@ -116,6 +128,7 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
         plan.total_tokens,
         disk_bytes(config, parameters, plan.total_steps),
         memory_gb(parameters),
+        "-".join(source.cache.fingerprint[:16] for source in (prepared.data.train, prepared.data.eval) if source),
         twin=next((one.job.number for one in earlier if one.job.signature == sign), None),
     )
 

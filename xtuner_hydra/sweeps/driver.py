@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -20,14 +20,18 @@ from typing import Protocol
 from xtuner_hydra import launch, run_dir
 from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError
-from xtuner_hydra.results.sweep import Job, SweepPlan, read_sweep
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
+from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, job_result, read_sweep
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row
 
 TICK_SECONDS = 0.2
+KILL_SECONDS = 30
+"""How long to wait for a job that was killed; one that cannot be ended is left behind as running."""
+MOST_TWINS = 50
+"""Draws in a row that repeat earlier jobs before a search counts as exhausted."""
 SETTLED = ("completed", "pruned")
 """States of a job that a resumed sweep leaves alone."""
 
@@ -64,6 +68,10 @@ class Launcher(Protocol):
 
     def start(self, directory: Path) -> RunningJob:
         """Start the job of a prepared run directory."""
+        ...
+
+    def adopt(self, directory: Path) -> RunningJob | None:
+        """The job that an earlier process has started there and that still waits or runs; None where there is none."""
         ...
 
 
@@ -103,12 +111,24 @@ class Driver:
         self.waiting: list[Job] = []  # planned and without a result; and failed ones that are tried again
         self.retries: dict[int, int] = {}  # how many are left, by job
         self.stopped = False  # no further job is to start
+        self.why_stopped: str | None = None
         self.started = time.monotonic()
         self.seconds_before = plan.seconds
 
     def run(self) -> int:
-        """All jobs to their ends; returns the sweep's exit code. Ctrl-C and SIGTERM stop every job, and the report is written all the same."""
+        """All jobs to their ends; returns the sweep's exit code. Ctrl-C and SIGTERM stop every job, and the report is written all the same.
+
+        Raises TrainingError where the sweep's directory cannot be written any more; its jobs are stopped then."""
         self.waiting = [job for job in self.plan.jobs if self._state(job) not in SETTLED]
+        try:
+            return self._run()
+        except OSError as error:
+            self._abandon()
+            raise TrainingError(
+                f"{error.filename or self.directory}: {error.strerror}; the sweep stops. Mend that, then go on with sweep.resume={self.directory}"
+            ) from None
+
+    def _run(self) -> int:
         interrupted = False
         self._save("running")
         with self.screen, _sigterm_interrupts():
@@ -118,10 +138,10 @@ class Driver:
                 interrupted = True
                 self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
                 self._stop_all()
-        result = read_sweep(self.directory)
-        completed = result.count(*SETTLED) == self.plan.total and not interrupted
-        self._save("interrupted" if interrupted else "completed" if completed else "failed")
-        self.write_report(self.directory)
+            with _without_interrupts():
+                completed = read_sweep(self.directory).count(*SETTLED) == self.plan.total and not interrupted
+                self._save("interrupted" if interrupted else "completed" if completed else "failed")
+                self._report()
         return EXIT_INTERRUPTED if interrupted else EXIT_DONE if completed else EXIT_FAILED
 
     def _go_on(self) -> None:
@@ -137,8 +157,17 @@ class Driver:
             self._fill()
             if ended:
                 self._save("running")
-                self.write_report(self.directory)
+                self._report()
             self.screen.show(self.running, self.plan)
+
+    def _report(self) -> None:
+        """A sweep is worth more than its report."""
+        try:
+            self.write_report(self.directory)
+        except Exception as error:
+            self.screen.say(
+                f"the report could not be written ({type(error).__name__}: {error}); xtuner-hydra report {self.directory} tries again"
+            )
 
     def _fill(self) -> None:
         """Start jobs while there is room for one."""
@@ -148,17 +177,30 @@ class Driver:
     def _next(self) -> Job | None:
         if self.waiting:
             return self.waiting.pop(0)
-        number = len(self.plan.jobs)
-        overrides = self.search.ask(number)
-        if overrides is None:
-            return None
-        job = self.describe(number, overrides)
-        self.plan.jobs.append(job)
-        self._save("running")
-        return job
+        for _ in range(MOST_TWINS):
+            if len(self.plan.jobs) >= self.plan.total or (drawn := self.search.ask()) is None:
+                return None
+            trial, overrides = drawn
+            job = replace(self.describe(len(self.plan.jobs), overrides), trial=trial)
+            if (twin := self._twin(job)) is None:
+                self.plan.jobs.append(job)
+                self._save("running")
+                return job
+            self.search.tell(trial, twin.value)
+        self.screen.say(f"the search draws what it has drawn before; it ends with {len(self.plan.jobs)} jobs")
+        self.plan.total = len(self.plan.jobs)
+        return None
+
+    def _twin(self, job: Job) -> JobResult | None:
+        """The job that is the same as a newly drawn one."""
+        same = [one for one in self.plan.jobs if job.signature and one.signature == job.signature]
+        return job_result(same[0], self.directory, self.plan.metric) if same else None
 
     def _start(self, job: Job) -> None:
         directory = self.directory / job.name
+        if (process := self.launcher.adopt(directory)) is not None:
+            self._follow_from_now(job, directory, process, run_dir.read_status(directory).get("total_steps") or 0, "was on its way already")
+            return
         job.attempts += 1
         try:
             composition = replace(self.compose(job.number, job.overrides), run_dir=directory)
@@ -168,10 +210,12 @@ class Driver:
             self._refused(job, directory, str(error))
             return
         self._save("running")
-        process = self.launcher.start(directory)
-        steps = prepared.data.plan.total_steps
-        self.running.append(Followed(job, directory, process, steps, jsonl.Tail(directory / "metrics.jsonl")))
-        self.screen.started(job, "" if prepared.checkpoint is None else f"continues from {prepared.checkpoint.name}")
+        remark = "" if prepared.checkpoint is None else f"continues from {prepared.checkpoint.name}"
+        self._follow_from_now(job, directory, self.launcher.start(directory), prepared.data.plan.total_steps, remark)
+
+    def _follow_from_now(self, job: Job, directory: Path, process: RunningJob, total_steps: int, remark: str) -> None:
+        self.running.append(Followed(job, directory, process, total_steps, jsonl.Tail(directory / "metrics.jsonl")))
+        self.screen.started(job, remark)
 
     def _follow(self, followed: Followed) -> bool:
         """Read what a job has written; True when it has ended."""
@@ -183,7 +227,7 @@ class Driver:
             if "eval/loss" not in row or value is None or followed.hopeless or code is not None:
                 continue
             tokens = int(row["train/total_tokens"] or 0)
-            if self.search.is_hopeless(followed.job.number, tokens, value):
+            if self.search.is_hopeless(followed.job.trial, tokens, value):
                 followed.hopeless = f"{self.plan.metric} {value:.4f} after {tokens:,} tokens is behind other jobs"
                 followed.process.stop()
         if code is None:
@@ -207,6 +251,10 @@ class Driver:
             run_dir.write_status(followed.directory, "failed", **fields, exit_code=EXIT_FAILED, error=error)
         elif followed.hopeless and status.get("state") == "interrupted":
             run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, pruned=followed.hopeless)
+        elif self.why_stopped and status.get("state") == "interrupted":
+            run_dir.write_status(
+                followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, error=f"stopped: {self.why_stopped}"
+            )
 
     def _settle(self, followed: Followed) -> None:
         """Decide what an ended job means: a result, another attempt, the end of the sweep."""
@@ -230,13 +278,13 @@ class Driver:
         result = read_sweep(self.directory)
         value = next((one.value for one in result.jobs if one.number == job.number), None)
         if state in (*SETTLED, "failed"):
-            self.search.tell(job.number, value, pruned=state == "pruned")
+            self.search.tell(job.trial, value, pruned=state == "pruned")
         best = result.best_job is not None and result.best_job.number == job.number
         outcome = "" if value is None else f", {self.plan.metric} {value:.4f}{' (best so far)' * best}"
         self.screen.ended(job, state + outcome, why)
         self._keep(result.best_job.number if result.best_job else None)
         if state == "failed" and self.options.fail_fast and not self.stopped:
-            self.stopped = True
+            self.stopped, self.why_stopped = True, "another job failed (sweep.fail_fast)"
             self.screen.say("sweep.fail_fast: a job failed, so the others are stopped")
 
     def _keep(self, best: int | None) -> None:
@@ -253,18 +301,28 @@ class Driver:
         self.stopped = True
         for followed in self.running:
             followed.process.stop()
-        deadline = time.monotonic() + self.launcher.grace_seconds
-        try:
-            while self.running and time.monotonic() < deadline:
-                self._collect()
-                time.sleep(TICK_SECONDS)
-        except KeyboardInterrupt:
-            pass
-        for followed in self.running:
-            followed.process.kill()
-        while self.running:
+        with suppress(KeyboardInterrupt):
+            self._wait(self.launcher.grace_seconds)
+        with _without_interrupts():
+            for followed in self.running:
+                followed.process.kill()
+            self._wait(KILL_SECONDS)
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
             self._collect()
             time.sleep(TICK_SECONDS)
+
+    def _abandon(self) -> None:
+        """End every running job where nothing more can be written about it."""
+        for followed in self.running:
+            followed.process.stop()
+        deadline = time.monotonic() + self.launcher.grace_seconds
+        while any(followed.process.poll() is None for followed in self.running) and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS)
+        for followed in self.running:
+            followed.process.kill()
 
     def _collect(self) -> None:
         for followed in [followed for followed in self.running if self._follow(followed)]:
@@ -278,6 +336,20 @@ class Driver:
         self.plan.state, self.plan.time, self.plan.process = state, time.time(), run_dir.this_process()
         self.plan.seconds = self.seconds_before + time.monotonic() - self.started
         self.plan.save(self.directory)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """An impatient third Ctrl-C must not cost the report."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -4,10 +4,12 @@ one takes its overrides from its directory."""
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ SLOTS = "hydra_plugins.xtuner_hydra.SlotsLauncher"
 SUBMITIT = "hydra_plugins.xtuner_hydra.SubmititLauncher"
 DYING_SECONDS = 20
 # what may differ in a resumed sweep: how jobs are run, not what they are
-_HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "hydra.launcher.")
+_HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "hydra.launcher.", "hydra.sweep.dir")
 
 
 def sweep(app: App) -> int:
@@ -47,24 +49,52 @@ def sweep(app: App) -> int:
         directory = app.sweep_dir()
         _refuse_taken(directory)
         return _run(app, drafts.draft(app, directory), None)
-    directory = Path(options.resume).resolve()
+    with resumed(app) as (recorded, draft, plan):
+        if not recorded.launches_elsewhere:
+            _refuse_running(draft.directory, plan)
+        return _run(recorded, draft, plan)
+
+
+@contextmanager
+def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
+    """The sweep that sweep.resume names, drafted again by the command that started it, seen from where that was typed. Raises RefusedError."""
+    directory = Path(app.sweep_config().resume or "").expanduser().resolve()
     plan = SweepPlan.load(directory)
-    _refuse_running(directory, plan)
-    with App(_recorded_arguments(app, plan)) as recorded:
-        return _run(recorded, drafts.draft(recorded, directory), plan)
+    arguments = _recorded_arguments(app, plan)
+    try:
+        os.chdir(plan.directory or ".")
+    except OSError as error:
+        raise RefusedError(
+            f"sweep.resume={directory}: was started in {plan.directory}, which cannot be entered ({error.strerror})"
+        ) from None
+    with App(arguments) as recorded:
+        draft = drafts.draft(recorded, directory)
+        if strange := {job.data for job in draft.jobs} - set(plan.data):
+            raise RefusedError(
+                f"sweep.resume={directory}: {len(strange)} data sets are not what the sweep was started with, so new jobs would not compare with "
+                "those that are done. Restore the data, or start another sweep"
+            )
+        yield recorded, draft, plan
 
 
 def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     """The drafted sweep, from its beginning or from where `plan` left it."""
     launcher = _launcher(app, draft)
     _make(draft.directory)
-    search = _search(draft, draft.directory)
     plan = _new_plan(app, draft) if plan is None else plan
+    search = _search(draft, plan)
     if draft.is_list:
         _list_jobs(plan, draft.listed)
-    print(f"sweep of {plan.total} jobs, {launcher.describe()}: {draft.directory}", *_notes(draft, plan), sep="\n", flush=True)
+    print(
+        f"sweep of {plan.total} job{'s' * (plan.total != 1)}, {launcher.describe()}: {draft.directory}",
+        *_notes(draft, plan),
+        sep="\n",
+        flush=True,
+    )
     code = _driver(app, draft, plan, search, launcher).run()
     _show(draft.directory)
+    if code != EXIT_DONE:
+        print(f"go on with: python -m xtuner_hydra sweep.resume={draft.directory}", flush=True)
     return code
 
 
@@ -132,6 +162,8 @@ def _new_plan(app: App, draft: Draft) -> SweepPlan:
         keep=draft.sweep.keep,
         swept=draft.swept,
         total=draft.total,
+        data=sorted({job.data for job in draft.jobs}),
+        directory=os.getcwd(),
         config_dir=app.args.config_dir and str(Path(app.args.config_dir).resolve()),
         config_name=app.args.config_name,
     )
@@ -165,15 +197,19 @@ def _launcher(app: App, draft: Draft) -> Launcher:
     return slots
 
 
-def _search(draft: Draft, directory: Path) -> Search:
+def _search(draft: Draft, plan: SweepPlan) -> Search:
     if draft.is_list:
         return Listed()
-    return Drawn(draft.parameters, draft.sweep, directory, tokens=min(job.tokens for job in draft.jobs))
+    known = [job.trial for job in plan.jobs if job.trial is not None]
+    return Drawn(draft.parameters, draft.sweep, draft.directory, tokens=min(job.tokens for job in draft.jobs), known=known)
 
 
 def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
     """What should be known before the first job starts."""
-    notes = [f"ranked by {plan.metric} ({plan.direction}d)" + ", as no data is held out" * (plan.metric == "train/loss")]
+    notes = [
+        f"ranked by {plan.metric} ({plan.direction}d)"
+        + ", as not every job evaluates" * (plan.metric == "train/loss" and draft.sweep.metric is None)
+    ]
     twins = [job for job in draft.jobs if job.twin is not None and draft.is_list]
     notes += [f"job {job.job.number} ({' '.join(job.job.overrides)}) is the same as job {job.twin} and is left out" for job in twins]
     done = [job for job in plan.jobs if (draft.directory / job.name / "status.json").exists()]
@@ -212,7 +248,10 @@ def _refuse_taken(directory: Path) -> None:
 def _refuse_running(directory: Path, plan: SweepPlan) -> None:
     """Two processes must not run the same jobs. Those of a sweep that was just killed are given a while to end."""
     if plan.state == "running" and run_dir.is_alive(plan.process, directory):
-        raise RefusedError(f"sweep.resume={directory}: is still run by process {plan.process['pid']} on {plan.process['host']}")
+        raise RefusedError(
+            f"sweep.resume={directory}: is still run by process {plan.process['pid']} on {plan.process['host']}; end it first. "
+            "(Of another host this is known only after 15 minutes without a word)"
+        )
     deadline = time.monotonic() + DYING_SECONDS
     while alive := _running_jobs(directory, plan):
         if time.monotonic() > deadline:

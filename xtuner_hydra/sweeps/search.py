@@ -1,6 +1,6 @@
 """Where a sweep's jobs come from: a list (grid, zip), or Optuna, which draws them as results come in and stops hopeless ones.
 
-A search is asked for the swept overrides of the next job, hears of evaluations, and is told how each job ended. It knows jobs by number."""
+A search is asked for the swept overrides of the next job, hears of evaluations, and is told how each job ended."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ STARTUP = 5
 
 
 class Search(Protocol):
-    """What the sweep asks of it."""
+    """What the sweep asks of it. A trial is a draw; those that repeat an earlier job never become one."""
 
-    def ask(self, number: int) -> list[str] | None:
-        """The swept overrides of job `number`, which is new; None when there are no more."""
+    def ask(self) -> tuple[int, list[str]] | None:
+        """(number of a new trial, its swept overrides); None when there are no more."""
         ...
 
-    def is_hopeless(self, number: int, tokens: int, value: float) -> bool:
-        """Hear of an evaluation of job `number` after `tokens` training tokens; True where it is not worth going on with."""
+    def is_hopeless(self, trial: int | None, tokens: int, value: float) -> bool:
+        """Hear of an evaluation of a trial's job after `tokens` training tokens; True where it is not worth going on with."""
         ...
 
-    def tell(self, number: int, value: float | None, *, pruned: bool) -> None:
-        """Job `number` has ended for good with `value`, None where it failed or, `pruned`, was stopped as hopeless."""
+    def tell(self, trial: int | None, value: float | None, *, pruned: bool = False) -> None:
+        """A trial's job has ended for good with `value`, None where it failed or, `pruned`, was stopped as hopeless."""
         ...
 
 
 class Listed:
     """A grid or a zipped list: its jobs are all planned from the start, and run to their ends."""
 
-    def ask(self, number: int) -> list[str] | None:
+    def ask(self) -> tuple[int, list[str]] | None:
         return None
 
-    def is_hopeless(self, number: int, tokens: int, value: float) -> bool:
+    def is_hopeless(self, trial: int | None, tokens: int, value: float) -> bool:
         return False
 
-    def tell(self, number: int, value: float | None, *, pruned: bool) -> None:
+    def tell(self, trial: int | None, value: float | None, *, pruned: bool = False) -> None:
         pass
 
 
@@ -56,17 +56,19 @@ class Drawn:
     """`random` and `bayes` through Optuna (Akiba et al. 2019): TPE (Bergstra et al. 2011) with constant liars for jobs that still run, and
     asynchronous successive halving (Li et al. 2018) on tokens as the resource. The study in sweep_dir/optuna.db outlives the process."""
 
-    def __init__(self, parameters: Sequence[Parameter], sweep: SweepConfig, sweep_dir: Path, *, tokens: int) -> None:
-        """tokens: that a job trains on to its end; rungs are at tokens / reduction_factor**k for k = 2, 1."""
+    def __init__(
+        self, parameters: Sequence[Parameter], sweep: SweepConfig, sweep_dir: Path, *, tokens: int, known: Sequence[int] = ()
+    ) -> None:
+        """tokens: that a job trains on to its end; rungs are at tokens / reduction_factor**k for k = 2, 1. known: trials that are jobs already.
+
+        Raises RefusedError where the study of a sweep that is resumed is gone or damaged."""
         optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.total = sweep.trials
         self.distributions = {parameter.key: _distribution(parameter) for parameter in parameters}
-        self.study = optuna.create_study(
-            storage=f"sqlite:///{sweep_dir / DATABASE}", study_name="sweep", load_if_exists=True, direction=sweep.direction
-        )
-        # jobs and trials are numbered alike
+        self.study = _study(sweep_dir / DATABASE, sweep.direction, known)
         self.trials = {trial.number: optuna.trial.Trial(self.study, trial._trial_id) for trial in self.study.get_trials(deepcopy=False)}
+        for number in self.trials.keys() - set(known):  # drawn, and then the sweep was killed before it was written down
+            self.tell(number, None)
         seed = SEED + len(self.trials)  # or a search that goes on would draw its first jobs again
         bayes = sweep.search == "bayes"
         self.study.sampler = (
@@ -78,31 +80,56 @@ class Drawn:
         else:
             self.study.pruner = optuna.pruners.NopPruner()
 
-    def ask(self, number: int) -> list[str] | None:
-        if number >= self.total:
-            return None
-        if number not in self.trials:
-            trial = self.study.ask(self.distributions)
-            assert trial.number == number, "jobs and trials are numbered alike"
-            self.trials[number] = trial
-        params = self.trials[number].params
-        return [f"{key}={_text(params[key])}" for key in self.distributions]
+    def ask(self) -> tuple[int, list[str]] | None:
+        trial = self.study.ask(self.distributions)
+        self.trials[trial.number] = trial
+        return trial.number, [f"{key}={_text(trial.params[key])}" for key in self.distributions]
 
-    def is_hopeless(self, number: int, tokens: int, value: float) -> bool:
-        trial = self.trials[number]
-        if self.study.trials[number].state.is_finished():  # a failed job that a resumed sweep runs again
+    def is_hopeless(self, trial: int | None, tokens: int, value: float) -> bool:
+        assert trial is not None
+        known = self.study.trials[trial]
+        if known.state.is_finished():  # a failed job that a resumed sweep runs again
             return False
-        if tokens not in self.study.trials[number].intermediate_values:  # a job that was resumed evaluates again
-            trial.report(value, tokens)
-        return trial.should_prune()
+        if tokens not in known.intermediate_values:  # a job that was resumed evaluates again
+            self.trials[trial].report(value, tokens)
+        return self.trials[trial].should_prune()
 
-    def tell(self, number: int, value: float | None, *, pruned: bool) -> None:
+    def tell(self, trial: int | None, value: float | None, *, pruned: bool = False) -> None:
         from optuna.trial import TrialState
 
+        assert trial is not None
         if value is not None and math.isfinite(value):
-            self.study.tell(number, value, skip_if_finished=True)
+            self.study.tell(trial, value, skip_if_finished=True)
         else:
-            self.study.tell(number, state=TrialState.PRUNED if pruned else TrialState.FAIL, skip_if_finished=True)
+            self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL, skip_if_finished=True)
+
+
+def refuse_missing() -> None:
+    """RefusedError where Optuna is not installed."""
+    _optuna()
+
+
+def _study(database: Path, direction: str, known: Sequence[int]) -> optuna.Study:
+    """The study of a sweep, made where there is none. Raises RefusedError for one that does not hold the trials `known`."""
+    import optuna
+
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{database}", study_name="sweep", load_if_exists=True, direction=_direction(direction)
+        )
+        numbers = {trial.number for trial in study.get_trials(deepcopy=False)}
+    except Exception as error:  # SQLAlchemy's, Optuna's and SQLite's own, which share no base
+        text = str(error).partition("\n")[0]
+        raise RefusedError(f"{database}: cannot be read as a study of Optuna ({text}). Restore it, or start another search") from None
+    if missing := set(known) - numbers:
+        raise RefusedError(f"{database}: does not hold {len(missing)} of the jobs that were drawn. Restore it, or start another search")
+    return study
+
+
+def _direction(name: str) -> optuna.study.StudyDirection:
+    from optuna.study import StudyDirection
+
+    return StudyDirection.MINIMIZE if name == "minimize" else StudyDirection.MAXIMIZE
 
 
 def _optuna():  # type: ignore[no-untyped-def]

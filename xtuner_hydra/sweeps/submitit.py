@@ -5,7 +5,9 @@ every job of a sweep resumes by itself."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.errors import EXIT_FAILED, RefusedError
+from xtuner_hydra.files import write_json
 from xtuner_hydra.sweeps.slots import cores
 
 FOLDER = ".submitit"
+TICKET = "submitit.json"
+"""Beside a job's status.json: which job of the cluster it is."""
 
 
 class Submitit:
@@ -51,7 +56,17 @@ class Submitit:
     def start(self, directory: Path) -> SubmittedJob:
         """Submit the job of a prepared run directory."""
         threads = None if self.elsewhere else max(1, cores() // (self.capacity * self.ranks))
-        return SubmittedJob(self.executor.submit(RunRanks(directory, self.ranks, threads)))
+        job = self.executor.submit(RunRanks(directory, self.ranks, threads))
+        write_json(directory / TICKET, {"cluster": self.cluster, "folder": str(job.paths.folder), "id": job.job_id})
+        return SubmittedJob(job)
+
+    def adopt(self, directory: Path) -> SubmittedJob | None:
+        """The job that is in the cluster's queue or runs there, though the sweep that submitted it was killed."""
+        if not self.elsewhere or not (directory / TICKET).exists():
+            return None
+        ticket = json.loads((directory / TICKET).read_text(encoding="utf-8"))
+        job = _submitit().SlurmJob(folder=ticket["folder"], job_id=ticket["id"])
+        return None if job.done(force_check=True) else SubmittedJob(job)
 
 
 @dataclass
@@ -74,8 +89,11 @@ class SubmittedJob:
         self.job.cancel()
 
     def kill(self) -> None:
-        """Cancel it once more; SLURM sends SIGKILL by itself."""
-        self.job.cancel()
+        """SLURM sends SIGKILL by itself; a process of this machine gets it here."""
+        if (process := getattr(self.job, "_process", None)) is not None:
+            process.kill()
+        else:
+            self.job.cancel()
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,13 @@ class RunRanks:
     def checkpoint(self) -> Any:
         """Asked by submitit before the time is up: the same again, which continues from the newest checkpoint."""
         return _submitit().helpers.DelayedSubmission(self)
+
+
+def refuse_missing(cluster: str) -> None:
+    """RefusedError where submitit or the cluster is not there."""
+    _submitit()
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise RefusedError("hydra/launcher=submitit_slurm: sbatch is not on the PATH; is this a node of a SLURM cluster?")
 
 
 def _submitit():  # type: ignore[no-untyped-def]

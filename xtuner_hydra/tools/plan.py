@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.cost import count_parameters, disk_bytes, kept
 from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.launch import Prepared, prepare
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
-from xtuner_hydra.sweeps.draft import Draft, draft
+from xtuner_hydra.run_dir import read_status, state_of
+from xtuner_hydra.sweeps.draft import Draft, JobDraft, draft
+from xtuner_hydra.sweeps.driver import SETTLED
+from xtuner_hydra.sweeps.multirun import resumed
 
 
 def main(argv: list[str]) -> int:
     """Print the plan of a run or a sweep; refuses what that would refuse."""
     with App(argv) as app:
         if app.shows_something():
+            return EXIT_DONE
+        if app.is_sweep and app.sweep_config().resume:
+            with resumed(app) as (_, sweep, plan):
+                done = {job.signature for job in plan.jobs if _state(sweep.directory / job.name) in SETTLED}
+                print("\n".join(describe_sweep(sweep, done)))
             return EXIT_DONE
         if app.is_sweep:
             print("\n".join(describe_sweep(draft(app, app.sweep_dir()))))
@@ -47,10 +58,12 @@ def describe(prepared: Prepared) -> list[str]:
     ]
 
 
-def describe_sweep(draft: Draft) -> list[str]:
-    """The plan of a sweep: its jobs, and what they cost together."""
+def describe_sweep(draft: Draft, done: Collection[str] = ()) -> list[str]:
+    """The plan of a sweep: its jobs, and what they cost together. done: signatures of jobs that have a result already."""
     head = ("job", "name", "steps", "tokens", "GB on disk", "")
-    rows = [(str(one.job.number), one.job.name, f"{one.steps:,}", f"{one.tokens:,}", _gb(one.disk), _twin(one.twin)) for one in draft.jobs]
+    rows = [
+        (str(one.job.number), one.job.name, f"{one.steps:,}", f"{one.tokens:,}", _gb(one.disk), _remark(one, done)) for one in draft.jobs
+    ]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
     kinds = {"best": "one job's stay on disk at a time", "all": "all stay on disk", "none": "none stay on disk"}
@@ -68,8 +81,14 @@ def describe_sweep(draft: Draft) -> list[str]:
     ]
 
 
-def _twin(number: int | None) -> str:
-    return "" if number is None else f"the same as job {number}, left out"
+def _state(directory: Path) -> str:
+    return state_of(directory, read_status(directory))
+
+
+def _remark(one: JobDraft, done: Collection[str]) -> str:
+    if one.twin is not None:
+        return f"the same as job {one.twin}, left out"
+    return "done" if one.job.signature in done else ""
 
 
 def _schedule(config: Config, total: int) -> str:

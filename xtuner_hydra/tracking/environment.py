@@ -23,13 +23,20 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
     """Versions, hardware, git state of the caller's repository (of the working directory), command line, time."""
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(argv),
+        "command": _command(argv),
         "directory": os.getcwd(),
         "versions": {"xtuner_hydra": _own_version(), "python": platform.python_version(), **_versions()},
         "git": _git(),
         "hardware": {"host": socket.gethostname(), "system": platform.platform(), **_cpu(), "gpus": _gpus()},
         "executable": sys.executable,
     }
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command line as a person types it."""
+    program, *arguments = argv
+    module = Path(program).parent.name if Path(program).name == "__main__.py" else None
+    return f"python -m {module} {shlex.join(arguments)}".rstrip() if module else shlex.join([Path(program).name, *arguments])
 
 
 def _own_version() -> str | None:

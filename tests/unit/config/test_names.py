@@ -15,6 +15,7 @@ def test_name_says_what_was_chosen():
 def test_job_name_has_number_and_swept_values():
     assert job_name(3, ["optimizer.lr=6e-05", "data.pack_strategy=soft"]) == "3_lr6e-05-pack_strategy_soft"
     assert job_name(0, []) == "0"
+    assert job_name(1, ["scheduler=linear", "data.path=/a/b/chats.jsonl"]) == "1_scheduler_linear-path_chats.jsonl"
 
 
 @given(st.lists(st.text(max_size=300), max_size=20))

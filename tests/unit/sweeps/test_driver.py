@@ -8,6 +8,7 @@ import pytest
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.app import App
+from xtuner_hydra.errors import TrainingError
 from xtuner_hydra.results.sweep import SweepPlan, read_sweep
 from xtuner_hydra.sweeps import draft as drafts
 from xtuner_hydra.sweeps import driver, multirun
@@ -56,10 +57,13 @@ class FakeLauncher:
     elsewhere, grace_seconds = False, 5
 
     def __init__(self, *ends, capacity=1, interrupt=None):
-        self.ends, self.capacity, self.interrupt, self.started = list(ends), capacity, interrupt, []
+        self.ends, self.capacity, self.interrupt, self.started, self.orphans = list(ends), capacity, interrupt, [], {}
 
     def describe(self):
         return "fakes"
+
+    def adopt(self, directory):
+        return self.orphans.pop(directory.name, None)
 
     def start(self, directory):
         if len(self.started) == self.interrupt:
@@ -75,14 +79,15 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "TICK_SECONDS", 0.01)
 
 
-def run(directory, launcher, *overrides, plan=None, swept=LRS):
+def run(directory, launcher, *overrides, plan=None, swept=LRS, search=None):
     """(exit code, the result) of a sweep whose jobs `launcher` runs."""
     with App([*BASE, swept, *overrides, f"hydra.sweep.dir={directory}"]) as app:
         draft = drafts.draft(app, directory)
         directory.mkdir(exist_ok=True)
         plan = plan or multirun._new_plan(app, draft)
-        multirun._list_jobs(plan, draft.listed)
-        code = multirun._driver(app, draft, plan, Listed(), launcher).run()
+        if search is None:
+            multirun._list_jobs(plan, draft.listed)
+        code = multirun._driver(app, draft, plan, search or Listed(), launcher).run()
     return code, read_sweep(directory)
 
 
@@ -135,6 +140,7 @@ def test_fail_fast_ends_the_sweep_with_its_running_jobs(tmp_path):
     code, result = run(tmp_path / "sweep", FakeLauncher(None, "bad", capacity=2), "sweep.fail_fast=true")
     assert code == 1
     assert [job.state for job in result.jobs] == ["interrupted", "failed", "waiting"]
+    assert "another job failed" in result.jobs[0].error
 
 
 def test_after_ctrl_c_a_resumed_sweep_runs_what_has_no_result(tmp_path):
@@ -155,6 +161,65 @@ def test_jobs_are_known_by_what_they_are_not_by_their_number(tmp_path):
     assert [job.value for job in result.jobs] == [0.5, 0.7, 1.0, 2.0]
     assert [job.number for job in result.jobs] == [2, 3, 1, 0]
     assert result.jobs[1].name == "3_lr1e-06"
+
+
+def test_a_job_that_runs_elsewhere_already_is_adopted_not_started_again(tmp_path):
+    run(tmp_path / "sweep", FakeLauncher(2.0, interrupt=1))
+    plan, launcher = SweepPlan.load(tmp_path / "sweep"), FakeLauncher(3.0)
+    orphan = tmp_path / "sweep" / plan.jobs[1].name
+    launcher.orphans[orphan.name] = FakeJob(orphan, 1.0)
+    with App([*BASE, LRS]) as app:
+        run_dir.write_config(orphan, drafts.compose(app, ["debug=fast"], plan.jobs[1].overrides, 1, tmp_path / "sweep").config)
+        (orphan / "overrides.yaml").write_text("[]")
+    code, result = run(tmp_path / "sweep", launcher, plan=plan)
+    assert (code, launcher.started) == (0, [plan.jobs[2].name])
+    assert [job.value for job in result.jobs] == [2.0, 1.0, 3.0]
+
+
+class Repeating:
+    """A search that draws the same two jobs in turn."""
+
+    def __init__(self):
+        self.told, self.trial = {}, -1
+
+    def ask(self):
+        self.trial += 1
+        return self.trial, [f"optimizer.lr=1e-{3 + self.trial % 2}"]
+
+    def is_hopeless(self, trial, tokens, value):
+        return False
+
+    def tell(self, trial, value, *, pruned=False):
+        self.told[trial] = value
+
+
+def test_a_search_that_repeats_itself_trains_each_job_once_and_ends(tmp_path, capsys):
+    search = Repeating()
+    code, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0), "sweep.search=random", "sweep.trials=5", search=search)
+    assert (code, [job.value for job in result.jobs], result.plan.total) == (0, [2.0, 1.0], 2)
+    assert search.told[2] == 2.0, "the result of a repeated draw is known"
+    assert "draws what it has drawn before" in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_the_jobs_and_is_said_in_a_sentence(tmp_path, monkeypatch):
+    save, calls = SweepPlan.save, []
+
+    def fill_up(self, directory):
+        calls.append(directory)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device", str(directory / "sweep.json"))
+        save(self, directory)
+
+    monkeypatch.setattr(SweepPlan, "save", fill_up)
+    with pytest.raises(TrainingError, match="No space left on device; the sweep stops"):
+        run(tmp_path / "sweep", FakeLauncher(2.0, None, None, capacity=2))
+
+
+def test_a_report_that_fails_does_not_cost_the_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(multirun, "write_sweep", lambda directory: 1 / 0)
+    code, _ = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, 3.0))
+    assert code == 0
+    assert "the report could not be written (ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_twins_run_once(tmp_path):

@@ -42,6 +42,12 @@ def test_a_preset_is_swept_and_the_command_line_wins_over_it():
     assert fixed == ["optimizer.lr=1e-3", "trainer.total_tokens=9"]
 
 
+def test_a_presets_duration_gives_way_to_one_that_was_chosen():
+    for overrides in (["debug=fast"], ["trainer.total_steps=7"], ["trainer.epochs=2"]):
+        fixed, _ = split("sweep=lr_x_packing", *overrides)
+        assert fixed == overrides
+
+
 def test_a_grid_is_every_combination_with_the_last_parameter_fastest():
     _, parameters = split("optimizer.lr=1,2,3", "trainer.seed=4,5")
     wanted = [[f"optimizer.lr={lr}", f"trainer.seed={seed}"] for lr, seed in itertools.product((1, 2, 3), (4, 5))]

@@ -30,7 +30,15 @@ def test_commit_and_diff_are_of_the_repository_one_stands_in(tmp_path, monkeypat
 def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert environment([])["git"] is None
+    assert environment(["prog"])["git"] is None
+
+
+def test_the_command_is_one_that_can_be_typed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        environment(["/site/xtuner_hydra/__main__.py", "-m", "optimizer.lr=1,2"])["command"] == "python -m xtuner_hydra -m optimizer.lr=1,2"
+    )
+    assert environment(["/venv/bin/xtuner-hydra", "debug=fast"])["command"] == "xtuner-hydra debug=fast"
 
 
 def test_versions_are_told_and_secrets_are_not(tmp_path, monkeypatch):
