@@ -34,7 +34,25 @@ def export(
 ) -> Path:
     """Commit hf/step-N, loadable by `AutoModelForCausalLM.from_pretrained`, and point hf/latest at it. Collective.
 
-    `dtype`: of the floating-point weights in the file, `float32` or `bfloat16` (or what `pretrained` had)."""
+    `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`."""
+    path = export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, keep=keep, shard_bytes=shard_bytes)
+    if dist.get_rank() == 0:
+        _point_latest(path)
+    dist.barrier()
+    return path
+
+
+def export_to(
+    directory: Path,
+    model: CausalLM,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    keep: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Commit `directory` itself as an export; `keep`: see `commit`. Collective."""
 
     def write(staging: Path) -> None:
         write_weights(staging, _full_tensors(model, _torch_dtype(dtype)), shard_bytes)
@@ -44,11 +62,7 @@ def export(
             write_json(staging / "generation_config.json", {**special, "_from_model_config": True})
             tokenizer.save(staging)
 
-    path = commit(directory / f"step-{step}", write, keep=keep)
-    if dist.get_rank() == 0:
-        _point_latest(path)
-    dist.barrier()
-    return path
+    return commit(directory, write, keep=keep)
 
 
 def write_weights(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:

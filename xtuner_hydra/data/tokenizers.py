@@ -35,9 +35,15 @@ class Tokenizer(Protocol):
     """Every id is below this."""
     bos_token_id: int | None
     eos_token_id: int
+    stop_token_ids: tuple[int, ...]
+    """Tokens at which generation ends: the end of an assistant's turn, and EOS."""
 
     def encode(self, conversation: Conversation) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """(ids, supervised), both of one length."""
+        ...
+
+    def prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
+        """The ids that ask for an answer to `conversation`. ValueError where the template refuses it."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -59,6 +65,7 @@ class ByteTokenizer:
     vocab_size = 260
     bos_token_id: int | None = BOS
     eos_token_id = IM_END
+    stop_token_ids: tuple[int, ...] = (IM_END,)
 
     def __init__(self, template: str = "chatml") -> None:
         if template not in TEMPLATES:
@@ -75,6 +82,18 @@ class ByteTokenizer:
         else:
             _encode_chatml(pieces, conversation)
         return pieces.arrays()
+
+    def prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
+        """The ids that ask for an answer to `conversation`."""
+        pieces = _Pieces()
+        if self.template == "xtuner":
+            _encode_xtuner(pieces, conversation)
+            pieces.text("<|im_start|>assistant\n")
+        else:
+            _encode_chatml(pieces, conversation)
+            pieces.marker(IM_START)
+            pieces.text("assistant\n")
+        return pieces.arrays()[0]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
