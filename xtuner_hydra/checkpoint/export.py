@@ -16,8 +16,9 @@ from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.files import sync_directory, umask, write_json
 from xtuner_hydra.model.families import family_of, hf_config
 from xtuner_hydra.model.transformer import CausalLM
-from xtuner_hydra.parallel.runtime import DTYPES
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What weights can be exported in."""
 SHARD_BYTES = 5 * 10**9  # transformers' own default limit
 
 
@@ -55,7 +56,7 @@ def export_to(
     """Commit `directory` itself as an export; `keep`: see `commit`. Collective."""
 
     def write(staging: Path) -> None:
-        write_weights(staging, _full_tensors(model, _torch_dtype(dtype)), shard_bytes)
+        write_weights(staging, _full_tensors(model, DTYPES[dtype]), shard_bytes)
         if dist.get_rank() == 0:
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             write_json(staging / "config.json", hf_config(config, dtype, **special))
@@ -111,10 +112,6 @@ def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, to
         whole = parameter.detach().full_tensor().to("cpu", dtype)  # type: ignore[attr-defined]
         for piece, index in pieces(name, tuple(whole.shape)):
             yield piece, whole[index].contiguous()
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return torch.float16 if name == "float16" else DTYPES[name]
 
 
 def _point_latest(path: Path) -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.schema import Config, DataConfig
 from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, describe_skipped, open_cache
 from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, select_samples, training_limit
 from xtuner_hydra.data.sources import resolve_files
@@ -68,11 +70,27 @@ class PreparedData:
 
 def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> PreparedData:
     """Read, check, tokenise, select and plan. Raises DataError or ConfigError, and then leaves nothing behind."""
-    cache_dir = _cache_dir(config.data.cache_dir)
+    with _caches(config.data, tokenizer, progress) as open_or_build:
+        train = open_or_build(config.data.path, "data.path")
+        held_out = open_or_build(config.data.eval_path, "data.eval_path") if config.data.eval_path is not None else None
+        return _assemble(config, train, held_out, tokenizer_name=tokenizer.name)
+
+
+def prepare_held_out(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Source | None:
+    """The held-out data alone, as `prepare` would have it; None where there is none. Raises DataError or ConfigError likewise."""
+    if config.data.eval_path is None:
+        return None
+    with _caches(config.data, tokenizer, progress) as open_or_build:
+        return _select_held_out(config, open_or_build(config.data.eval_path, "data.eval_path"))
+
+
+@contextmanager
+def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[Callable[[Any, str], TokenCache]]:
+    """A function from (files, the key that names them) to their token cache. Caches that are new stay only if nothing is raised."""
+    cache_dir = _cache_dir(data.cache_dir)
     with all_or_nothing(cache_dir) as built:
 
         def open_or_build(path: Any, key: str) -> TokenCache:
-            data = config.data
             cache = build_cache(
                 resolve_files(path, key),
                 data.format,
@@ -87,18 +105,18 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
                 built.append(cache)
             return cache
 
-        train = open_or_build(config.data.path, "data.path")
-        held_out = open_or_build(config.data.eval_path, "data.eval_path") if config.data.eval_path is not None else None
-        return _assemble(config, train, held_out, tokenizer_name=tokenizer.name)
+        yield open_or_build
+
+
+def _select_held_out(config: Config, cache: TokenCache) -> Source:
+    limit = held_out_limit(config.data, config.model)
+    return Source(cache, select_samples(cache, config.data, limit, seed=config.trainer.seed, sample_ratio=1.0, key="data.eval_path"))
 
 
 def _assemble(config: Config, train: TokenCache, held_out: TokenCache | None, *, tokenizer_name: str) -> PreparedData:
     seed, data = config.trainer.seed, config.data
     selection = select_samples(train, data, training_limit(data), seed=seed, sample_ratio=data.sample_ratio, key="data.path")
-    evaluated = None
-    if held_out is not None:
-        limit = held_out_limit(data, config.model)
-        evaluated = Source(held_out, select_samples(held_out, data, limit, seed=seed, sample_ratio=1.0, key="data.eval_path"))
+    evaluated = _select_held_out(config, held_out) if held_out is not None else None
     return PreparedData(Source(train, selection), evaluated, TrainPlan(train, selection, data, config.trainer), tokenizer_name)
 
 
