@@ -29,9 +29,9 @@ class Trained:
     is_checkpoint: bool
     run: Run | None = None
 
-    def load(self, device: str = "auto") -> CausalLM:
-        """The model on `device` (trainer.device's values), in the compute dtype of its run, or the fast one of the device."""
-        wanted = self.run.config.parallelism.param_dtype if self.run else "auto"
+    def load(self) -> CausalLM:
+        """The model on the best device here, in the compute dtype of its run, else the one that is fast here."""
+        device, wanted = "auto", self.run.config.parallelism.param_dtype if self.run else "auto"
         with torch.device("meta"):
             model = CausalLM(self.model)
         model = model.to(DTYPES[param_dtype(wanted, device)]).to_empty(device=device_type(device)).eval()

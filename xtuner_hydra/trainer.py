@@ -10,9 +10,9 @@ from pathlib import Path
 from xtuner_hydra.checkpoint import export, state
 from xtuner_hydra.checkpoint.state import TrainState
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.data.formats import Conversation, Message
 from xtuner_hydra.data.loader import StepBatch, eval_batches, train_batches
 from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import TrainingError
@@ -99,14 +99,12 @@ class Trainer:
 
     def sample(self) -> None:
         """Answer trainer.sample_prompts and show the answers. All ranks take part."""
-        if not (prompts := self.config.trainer.sample_prompts):
-            return
-        samples: list[Sample] = []
-        for prompt in prompts:
-            asked = self.tokenizer.prompt(Conversation([Message("user", prompt, False)])).tolist()
-            answer = self.engine.answer(asked, self.config.trainer.sample_tokens, self.tokenizer.stop_token_ids)
+        config, stop, samples = self.config.trainer, self.tokenizer.stop_token_ids, list[Sample]()
+        for prompt, ids in zip(config.sample_prompts, sample_prompts(self.config, self.tokenizer), strict=True):
+            answer = self.engine.answer(ids, config.sample_tokens, stop)
             samples.append({"train/step": self.state.step, "prompt": prompt, "text": self.tokenizer.decode(answer)})
-        self.trackers.show(samples)
+        if samples:
+            self.trackers.show(samples)
 
     def save(self) -> None:
         """Commit a checkpoint to resume from."""

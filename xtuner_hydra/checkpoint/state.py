@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     Raises RefusedError where they do not fit the model."""
     weights = get_model_state_dict(model)
     try:
-        dcp.load({"model": weights}, checkpoint_id=checkpoint)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+            dcp.load({"model": weights}, checkpoint_id=checkpoint)
     except (dcp.CheckpointException, ValueError, RuntimeError) as error:
         raise RefusedError(f"{checkpoint}: its weights do not fit the model of config.yaml ({_last_line(error)})") from None
     set_model_state_dict(model, weights)
@@ -137,7 +140,7 @@ def _state_file(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 

@@ -57,7 +57,8 @@ class SampleTracker(_Lines):
 
 
 def read(path: Path) -> list[Any]:
-    """The rows of a metrics.jsonl (or the samples of a samples.jsonl), or none where there is no such file; a last line that a crash cut short is left out."""
+    """The rows of a metrics.jsonl, or samples of a samples.jsonl; none where there is no such file. A last line that a crash cut short is
+    left out."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
