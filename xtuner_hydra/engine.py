@@ -7,16 +7,18 @@ experts adds its load-balancing loss, which has a scope of its own (model/expert
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from xtuner_hydra.data.batch import PackedBatch
 from xtuner_hydra.errors import TrainingError
 from xtuner_hydra.model.experts import Routing, load_balancing_loss
+from xtuner_hydra.model.generation import generate, greedy
 from xtuner_hydra.model.transformer import CausalLM
 
 
@@ -70,9 +72,23 @@ class Engine:
         for batch in batches:
             loss_sum, _ = self._loss_sum(batch)
             total += torch.stack([loss_sum.double(), torch.tensor(len(batch.targets), dtype=torch.float64, device=device)])
+        self._reshard()
         dist.all_reduce(total)
         loss_sum, tokens = total.tolist()
         return loss_sum / tokens, int(tokens)
+
+    def answer(self, prompt: Sequence[int], most: int, stop: Container[int]) -> list[int]:
+        """The likeliest ids, up to `most`, that follow `prompt`, without the one of `stop` that ends them. Collective, with the same
+        arguments and result on every rank; no random generator is used."""
+        ids = list(generate(self.model, prompt, most=most, stop=stop, choose=_agreed))
+        self._reshard()
+        return ids
+
+    def _reshard(self) -> None:
+        """Free the gathered weights. After a step the backward pass does; where there was none, who reads the parameters would find them whole."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
@@ -95,6 +111,13 @@ class Engine:
         """Scale the gradients down to `max_grad_norm` by their true norm over all ranks, and return that norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _agreed(logits: Tensor) -> Tensor:
+    """The first rank's likeliest token: ranks that disagree in the last bit must not go different ways."""
+    chosen = greedy(logits)
+    dist.broadcast(chosen, src=0)
+    return chosen
 
 
 class _Balance:

@@ -26,6 +26,7 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
+from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, ConfigError
 from xtuner_hydra.files import write_json
@@ -82,6 +83,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if config.checkpoint.resume not in ("auto", "never"):
         config.checkpoint.resume = str(checkpoint)
     tokenizer = load_tokenizer(config.model)
+    sample_prompts(config, tokenizer)  # refuses what cannot be asked
     data = prepare_data(config, tokenizer, progress=progress)
     refuse_ids_without_a_row(data, config.model.vocab_size, tokenizer)
     if checkpoint is not None:

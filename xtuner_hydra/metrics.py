@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -15,6 +16,12 @@ from xtuner_hydra.parallel.device import memory_gb, peak_flops
 from xtuner_hydra.parallel.runtime import Runtime
 
 Row = dict[str, float | int | None]
+
+
+def evaluation(loss: float, tokens: int) -> Row:
+    """The metrics of a mean loss over `tokens` held-out labels."""
+    perplexity = math.exp(min(loss, 700.0))  # e^700 is near the largest float
+    return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/tokens": tokens}
 
 
 class Meter:

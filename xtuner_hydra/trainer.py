@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,14 +12,15 @@ from xtuner_hydra.checkpoint.state import TrainState
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.loader import StepBatch, eval_batches, train_batches
 from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import TrainingError
-from xtuner_hydra.metrics import Meter, Row
+from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.optim.schedules import learning_rate
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime
-from xtuner_hydra.tracking.base import Trackers
+from xtuner_hydra.tracking.base import Sample, Trackers
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -56,6 +56,7 @@ class Trainer:
             self.train(batch)
             if self.due(self.config.trainer.eval_interval):
                 self.evaluate()
+                self.sample()
             if self.due(self.config.checkpoint.interval):
                 self.save()
             if self.due(self.config.checkpoint.hf_interval):
@@ -94,15 +95,16 @@ class Trainer:
             self.data.eval.cache, self.data.eval.selection, self.config.data, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size
         )
         loss, tokens = self.engine.evaluate(batch.to(self.runtime.device) for batch in batches)
-        self.report(
-            {
-                "train/step": self.state.step,
-                "train/total_tokens": self.state.tokens,
-                "eval/loss": loss,
-                "eval/perplexity": math.exp(min(loss, 700.0)),  # e^700 is near the largest float
-                "eval/tokens": tokens,
-            }
-        )
+        self.report({"train/step": self.state.step, "train/total_tokens": self.state.tokens, **evaluation(loss, tokens)})
+
+    def sample(self) -> None:
+        """Answer trainer.sample_prompts and show the answers. All ranks take part."""
+        config, stop, samples = self.config.trainer, self.tokenizer.stop_token_ids, list[Sample]()
+        for prompt, ids in zip(config.sample_prompts, sample_prompts(self.config, self.tokenizer), strict=True):
+            answer = self.engine.answer(ids, config.sample_tokens, stop)
+            samples.append({"train/step": self.state.step, "prompt": prompt, "text": self.tokenizer.decode(answer)})
+        if samples:
+            self.trackers.show(samples)
 
     def save(self) -> None:
         """Commit a checkpoint to resume from."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.data.prepare import PreparedData
@@ -93,13 +94,16 @@ def build(config: Config, run_dir: Path, place: Runtime) -> Trainer:
     return trainer
 
 
-def build_engine(config: Config, place: Runtime) -> Engine:
-    """Model with its weights, sharded, and optimizer. Nothing is allocated before it is sharded."""
+def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None) -> Engine:
+    """Model with its first weights (those of `checkpoint`, where one is given), sharded, and optimizer. Nothing is allocated before it is
+    sharded."""
     with torch.device("meta"):
         model = CausalLM(config.model)
     parallelize(model, config.parallelism, place)
     model.to_empty(device=place.device)
-    if config.model.pretrained:
+    if checkpoint is not None:
+        load_weights(checkpoint, model)
+    elif config.model.pretrained:
         load_pretrained(model, config.model.pretrained, seed=config.trainer.seed)
     else:
         initialise(model, config.trainer.seed)
@@ -122,6 +126,7 @@ def with_trackers(trainer: Trainer) -> None:
             overrides=read_overrides(trainer.run_dir),
             total_steps=trainer.total_steps,
             start_step=step or 0,
+            samples=bool(config.trainer.sample_prompts),
         )
         note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 

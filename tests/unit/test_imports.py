@@ -62,6 +62,7 @@ def parts_used_by(part):
         ("results", {"config", "errors", "files", "run_dir", "tracking"}),
         ("reports", {"config", "errors", "files", "results", "run_dir", "tracking"}),
         ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel"}),
+        ("trained", {"checkpoint", "config", "errors", "model", "parallel", "results"}),
         ("trainer", {"checkpoint", "config", "data", "engine", "errors", "metrics", "model", "optim", "parallel", "tracking"}),
         ("sweeps", {"app", "config", "cost", "errors", "files", "launch", "parallel", "reports", "results", "run_dir", "tracking"}),
         ("cost", {"config", "model"}),

@@ -20,8 +20,9 @@ from xtuner_hydra.files import sync_directory, sync_tree, write_json
 _NAME = re.compile(r"step-(\d+)")
 
 
-def commit(directory: Path, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Let every rank `write` into a staging directory, then make it `directory`; it stays with the `keep` - 1 newest of its siblings.
+def commit(directory: Path, write: Callable[[Path], None], *, keep: int | None) -> Path:
+    """Let every rank `write` into a staging directory, then make it `directory`; it stays with the `keep` - 1 newest of its siblings
+    (None: with all).
 
     Collective: all ranks call it with the same arguments. `write` may itself be collective."""
     staging = directory.with_name(f".{directory.name}.tmp")
@@ -33,9 +34,8 @@ def commit(directory: Path, write: Callable[[Path], None], *, keep: int) -> Path
     dist.barrier()
     if dist.get_rank() == 0:
         _finish(staging, directory)
-        others = [path for path in committed(directory.parent) if path != directory]  # later ones too, of a run that went further
-        for old in others[: max(0, len(others) + 1 - keep)]:
-            shutil.rmtree(old)
+        if keep is not None:
+            _remove_old(directory, keep)
     dist.barrier()
     return directory
 
@@ -66,6 +66,12 @@ def damage(directory: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
     return None
+
+
+def _remove_old(directory: Path, keep: int) -> None:
+    others = [path for path in committed(directory.parent) if path != directory]  # later ones too, of a run that went further
+    for old in others[: max(0, len(others) + 1 - keep)]:
+        shutil.rmtree(old)
 
 
 def _finish(staging: Path, directory: Path) -> None:

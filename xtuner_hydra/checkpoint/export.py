@@ -17,8 +17,9 @@ from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.files import sync_directory, umask, write_json
 from xtuner_hydra.model.families import family_of, hf_config
 from xtuner_hydra.model.transformer import CausalLM
-from xtuner_hydra.parallel.runtime import DTYPES
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What weights can be exported in."""
 SHARD_BYTES = 5 * 10**9  # transformers' own default limit
 
 
@@ -35,21 +36,35 @@ def export(
 ) -> Path:
     """Commit hf/step-N, loadable by `AutoModelForCausalLM.from_pretrained`, and point hf/latest at it. Collective.
 
-    `dtype`: of the floating-point weights in the file, `float32` or `bfloat16` (or what `pretrained` had)."""
+    `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`."""
+    path = export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, keep=keep, shard_bytes=shard_bytes)
+    if dist.get_rank() == 0:
+        _point_latest(path)
+    dist.barrier()
+    return path
+
+
+def export_to(
+    directory: Path,
+    model: CausalLM,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    keep: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Commit `directory` itself as an export; `keep`: see `commit`. Collective."""
 
     def write(staging: Path) -> None:
-        write_weights(staging, _full_tensors(model, _torch_dtype(dtype)), shard_bytes)
+        write_weights(staging, _full_tensors(model, DTYPES[dtype]), shard_bytes)
         if dist.get_rank() == 0:
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             write_json(staging / "config.json", hf_config(config, dtype, **special))
             write_json(staging / "generation_config.json", _generation(special, tokenizer.stop_token_ids))
             tokenizer.save(staging)
 
-    path = commit(directory / f"step-{step}", write, keep=keep)
-    if dist.get_rank() == 0:
-        _point_latest(path)
-    dist.barrier()
-    return path
+    return commit(directory, write, keep=keep)
 
 
 def _generation(special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
@@ -105,10 +120,6 @@ def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, to
         whole = parameter.detach().full_tensor().to("cpu", dtype)  # type: ignore[attr-defined]
         for piece, index in pieces(name, tuple(whole.shape)):
             yield piece, whole[index].contiguous()
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return torch.float16 if name == "float16" else DTYPES[name]
 
 
 def _point_latest(path: Path) -> None:

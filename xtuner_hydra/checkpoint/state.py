@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 
 from xtuner_hydra.checkpoint.commit import commit, committed, damage
 from xtuner_hydra.config.schema import CheckpointConfig, Config
@@ -68,6 +69,20 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
     if rng.exists():  # a rank that the earlier run did not have starts from its seed
         _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
     return TrainState(**_state_file(checkpoint)["state"])
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Read a checkpoint's weights alone into `model`, sharded or plain, in the dtype that this has. Collective where ranks are joined.
+
+    Raises RefusedError where they do not fit the model."""
+    weights = get_model_state_dict(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+            dcp.load({"model": weights}, checkpoint_id=checkpoint)
+    except (dcp.CheckpointException, ValueError, RuntimeError) as error:
+        raise RefusedError(f"{checkpoint}: its weights do not fit the model of config.yaml ({_last_line(error)})") from None
+    set_model_state_dict(model, weights)
 
 
 def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
@@ -123,6 +138,10 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any]) -> None:
 
 def _state_file(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def _last_line(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -336,6 +336,10 @@ class TrainerConfig:
     """Steps between two rows of metrics."""
     eval_interval: int | None = -1
     """Steps between evaluations; -1 = at the end only, null = never. Every interval evaluates at the end too."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Questions that the model answers at each evaluation, greedily; samples.jsonl, the report and W&B show how the answers change."""
+    sample_tokens: int = 64
+    """Tokens of such an answer at most."""
     device: str = "auto"
     """`cpu`, `cuda`, `auto` (a GPU where there is one)."""
 
@@ -345,6 +349,11 @@ class TrainerConfig:
                 _at_least(1, f"trainer.{name}", value)
         _at_least(1, "trainer.log_interval", self.log_interval)
         _interval("trainer.eval_interval", self.eval_interval)
+        _at_least(1, "trainer.sample_tokens", self.sample_tokens)
+        if self.sample_prompts and self.eval_interval is None:
+            raise ConfigError(
+                "trainer.sample_prompts", list(self.sample_prompts), "they are answered at evaluations; set trainer.eval_interval too"
+            )
         _one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
         if not 0 <= self.seed < 2**63:
             raise ConfigError("trainer.seed", self.seed, "a whole number from 0 to 2^63 - 1")

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,33 @@ class PreparedData:
 
 def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> PreparedData:
     """Read, check, tokenise, select and plan. Raises DataError or ConfigError, and then leaves nothing behind."""
-    data, cache_dir = config.data, _cache_dir(config.data.cache_dir)
+    data = config.data
+    with _caches(data, tokenizer, progress) as open_or_build:
+        train = _training_caches(data, open_or_build)
+        held = open_or_build(data.eval_path, data.format, "data.eval_path") if data.eval_path is not None else None
+        return _assemble(config, train, held, tokenizer_name=tokenizer.name)
+
+
+def prepare_held_out(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Source | None:
+    """The held-out data alone, as `prepare` would have it; None where there is none. Raises DataError or ConfigError likewise."""
+    data = config.data
+    with _caches(data, tokenizer, progress) as open_or_build:
+        if data.eval_path is not None:
+            return _held_out(config, open_or_build(data.eval_path, data.format, "data.eval_path"), None)
+        if data.eval_ratio is not None:
+            train = _training_caches(data, open_or_build)
+            return _held_out(config, train, held_out(train, data.eval_ratio))
+    return None
+
+
+OpenOrBuild = Callable[[Any, str, str], TokenCache]
+"""(files, format, the key that names them) -> their token cache."""
+
+
+@contextmanager
+def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[OpenOrBuild]:
+    """Opens or builds caches. Those that are new stay only if nothing is raised."""
+    cache_dir = _cache_dir(data.cache_dir)
     with all_or_nothing(cache_dir) as built:
 
         def open_or_build(path: Any, format: str, key: str) -> TokenCache:
@@ -97,12 +124,10 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
                 built.append(cache)
             return cache
 
-        train = _training_caches(data, open_or_build)
-        held = open_or_build(data.eval_path, data.format, "data.eval_path") if data.eval_path is not None else None
-        return _assemble(config, train, held, tokenizer_name=tokenizer.name)
+        yield open_or_build
 
 
-def _training_caches(data: DataConfig, open_or_build: Callable[[Any, str, str], TokenCache]) -> Samples:
+def _training_caches(data: DataConfig, open_or_build: OpenOrBuild) -> Samples:
     if not data.sources:
         return open_or_build(data.path, data.format, "data.path")
     sources = enumerate(data.sources)
@@ -125,15 +150,18 @@ def refuse_ids_without_a_row(data: PreparedData, vocab_size: int, tokenizer: Tok
     )
 
 
+def _held_out(config: Config, samples: Samples, apart: np.ndarray | None) -> Source:
+    """`samples`, or those of the training data that are set `apart`, cut to their own limit."""
+    data, key = config.data, "data.eval_path" if apart is None else "data.eval_ratio"
+    limit = held_out_limit(data, config.model)
+    return Source(samples, select_samples(samples, data, limit, seed=config.trainer.seed, sample_ratio=1.0, key=key, among=apart))
+
+
 def _assemble(config: Config, train: Samples, held: Samples | None, *, tokenizer_name: str) -> PreparedData:
-    data, seed = config.data, config.trainer.seed
+    data = config.data
     apart = held_out(train, data.eval_ratio) if data.eval_ratio is not None else None
-    selection = _select_training(train, data, seed, apart)
-    evaluated = None
-    if held is not None or apart is not None:
-        samples, key = (held, "data.eval_path") if held is not None else (train, "data.eval_ratio")
-        chosen = select_samples(samples, data, held_out_limit(data, config.model), seed=seed, sample_ratio=1.0, key=key, among=apart)
-        evaluated = Source(samples, chosen)
+    selection = _select_training(train, data, config.trainer.seed, apart)
+    evaluated = _held_out(config, train if held is None else held, apart) if held is not None or apart is not None else None
     return PreparedData(Source(train, selection), evaluated, TrainPlan(train, selection, data, config.trainer), tokenizer_name)
 
 

@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         ...
 
     def prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
-        """The ids that ask for an answer to `conversation`."""
+        """The ids that ask for an answer to `conversation`. ValueError where the template refuses it."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -114,9 +114,9 @@ class ByteTokenizer:
         return pieces.arrays()[0]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        names = {number: marker.encode() for marker, number in MARKERS.items()}
-        return b"".join(names[number] if number in names else bytes([number]) for number in ids).decode("utf-8", errors="replace")
+        """The text of `ids`; bytes that are no UTF-8, and ids that only an embedding with more rows has, become U+FFFD."""
+        names = {number: marker.encode() for marker, number in MARKERS.items()} | {byte: bytes([byte]) for byte in range(256)}
+        return b"".join(names.get(number, b"\xff") for number in ids).decode("utf-8", errors="replace")
 
     def save(self, directory: Path) -> None:
         """tokenizer.json (byte-level BPE without merges) and tokenizer_config.json, which transformers' AutoTokenizer loads to the same ids."""

@@ -36,6 +36,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+class Cache:
+    """Keys and values of one document, as far as one layer has seen it, for at most `capacity` tokens. No gradient passes through it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None) -> Tensor:
+        """`attention` of the document's first tokens, all at once, or of the one that follows those in the cache, which sees them too."""
+        if self.length == 0:
+            self._append(k, v)
+            return attention(q, k, v, cu_seqlens, max_seqlen, window)
+        assert len(q) == 1, "tokens come one by one after the first call"
+        self._append(k, v)
+        seen = slice(0 if window is None else max(0, self.length - window), self.length)
+        return _sdpa(q, self.keys[seen], self.values[seen])
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        if self.length == 0:
+            self.keys, self.values = (x.new_empty(self.capacity, *x.shape[1:]) for x in (k, v))
+        new = slice(self.length, self.length + len(k))
+        self.keys[new], self.values[new] = k, v
+        self.length = new.stop
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One document: (tokens, heads, head_dim) like the arguments; SDPA wants (batch, heads, tokens, head_dim)."""
     return _sdpa(q, k, v, is_causal=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xtuner_hydra.config.schema import ModelConfig, RopeScaling
-from xtuner_hydra.model.attention import attention
+from xtuner_hydra.model.attention import Cache, attention
 
 
 class Embedding(nn.Embedding):
@@ -142,11 +142,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = _Rotate.apply(self.q_norm(q), cos, sin)
         k = _Rotate.apply(self.k_norm(k), cos, sin)
-        return self.o_proj(attention(q, k, v, cu_seqlens, max_seqlen, self.window).flatten(1))
+        attend = attention if cache is None else cache.attention
+        return self.o_proj(attend(q, k, v, cu_seqlens, max_seqlen, self.window).flatten(1))
 
 
 class MLP(nn.Module):

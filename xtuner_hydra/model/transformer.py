@@ -4,7 +4,7 @@ Knows nothing of devices, sharding or files. New parameters hold nothing of wort
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.loss import linear_cross_entropy
+from xtuner_hydra.model.attention import Cache
 from xtuner_hydra.model.experts import MoE, Routing
 from xtuner_hydra.model.layers import MLP, Attention, Embedding, RMSNorm, rotary
 
@@ -38,14 +39,16 @@ class CausalLM(nn.Module):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         with_routing: bool = False,
+        caches: Sequence[Cache] | None = None,
     ) -> Any:
-        """Logits of every token, (T, vocab) fp32; or, given `rows` and `targets`, the scalar fp32 sum of -log p(target) over them.
+        """Logits of every token (or of `rows`), (T, vocab) fp32; or, given `targets` too, the scalar fp32 sum of -log p(target) over them.
         `with_routing`: (that, Routing of the layers that have experts, None where none has).
 
         ids, positions: (T,) int64, T at least 1; positions count from 0 in every document. cu_seqlens: (documents + 1,) int32;
         max_seqlen: length of the longest document. rows: (N,) int64, the tokens with a label; targets: (N,) int64, their labels.
+        caches: one a layer, to generate from (model/generation.py): the tokens are those of one document that follow what these hold.
         With N = 0 the loss is 0 and every gradient zero, not missing: under FSDP all ranks must run the same collectives."""
-        hidden, routing = self.model(ids, positions, cu_seqlens, max_seqlen, rows)
+        hidden, routing = self.model(ids, positions, cu_seqlens, max_seqlen, rows, caches)
         result = self.lm_head(hidden, targets)
         return (result, routing) if with_routing else result
 
@@ -71,13 +74,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
     ) -> tuple[Tensor, Routing | None]:
         hidden = self.embed_tokens(ids)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype, self.config.rope_scaling)
         routings = []
-        for layer in self.layers:
-            hidden, routing = layer(hidden, cos, sin, cu_seqlens, max_seqlen)
+        for number, layer in enumerate(self.layers):
+            hidden, routing = layer(hidden, cos, sin, cu_seqlens, max_seqlen, caches[number] if caches else None)
             if routing is not None:
                 routings.append(routing)
         hidden = self.norm(hidden if rows is None else hidden.index_select(0, rows))
@@ -94,8 +103,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen, cache)
         out = self.mlp(self.post_attention_layernorm(x))
         # returned, not kept in the module: so recomputation and FSDP's hooks see it
         out, routing = out if isinstance(self.mlp, MoE) else (out, None)

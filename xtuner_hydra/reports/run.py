@@ -13,6 +13,7 @@ from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, curve, limits, smoot
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
 from xtuner_hydra.results.run import Run, load_run
+from xtuner_hydra.tracking.base import Sample
 
 REPORT, CHANGED = "report.html", "changed.json"
 SMALL = (("learning rate", "train/lr"), ("gradient norm", "train/grad_norm"), ("tokens a second a device", "throughput/tgs"),
@@ -26,6 +27,7 @@ NOTES = {
     "environment.json": "versions, hardware, git",
     "data.json": "the prepared data",
     "metrics.jsonl": "a row a step",
+    "samples.jsonl": "answers to the sample prompts",
     "loss.png": "the loss as a picture",
     "logs": "a text log a rank",
     "checkpoints": "to resume from",
@@ -56,6 +58,7 @@ def run_page(run: Run) -> str:
         _loss(run),
         page.group([chart for title, metric in SMALL if (chart := _chart(run, title, metric))], "trio"),
         _evaluations(run),
+        _samples(run),
         _environment(run),
         _files(run),
         page.folded("The whole config", tag("pre", (run.directory / "config.yaml").read_text(encoding="utf-8"), class_="box")),
@@ -185,6 +188,30 @@ def _evaluations(run: Run) -> Markup | None:
     ]
     kinds = ["best" if losses and row["eval/loss"] == min(losses) else "" for row in rows]
     return page.card("Evaluation", page.table(heads, cells, kinds=kinds, most=20), sub="On the held-out data; the lowest loss is set off.")
+
+
+def _samples(run: Run) -> Markup | None:
+    """What was answered to each prompt: the last answer in full, the earlier ones behind a click."""
+    answers: dict[str, list[Sample]] = {}
+    for sample in run.samples:
+        answers.setdefault(sample["prompt"], []).append(sample)
+    if not answers:
+        return None
+    return page.card("Samples", [_answers(prompt, given) for prompt, given in answers.items()], sub="Greedy answers, at each evaluation.")
+
+
+def _answers(prompt: str, given: list[Sample]) -> Markup:
+    *before, last = given
+    return tag(
+        "div",
+        tag("p", tag("b", prompt), class_="apart"),
+        _sample(last),
+        tag("details", tag("summary", words.counted(len(before), "earlier answer")), map(_sample, reversed(before))) if before else None,
+    )
+
+
+def _sample(sample: Sample) -> Markup:
+    return tag("div", tag("p", f"step {sample['train/step']:,}", class_="dim"), tag("pre", sample["text"], class_="box"))
 
 
 def _metric(value: float | None) -> Cell:

@@ -20,7 +20,7 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import flatten, from_yaml
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking import jsonl
-from xtuner_hydra.tracking.base import Row
+from xtuner_hydra.tracking.base import Row, Sample
 
 T = TypeVar("T")
 
@@ -85,6 +85,11 @@ class Run:
     def values(self) -> dict[str, Any]:
         """The config by full key: `optimizer.lr`."""
         return flatten(asdict(self.config))
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """samples.jsonl: the answers to trainer.sample_prompts, in the order in which they were given; empty where there are none."""
+        return _read("samples.jsonl", self.directory, lambda path: jsonl.read(path / "samples.jsonl"))
 
     @cached_property
     def data(self) -> dict[str, Any]:

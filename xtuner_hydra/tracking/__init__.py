@@ -1,4 +1,4 @@
-"""Where metrics go: console, metrics.jsonl, TensorBoard, W&B; one small interface (base.py). Knows nothing of training."""
+"""Where metrics and samples go: console, metrics.jsonl, samples.jsonl, TensorBoard, W&B; one small interface (base.py). Knows nothing of training."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from typing import Any
 from xtuner_hydra.config.schema import TrackingConfig
 from xtuner_hydra.tracking.base import Tracker, Trackers
 from xtuner_hydra.tracking.console import ConsoleTracker
-from xtuner_hydra.tracking.jsonl import JsonlTracker
+from xtuner_hydra.tracking.jsonl import JsonlTracker, SampleTracker
 
 
 def build_trackers(
-    config: TrackingConfig, run_dir: Path, *, resolved: dict[str, Any], overrides: list[str], total_steps: int, start_step: int
+    config: TrackingConfig,
+    run_dir: Path,
+    *,
+    resolved: dict[str, Any],
+    overrides: list[str],
+    total_steps: int,
+    start_step: int,
+    samples: bool = False,
 ) -> Trackers:
     """The trackers of a run, for its first rank only.
 
     resolved: the whole config, for W&B and TensorBoard's hyper-parameters. start_step: the step that a resumed run goes on from, 0 for a new
-    one; later rows are dropped."""
+    one; later rows are dropped. samples: whether there will be any."""
     trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step)]
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir / "metrics.jsonl", start_step))
+    if samples:
+        trackers.append(SampleTracker(run_dir / "samples.jsonl", start_step))
     if config.tensorboard:
         from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
 

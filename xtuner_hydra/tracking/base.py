@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 log = logging.getLogger("xtuner_hydra")
 
 Row = dict[str, float | int | None]
 """Metrics by name (README, "Metrics"). A row with `train/loss` is a step, one with `eval/loss` an evaluation; both have `train/step`."""
+
+Sample = dict[str, Any]
+"""An answer to one of trainer.sample_prompts: `train/step`, `prompt`, `text`."""
 
 METRICS = (
     *("train/step", "train/epoch", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/supervised_tokens"),
@@ -31,6 +34,10 @@ class Tracker(Protocol):
         """Take a row."""
         ...
 
+    def show(self, samples: list[Sample]) -> None:
+        """Take the answers to trainer.sample_prompts at one step."""
+        ...
+
     def finish(self, state: str, exit_code: int) -> None:
         """The run has ended as `state` (completed, failed, interrupted): write what is left and close."""
         ...
@@ -44,11 +51,11 @@ class Trackers:
 
     def log(self, row: Row) -> None:
         """Hand `row` to every tracker. Raises what a required one raises."""
-        for tracker in list(self.trackers):
-            try:
-                tracker.log(row)
-            except Exception as error:
-                self._leave_out(tracker, error)
+        self._each(lambda tracker: tracker.log(row))
+
+    def show(self, samples: list[Sample]) -> None:
+        """Hand `samples` to every tracker, likewise."""
+        self._each(lambda tracker: tracker.show(samples))
 
     def finish(self, state: str, exit_code: int) -> None:
         """Close every tracker, the last one opened first. Raises nothing."""
@@ -58,6 +65,13 @@ class Trackers:
             except Exception as error:
                 log.warning(f"{type(tracker).__name__} could not be closed: {error}")
         self.trackers = []
+
+    def _each(self, hand: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                hand(tracker)
+            except Exception as error:
+                self._leave_out(tracker, error)
 
     def _leave_out(self, tracker: Tracker, error: Exception) -> None:
         if tracker.required:

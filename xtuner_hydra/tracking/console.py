@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xtuner_hydra.tracking.base import Row
+from xtuner_hydra.tracking.base import Row, Sample
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -31,6 +31,11 @@ class ConsoleTracker:
         log.info(step_line(row, self.total_steps))
         self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}", refresh=False)
         self.bar.update(int(row["train/step"] or 0) - self.bar.n)
+
+    def show(self, samples: list[Sample]) -> None:
+        """Say what was asked and answered."""
+        for sample in samples:
+            log.info(f"Sample after step {sample['train/step']}: {sample['prompt']!r} -> {sample['text']!r}")
 
     def finish(self, state: str, exit_code: int) -> None:
         """Leave the bar where it stands."""

@@ -1,17 +1,18 @@
-"""metrics.jsonl: one JSON object a row, flushed as it comes. The truth that every other view is made from."""
+"""metrics.jsonl, and samples.jsonl beside it: one JSON object a line, flushed as it comes. The truth that every other view is made from."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from xtuner_hydra.errors import TrainingError
 from xtuner_hydra.files import finite, write_text
-from xtuner_hydra.tracking.base import Row
+from xtuner_hydra.tracking.base import Row, Sample
 
 
-class JsonlTracker:
-    """Appends rows at full precision; NaN and infinities become null, which every JSON parser reads."""
+class _Lines:
+    """A file that grows by a line at a time; a resumed run goes on after `start_step`."""
 
     required = True
 
@@ -19,10 +20,10 @@ class JsonlTracker:
         truncate_after(path, start_step)
         self.file = path.open("a", encoding="utf-8")
 
-    def log(self, row: Row) -> None:
-        """Append `row`. Raises TrainingError where the disk does not take it."""
+    def append(self, value: dict[str, Any]) -> None:
+        """Append `value`. Raises TrainingError where the disk does not take it."""
         try:
-            self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+            self.file.write(json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n")
             self.file.flush()
         except OSError as error:
             raise TrainingError(f"{self.file.name}: {error.strerror}; a run without its metrics is of no use, so it stops") from None
@@ -32,8 +33,32 @@ class JsonlTracker:
         self.file.close()
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, or none where there is no such file; a last line that a crash cut short is left out."""
+class JsonlTracker(_Lines):
+    """Appends rows at full precision; NaN and infinities become null, which every JSON parser reads."""
+
+    def log(self, row: Row) -> None:
+        """Append `row`."""
+        self.append(row)
+
+    def show(self, samples: list[Sample]) -> None:
+        """Samples have a file of their own."""
+
+
+class SampleTracker(_Lines):
+    """Appends samples."""
+
+    def log(self, row: Row) -> None:
+        """Rows have a file of their own."""
+
+    def show(self, samples: list[Sample]) -> None:
+        """Append every one."""
+        for sample in samples:
+            self.append(sample)
+
+
+def read(path: Path) -> list[Any]:
+    """The rows of a metrics.jsonl, or samples of a samples.jsonl; none where there is no such file. A last line that a crash cut short is
+    left out."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -65,4 +90,4 @@ def truncate_after(path: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a line cut short. Atomic."""
     if path.exists():
         kept = [row for row in read(path) if (row["train/step"] or 0) <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.tracking.base import Row
+from xtuner_hydra.tracking.base import Row, Sample
 
 COMPARED = ("model", "data", "optimizer", "scheduler", "trainer", "parallelism")
 """Groups whose values are hyper-parameters."""
@@ -36,6 +36,12 @@ class TensorBoardTracker:
         for name, value in row.items():
             if name != "train/step" and value is not None:
                 self.writer.add_scalar(name, value, row["train/step"])
+
+    def show(self, samples: list[Sample]) -> None:
+        """Write every answer as a text, by its prompt's number."""
+        for number, sample in enumerate(samples):
+            text = "\n".join(f"    {line}" for line in (sample["prompt"], "", *sample["text"].splitlines()))  # as it is, not as Markdown
+            self.writer.add_text(f"samples/{number}", text, sample["train/step"])
 
     def finish(self, state: str, exit_code: int) -> None:
         """Flush and close. Only a completed run says how it ended: TensorBoard keeps what it reads first, and a failed one may be resumed."""

@@ -1,6 +1,7 @@
 """Weights & Biases. Online only with an API key, else offline; the step is `train/step`; finished with the run's exit code.
 
 What a W&B run holds besides the rows of metrics:
+    samples   a table of prompts and answers in the history, at each evaluation, where trainer.sample_prompts asks for it
     config    the resolved config, nested; `overrides` as typed (`overrides.optimizer.lr`), `options` chosen of each group, `run_dir`, `code`
     summary   the last value of every metric; `eval/best_loss` with `eval/best_step`, `throughput/best_tgs`; `state`
     artifacts export and checkpoint of a completed run, where tracking.wandb.artifacts asks for them"""
@@ -23,7 +24,7 @@ from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_text
 from xtuner_hydra.tracking import jsonl
-from xtuner_hydra.tracking.base import Row
+from xtuner_hydra.tracking.base import Row, Sample
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -89,6 +90,15 @@ class WandbTracker:
             self.run.log(values, step=step)
         if better := self.summary.improve(row):
             self.run.summary.update(better)
+
+    def show(self, samples: list[Sample]) -> None:
+        """Log the answers as the table `samples`, in the step's row of the history. A resumed run's repeated steps have theirs already."""
+        import wandb
+
+        step = int(samples[0]["train/step"])
+        if step > self.known_step:
+            table = wandb.Table(columns=["prompt", "text"], data=[[sample["prompt"], sample["text"]] for sample in samples])
+            self.run.log({"train/step": step, "samples": table}, step=step)
 
     def finish(self, state: str, exit_code: int) -> None:
         """End the W&B run as this one ended; a completed one uploads what was asked for."""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xtuner_hydra.config.schema import ModelConfig
-from xtuner_hydra.data.formats import parse_openai
+from xtuner_hydra.data.formats import Conversation, parse_openai
 from xtuner_hydra.data.tokenizers import BOS, IM_END, IM_START, PAD, ByteTokenizer, load_tokenizer
 from xtuner_hydra.errors import ConfigError
 
@@ -132,6 +132,21 @@ def test_transformers_asks_for_an_answer_the_way_it_was_trained(theirs):
     prompt = theirs.apply_chat_template(chat("Hello.", "Hi")[:1], add_generation_prompt=True).input_ids
     ids, supervised = encoded("chatml", chat("Hello.", "Hi"))
     assert prompt == ids[: supervised.argmax()].tolist()
+
+
+@pytest.mark.parametrize("template", ["chatml", "xtuner"])
+@pytest.mark.parametrize("record", CHATS)
+def test_a_prompt_is_a_conversation_up_to_its_last_answer(template, record):
+    ids, supervised = encoded(template, record)
+    asked = parse_openai(record).messages[:-1]
+    last = len(ids) - supervised[::-1].nonzero()[0][0]  # the end of the last answer
+    while supervised[last - 1]:
+        last -= 1
+    assert ByteTokenizer(template).prompt(Conversation(asked)).tolist() == ids[:last].tolist()
+
+
+def test_ids_of_a_larger_embedding_have_a_text_too():
+    assert ByteTokenizer().decode([72, 260, IM_END, 511]) == "H\ufffd<|im_end|>\ufffd"
 
 
 @pytest.mark.parametrize("template", ["chatml", "xtuner"])

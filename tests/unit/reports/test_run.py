@@ -76,3 +76,17 @@ def test_ten_thousand_steps_are_quick_and_small(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RefusedError, match="not a run directory"):
         write_run(tmp_path)
+
+
+def test_samples_are_shown_by_prompt_the_last_answer_first(tmp_path):
+    make_run(tmp_path, ROWS)
+    given = [(4, "why?", "no idea"), (4, EVIL, "a"), (8, "why?", f"because\n{EVIL}"), (8, EVIL, "b")]
+    lines = [json.dumps({"train/step": step, "prompt": prompt, "text": text}) + "\n" for step, prompt, text in given]
+    (tmp_path / "samples.jsonl").write_text("".join(lines) + '{"train/st')
+    words = page_of(tmp_path).words
+    assert f"why? step 8 because {EVIL} 1 earlier answer step 4 no idea {EVIL} step 8 b 1 earlier answer step 4 a" in words
+    assert words.index("Evaluation") < words.index("Samples") < words.index("Environment")
+
+
+def test_without_samples_nothing_is_said_of_them(tmp_path):
+    assert "Samples" not in page_of(make_run(tmp_path, ROWS)).words

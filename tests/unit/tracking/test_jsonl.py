@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from xtuner_hydra.errors import TrainingError
-from xtuner_hydra.tracking.jsonl import JsonlTracker, read
+from xtuner_hydra.tracking.jsonl import JsonlTracker, SampleTracker, read
 
 
 def test_rows_keep_full_precision_and_can_be_read_at_once(tmp_path):
@@ -60,3 +60,15 @@ def test_a_full_disk_stops_the_run(tmp_path):
 
 def test_no_file_has_no_rows(tmp_path):
     assert read(tmp_path / "metrics.jsonl") == []
+
+
+def test_samples_have_a_file_of_their_own_that_a_resumed_run_continues(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    samples = [{"train/step": step, "prompt": "„why“?", "text": f"\u2028{step}\n"} for step in (1, 2, 3)]
+    tracker = SampleTracker(path, 0)
+    tracker.log({"train/step": 1, "train/loss": 1.0})
+    tracker.show(samples)
+    tracker.finish("completed", 0)
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == samples
+    SampleTracker(path, 1).show([samples[2]])
+    assert read(path) == [samples[0], samples[2]]

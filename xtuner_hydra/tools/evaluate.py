@@ -1,0 +1,103 @@
+"""`evaluate RUN_OR_DIR [overrides]`: the loss of a trained model on held-out data, as training computes it.
+
+A run gives model, data and settings, which overrides change; for a Hugging Face directory they come from conf/, as in training. All is
+computed on one rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xtuner_hydra.app import App
+from xtuner_hydra.config.schema import Config, ModelConfig
+from xtuner_hydra.config.strict import changed
+from xtuner_hydra.data.loader import eval_batches
+from xtuner_hydra.data.prepare import Source, prepare_held_out
+from xtuner_hydra.data.tokenizers import load_tokenizer
+from xtuner_hydra.errors import EXIT_DONE, RefusedError
+from xtuner_hydra.files import finite
+from xtuner_hydra.metrics import evaluation
+from xtuner_hydra.parallel.runtime import param_dtype, runtime
+from xtuner_hydra.tools.rerun import again
+from xtuner_hydra.trained import Trained, find, on_one_rank, refuse_several_ranks
+from xtuner_hydra.worker import build_engine
+
+HELP = """usage: xtuner-hydra evaluate RUN_OR_DIR [KEY=VALUE]... [GROUP=OPTION]... [--json]
+
+Evaluate the newest checkpoint (or export) of the run RUN, or the model of a Hugging Face directory or Hub id, on data.eval_path.
+--json prints one JSON object.
+
+  xtuner-hydra evaluate outputs/mine
+  xtuner-hydra evaluate outputs/mine data.eval_path=other.jsonl
+  xtuner-hydra evaluate DIR data.eval_path=held_out.jsonl parallelism.param_dtype=float32 --json"""
+
+_MAY_CHANGE = {"model.tokenizer", "model.chat_template", "model.pretrained", "model.strict"}
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate and print; raises RefusedError for what cannot be evaluated."""
+    if "-h" in argv or "--help" in argv:
+        print(HELP)
+        return EXIT_DONE
+    refuse_several_ranks("evaluate")
+    with App([word for word in argv if word != "--json"]) as app:
+        trained = find(_subject(app))
+        config = on_one_rank(_config(app, trained))
+    tokenizer = load_tokenizer(config.model)
+    held_out = prepare_held_out(config, tokenizer, progress=True)
+    if held_out is None:
+        raise RefusedError("evaluate: there is no held-out data; give some with data.eval_path=FILE")
+    result = evaluate(trained, config, held_out)
+    print(json.dumps(finite(result)) if "--json" in argv else _sentence(result))
+    return EXIT_DONE
+
+
+def evaluate(trained: Trained, config: Config, held_out: Source) -> dict[str, Any]:
+    """`eval/loss`, `eval/perplexity`, `eval/tokens`, and of what: `weights`, `data`."""
+    with runtime(config) as place:
+        engine = build_engine(config, place, trained.weights if trained.is_checkpoint else None)
+        batches = eval_batches(held_out.cache, held_out.selection, config.data, dp_rank=0, dp_size=1)
+        loss, tokens = engine.evaluate(batch.to(place.device) for batch in batches)
+    return {**evaluation(loss, tokens), "weights": str(trained.weights), "data": [str(file) for file in held_out.cache.files]}
+
+
+def _subject(app: App) -> str:
+    """The word that names the model; the overrides stay in `app.overrides`."""
+    args = app.args
+    if app.is_sweep or args.cfg or args.info or args.hydra_help or args.shell_completion:
+        raise RefusedError("evaluate: takes RUN_OR_DIR and overrides of one config")
+    words = [word for word in app.overrides if "=" not in word or Path(word).is_dir()]
+    if len(words) != 1:
+        raise RefusedError("evaluate: name one run or Hugging Face directory: xtuner-hydra evaluate RUN_OR_DIR [KEY=VALUE]...")
+    app.overrides.remove(words[0])
+    return words[0]
+
+
+def _config(app: App, trained: Trained) -> Config:
+    """The config to evaluate with: the run's, or conf/'s, changed by the overrides."""
+    if trained.run is None:
+        quoted = str(trained.weights).replace("\\", "\\\\").replace("'", "\\'")
+        config = app.compose(["model=hf", f"model.pretrained='{quoted}'", *app.overrides]).config
+        reference = trained.model
+    else:
+        config = again(app, trained.run).config
+        reference = trained.run.config.model
+    _refuse_another_model(config, reference)
+    if not trained.is_checkpoint:
+        config.model.pretrained = str(trained.weights)
+    config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
+    return config
+
+
+def _refuse_another_model(config: Config, model: ModelConfig) -> None:
+    differences = changed(config, Config(model=model, data=config.data))
+    if others := [key for key in differences if key.startswith("model.") and key not in _MAY_CHANGE]:
+        raise RefusedError(f"evaluate: {others[0]}: the weights belong to the model as it is; leave out what changes it")
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    return (
+        f"{result['weights']} on {', '.join(result['data'])}:\n"
+        f"loss {result['eval/loss']:.6f}, perplexity {result['eval/perplexity']:.6g}, {result['eval/tokens']:,} supervised tokens"
+    )

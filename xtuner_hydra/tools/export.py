@@ -1,0 +1,71 @@
+"""`export RUN --to DIR [--step N] [--dtype D]`: a checkpoint of a run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xtuner_hydra.checkpoint.commit import committed, damage, step_of
+from xtuner_hydra.checkpoint.export import DTYPES, export_to
+from xtuner_hydra.data.tokenizers import load_tokenizer
+from xtuner_hydra.errors import EXIT_DONE, RefusedError
+from xtuner_hydra.model.pretrained import pretrained_dtype
+from xtuner_hydra.parallel.runtime import runtime
+from xtuner_hydra.results.run import Run, load_run
+from xtuner_hydra.trained import on_one_rank, refuse_several_ranks
+from xtuner_hydra.worker import build_engine
+
+
+def main(argv: list[str]) -> int:
+    """Write the directory, whole or not at all, and say where it is."""
+    arguments = _parser().parse_args(argv)
+    refuse_several_ranks("export")
+    run = load_run(arguments.run)
+    checkpoint = _checkpoint(run, arguments.step)
+    directory: Path = arguments.to.expanduser().resolve()
+    _refuse_used(directory)
+    model = run.config.model
+    dtype = arguments.dtype or (pretrained_dtype(model.pretrained) if model.pretrained else "float32")
+    tokenizer = load_tokenizer(model)
+    config = on_one_rank(run.config)
+    config.trainer.device = "cpu"  # nothing is computed
+    with runtime(config) as place:
+        export_to(directory, build_engine(config, place, checkpoint).model, model, tokenizer, dtype=dtype)
+    print(f"exported step {step_of(checkpoint)} of {run.directory} in {dtype}: {directory}")
+    return EXIT_DONE
+
+
+def _checkpoint(run: Run, step: int | None) -> Path:
+    """The newest whole checkpoint, or that of `step`."""
+    parent = run.directory / "checkpoints"
+    whole = committed(parent)
+    steps = ", ".join(str(step_of(path)) for path in whole)
+    if step is not None:
+        path = parent / f"step-{step}"
+        there = f"there are checkpoints of step {steps}" if whole else "the run has no whole checkpoint"
+        if not path.is_dir():
+            raise RefusedError(f"export: {run.directory} has no checkpoint of step {step}; {there}")
+        if problem := damage(path):
+            raise RefusedError(f"export: {path} is not a whole checkpoint: {problem}; {there}")
+        return path
+    if not whole:
+        raise RefusedError(f"export: {run.directory} has no whole checkpoint (checkpoints/step-N); train with checkpoint.interval=-1")
+    return whole[-1]
+
+
+def _refuse_used(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise RefusedError(f"export: --to {directory}: holds something already; name a new directory, or an empty one")
+    if not directory.parent.is_dir():
+        raise RefusedError(f"export: --to {directory}: {directory.parent} is not a directory; make it first")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xtuner-hydra export", description="Write a checkpoint of a run as a directory that Hugging Face's tools load."
+    )
+    parser.add_argument("run", metavar="RUN", help="the directory of a run")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the directory to make; it must be new or empty")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; else the newest")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; else that of model.pretrained, or float32")
+    return parser

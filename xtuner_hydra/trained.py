@@ -1,0 +1,85 @@
+"""A model that has been trained, by us or by others: what it is, where its weights stand, and how they are loaded to be used."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from xtuner_hydra.checkpoint.commit import committed, step_of
+from xtuner_hydra.checkpoint.state import load_weights
+from xtuner_hydra.config.schema import Config, ModelConfig
+from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.model.families import read_hf_config
+from xtuner_hydra.model.hub import local_directory
+from xtuner_hydra.model.pretrained import check_pretrained, load_pretrained
+from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.parallel.runtime import DTYPES, device_type, param_dtype, started_by_torchrun
+from xtuner_hydra.results.run import Run, load_run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`weights`: a checkpoint of ours where `is_checkpoint`, else a Hugging Face directory. run: where they come from one of ours."""
+
+    model: ModelConfig
+    weights: Path
+    is_checkpoint: bool
+    run: Run | None = None
+
+    def load(self) -> CausalLM:
+        """The model on the best device here, in the compute dtype of its run, else the one that is fast here."""
+        device, wanted = "auto", self.run.config.parallelism.param_dtype if self.run else "auto"
+        with torch.device("meta"):
+            model = CausalLM(self.model)
+        model = model.to(DTYPES[param_dtype(wanted, device)]).to_empty(device=device_type(device)).eval()
+        if self.is_checkpoint:
+            load_weights(self.weights, model)
+        else:
+            load_pretrained(model, self.weights)
+        return model
+
+
+def find(name: str) -> Trained:
+    """The model that `name` means: a run directory's newest checkpoint or export, a Hugging Face directory, a Hub id.
+
+    Raises RefusedError where there is none, or one that is not whole or not supported."""
+    path = Path(name).expanduser()
+    if (path / "config.yaml").is_file():
+        return _of_run(load_run(path))
+    directory = local_directory(str(path)).resolve()
+    if not (directory / "config.json").is_file():
+        what = "neither a run (config.yaml) nor a Hugging Face model (config.json)" if directory.is_dir() else "there is no such directory"
+        raise RefusedError(f"{name}: {what}; give the directory of a run, a directory that save_pretrained made, or a Hub id")
+    model = ModelConfig(**read_hf_config(directory), pretrained=str(directory))
+    check_pretrained(model)
+    return Trained(model, directory, is_checkpoint=False)
+
+
+def on_one_rank(config: Config) -> Config:
+    """`config` for one process, whatever number of ranks it was trained on."""
+    config = copy.deepcopy(config)
+    parallelism = config.parallelism
+    parallelism.nproc_per_node, parallelism.dp_replicate, parallelism.dp_shard = 1, 1, -1
+    return config
+
+
+def refuse_several_ranks(verb: str) -> None:
+    """RefusedError under torchrun."""
+    if started_by_torchrun():
+        raise RefusedError(f"{verb}: works in one process; start it without torchrun")
+
+
+def _of_run(run: Run) -> Trained:
+    """The newest; of a checkpoint and an export of one step the checkpoint, whose weights are not rounded."""
+    checkpoints, exports = (committed(run.directory / name) for name in ("checkpoints", "hf"))
+    if checkpoints and (not exports or step_of(checkpoints[-1]) >= step_of(exports[-1])):
+        return Trained(run.config.model, checkpoints[-1], is_checkpoint=True, run=run)
+    if not exports:
+        raise RefusedError(
+            f"{run.directory}: this run holds no whole checkpoint or export (checkpoints/step-N, hf/step-N); "
+            "its last step leaves one with checkpoint.interval=-1"
+        )
+    return Trained(replace(run.config.model, pretrained=str(exports[-1])), exports[-1], is_checkpoint=False, run=run)
