@@ -1,6 +1,7 @@
 """The training state that a checkpoint holds, and which checkpoint a run continues from.
 
-checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint)
+checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint); frozen weights are left out:
+                                          they come from where the run had them from, pretrained or the seed
                      state.json           TrainState and what shaped the trajectory
                      rng-R.json           rank R's random number generators
 """
@@ -18,13 +19,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from xtuner_hydra.checkpoint.commit import commit, committed, damage
 from xtuner_hydra.config.schema import CheckpointConfig, Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
+from xtuner_hydra.model.pretrained import fingerprint
+
+# not strict: frozen weights are missing; what a checkpoint lacks of the others, dcp.load refuses
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @dataclass
@@ -50,7 +55,7 @@ def save(
     """Commit checkpoints/step-N. Collective."""
 
     def write(staging: Path) -> None:
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
         write_json(staging / f"rng-{dist.get_rank()}.json", _rng_state())
         if dist.get_rank() == 0:
@@ -61,9 +66,9 @@ def save(
 
 def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Read a checkpoint of ours into `model` and `optimizer`, whatever number of ranks wrote it. Collective."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_OPTIONS)
     rng = checkpoint / f"rng-{dist.get_rank()}.json"
     if rng.exists():  # a rank that the earlier run did not have starts from its seed
         _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
@@ -98,13 +103,17 @@ def newest(parent: Path) -> Path | None:
 def trajectory(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What a resumed run must share with the run it continues, or its steps would not follow on."""
     plain = to_dict(config)
-    model = {key: value for key, value in plain["model"].items() if key not in ("pretrained", "strict", "tokenizer", "chat_template")}
+    aside = {"pretrained", "strict", "tokenizer", "chat_template"} | ({"lora"} if config.model.adapter is None else set())
+    model = {key: value for key, value in plain["model"].items() if key not in aside}
+    base = config.model.pretrained if config.has_frozen else None  # or the checkpoint holds every weight
     return {
         "data": data_fingerprint,
         **{f"model.{key}": value for key, value in model.items()},
+        "model.pretrained (a hash of its weights)": base and fingerprint(base),
         "optimizer.name": plain["optimizer"]["name"],
         "trainer.global_batch_size": plain["trainer"]["global_batch_size"],
         "trainer.seed": plain["trainer"]["seed"],
+        "trainer.freeze": plain["trainer"]["freeze"] or None,  # as in checkpoints from before the key
     }
 
 
