@@ -2,7 +2,8 @@
 
 An adapted linear layer gives x W^T + alpha / rank * dropout(x) A^T B^T, W frozen. W keeps its name, NAME.weight; the adapter is
 NAME.lora_A.weight (rank, in) and NAME.lora_B.weight (out, rank), which are peft's names without its prefix. B starts at zero, so that
-training begins at the base. The router and the experts of a mixture cannot have adapters: they are no linear layers here."""
+training begins at the base. In a model with experts only the attention can have adapters: router and experts are no linear layers here, and
+peft takes the names of an MLP's layers for the experts'."""
 
 from __future__ import annotations
 
@@ -110,10 +111,12 @@ def _add_lora(model: nn.Module, config: LoRAConfig) -> None:
 
 def _layers(modules: dict[str, nn.Module], target: str) -> list[str]:
     """Names of the layers that a target means, or ConfigError."""
-    linear = [name for name, module in modules.items() if type(module) is nn.Linear]  # the head is a class of its own
+    experts = any(isinstance(module, Experts) for module in modules.values())
+    # the head is a class of its own
+    linear = [name for name, module in modules.items() if type(module) is nn.Linear and not (experts and ".mlp." in name)]
     words = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     if target == ALL:
-        if any(isinstance(module, Experts) for module in modules.values()):
+        if experts:
             raise _refusal(target, f"experts cannot have adapters here; name the layers that can: [{words}]")
         return linear
     found = [name for name in modules if fits(name, target)]
