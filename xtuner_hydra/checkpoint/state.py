@@ -28,8 +28,8 @@ from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.model.pretrained import fingerprint
 
-# not strict: frozen weights are missing; what a checkpoint lacks of the others, dcp.load refuses
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+# frozen weights are missing; what a checkpoint lacks of the others, dcp.load refuses
+_PARTIAL = StateDictOptions(strict=False)
 
 
 @dataclass
@@ -55,7 +55,7 @@ def save(
     """Commit checkpoints/step-N. Collective."""
 
     def write(staging: Path) -> None:
-        weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+        weights, moments = _trained(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
         write_json(staging / f"rng-{dist.get_rank()}.json", _rng_state())
         if dist.get_rank() == 0:
@@ -66,13 +66,21 @@ def save(
 
 def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Read a checkpoint of ours into `model` and `optimizer`, whatever number of ranks wrote it. Collective."""
-    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+    weights, moments = _trained(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_OPTIONS)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_PARTIAL)
     rng = checkpoint / f"rng-{dist.get_rank()}.json"
     if rng.exists():  # a rank that the earlier run did not have starts from its seed
         _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
     return TrainState(**_state_file(checkpoint)["state"])
+
+
+def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights that are trained, and the optimizer's state. Collective."""
+    weights, moments = get_state_dict(model, optimizer)
+    # not torch's ignore_frozen_params, which forgets a tied weight's second name
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: value for name, value in weights.items() if name not in frozen}, moments
 
 
 def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
