@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.data.batch import IGNORE, PackedBatch, empty_batch
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.pretrained import load_pretrained
 from xtuner_hydra.model.transformer import CausalLM
@@ -92,6 +93,16 @@ def pack(documents):
     lengths = [len(document) for document in documents]
     positions = torch.cat([torch.arange(length) for length in lengths])
     return torch.cat(documents), positions, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+
+
+def packed_batch(documents):
+    """The same for the engine, with a label at every token but the last of each document."""
+    if not documents:
+        return empty_batch()
+    ids, positions, cu_seqlens, longest = pack(documents)
+    labels = torch.cat([F.pad(ids[1:], (0, 1), value=IGNORE) for ids in documents])
+    rows = torch.nonzero(labels != IGNORE).flatten()
+    return PackedBatch(ids, labels, positions, cu_seqlens, longest, rows, labels[rows], len(ids))
 
 
 def document(length, seed, vocab=VOCAB):

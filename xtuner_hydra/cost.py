@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from xtuner_hydra.config.schema import CheckpointConfig, Config
-from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.model.adapters import blueprint, is_adapter
 
 
-def count_parameters(config: Config) -> int:
-    """Parameters of the model."""
-    with torch.device("meta"):
-        model = CausalLM(config.model)
-    return sum(parameter.numel() for parameter in model.parameters())
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters."""
+
+    total: int
+    trainable: int
+    exported: int
+    """In a Hugging Face export."""
+
+    @property
+    def state_bytes(self) -> int:
+        """fp32 weights, gradients and two moments of what is trained, weights of what is frozen (half of that where they are bfloat16)."""
+        return 16 * self.trainable + 4 * (self.total - self.trainable)
 
 
-def memory_gb(parameters: int) -> float:
-    """GB that a job on a CPU will take, roughly: fp32 weights, gradients and two moments, as much again for activations and what the allocator
+def count_parameters(config: Config) -> Sizes:
+    """Count those of the model. Raises ConfigError where it cannot be built."""
+    parameters = dict(blueprint(config).named_parameters())
+    adapter = _count(parameter for name, parameter in parameters.items() if is_adapter(name))
+    total = _count(parameters.values())
+    return Sizes(
+        total=total,
+        trainable=_count(parameter for parameter in parameters.values() if parameter.requires_grad),
+        exported=adapter if config.exports_adapter else total - adapter,
+    )
+
+
+def memory_gb(sizes: Sizes) -> float:
+    """GB that a job on a CPU will take, roughly: weights, gradients and moments, as much again for activations and what the allocator
     keeps (measured for the main job: 7.4 GB), and 1 GB for the program itself."""
-    return 1.0 + 2 * 16 * parameters / 2**30
+    return 1.0 + 2 * sizes.state_bytes / 2**30
 
 
-def disk_bytes(config: Config, parameters: int, total_steps: int) -> int:
-    """Bytes of the checkpoints (fp32 weights and two moments) and exports (fp32 weights) that a run leaves."""
+def disk_bytes(config: Config, sizes: Sizes, total_steps: int) -> int:
+    """Bytes of the checkpoints (fp32 weights and two moments of what is trained) and exports (fp32 weights) that a run leaves."""
     checkpoints, exports = kept(config.checkpoint, total_steps)
-    return 4 * parameters * (3 * checkpoints + exports)
+    return checkpoint_bytes(sizes) * checkpoints + export_bytes(sizes) * exports
+
+
+def checkpoint_bytes(sizes: Sizes) -> int:
+    """Bytes of one checkpoint."""
+    return 12 * sizes.trainable
+
+
+def export_bytes(sizes: Sizes) -> int:
+    """Bytes of one export."""
+    return 4 * sizes.exported
 
 
 def kept(checkpoint: CheckpointConfig, total_steps: int) -> tuple[int, int]:
@@ -39,3 +72,7 @@ def _kept(interval: int | None, keep: int, total: int) -> int:
     if interval is None:
         return 0
     return 1 if interval == -1 else min(keep, -(-total // interval))
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

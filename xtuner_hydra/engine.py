@@ -69,10 +69,12 @@ class Engine:
         """(mean cross-entropy, supervised tokens) over this rank's `batches` and those of all others; every rank must pass equally many."""
         device = next(self.model.parameters()).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
+        self.model.eval()  # no dropout
         for batch in batches:
             loss_sum, _ = self._loss_sum(batch)
             total += torch.stack([loss_sum.double(), torch.tensor(len(batch.targets), dtype=torch.float64, device=device)])
         self._reshard()
+        self.model.train()
         dist.all_reduce(total)
         loss_sum, tokens = total.tolist()
         return loss_sum / tokens, int(tokens)

@@ -30,6 +30,7 @@ from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, ConfigError
 from xtuner_hydra.files import write_json
+from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained
 from xtuner_hydra.parallel.runtime import param_dtype, ranks_here, started_by_torchrun, world_size
@@ -74,6 +75,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if config.model.pretrained is not None:
         config.model.pretrained = str(local_directory(config.model.pretrained).resolve())
     check_pretrained(config.model)
+    blueprint(config)  # refuses targets and patterns that fit nothing
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = state.find(config.checkpoint, composition.run_dir)

@@ -12,8 +12,10 @@ from xtuner_hydra.checkpoint.commit import committed, step_of
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config, ModelConfig
 from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.hub import local_directory
+from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import check_pretrained, load_pretrained
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import DTYPES, device_type, param_dtype, started_by_torchrun
@@ -32,14 +34,24 @@ class Trained:
     def load(self) -> CausalLM:
         """The model on the best device here, in the compute dtype of its run, else the one that is fast here."""
         device, wanted = "auto", self.run.config.parallelism.param_dtype if self.run else "auto"
-        with torch.device("meta"):
-            model = CausalLM(self.model)
-        model = model.to(DTYPES[param_dtype(wanted, device)]).to_empty(device=device_type(device)).eval()
-        if self.is_checkpoint:
-            load_weights(self.weights, model)
-        else:
+        model = self._blueprint().to(DTYPES[param_dtype(wanted, device)]).to_empty(device=device_type(device)).eval()
+        if not self.is_checkpoint:
             load_pretrained(model, self.weights)
+            return model
+        assert self.run is not None
+        config = self.run.config
+        if config.model.pretrained:  # what was frozen is not in the checkpoint
+            load_pretrained(model, config.model.pretrained, seed=config.trainer.seed)
+        else:
+            initialise(model, config.trainer.seed)
+        load_weights(self.weights, model)
         return model
+
+    def _blueprint(self) -> CausalLM:
+        if self.is_checkpoint and self.run is not None:
+            return blueprint(self.run.config)
+        with torch.device("meta"):
+            return CausalLM(self.model)
 
 
 def find(name: str) -> Trained:
@@ -81,5 +93,9 @@ def _of_run(run: Run) -> Trained:
         raise RefusedError(
             f"{run.directory}: this run holds no whole checkpoint or export (checkpoints/step-N, hf/step-N); "
             "its last step leaves one with checkpoint.interval=-1"
+        )
+    if (exports[-1] / "adapter_config.json").exists():
+        raise RefusedError(
+            f"{exports[-1]}: holds an adapter alone; train with checkpoint.interval=-1 to have a checkpoint, or merge it into its base with peft"
         )
     return Trained(replace(run.config.model, pretrained=str(exports[-1])), exports[-1], is_checkpoint=False, run=run)

@@ -38,6 +38,7 @@ class Trainer:
         self.trackers = Trackers()
         self.total_steps = data.plan.total_steps
         self.state = TrainState()
+        self.trajectory = state.trajectory(config, data.plan.fingerprint)
         self.metrics: Row = {}
 
     def resume_if_possible(self) -> int | None:
@@ -108,18 +109,20 @@ class Trainer:
 
     def save(self) -> None:
         """Commit a checkpoint to resume from."""
-        trajectory = state.trajectory(self.config, self.data.plan.fingerprint)
         directory = self.run_dir / "checkpoints"
-        state.save(directory, self.engine.model, self.engine.optimizer, self.state, trajectory, keep=self.config.checkpoint.keep)
+        state.save(directory, self.engine.model, self.engine.optimizer, self.state, self.trajectory, keep=self.config.checkpoint.keep)
         log.info(f"checkpoint saved: {directory / f'step-{self.state.step}'}")
 
     def export(self) -> None:
-        """Commit the weights as a Hugging Face directory: in the dtype of `pretrained`, fp32 for a model that started from random weights."""
-        model = self.config.model
-        dtype = pretrained_dtype(model.pretrained) if model.pretrained else "float32"
-        path = export.export(
-            self.run_dir / "hf", self.state.step, self.engine.model, model, self.tokenizer, dtype=dtype, keep=self.config.checkpoint.hf_keep
-        )
+        """Commit the weights as a Hugging Face directory: in the dtype of `pretrained`, fp32 for a model that started from random weights.
+        Of an adapter, what checkpoint.hf_merge says."""
+        model, keep = self.config.model, self.config.checkpoint.hf_keep
+        where = (self.run_dir / "hf", self.state.step, self.engine.model, model, self.tokenizer)
+        if self.config.exports_adapter:
+            path = export.export_adapter(*where, keep=keep)
+            log.info(f"adapter exported for peft: {path}")
+            return
+        path = export.export(*where, dtype=pretrained_dtype(model.pretrained) if model.pretrained else "float32", keep=keep)
         log.info(f"exported for Hugging Face: {path}")
 
     def due(self, interval: int | None) -> bool:

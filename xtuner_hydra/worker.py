@@ -30,9 +30,9 @@ from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.metrics import Row
+from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
-from xtuner_hydra.model.pretrained import load_pretrained
-from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizer
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
@@ -95,18 +95,19 @@ def build(config: Config, run_dir: Path, place: Runtime) -> Trainer:
 
 
 def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None) -> Engine:
-    """Model with its first weights (those of `checkpoint`, where one is given), sharded, and optimizer. Nothing is allocated before it is
-    sharded."""
-    with torch.device("meta"):
-        model = CausalLM(config.model)
+    """Model with its first weights, and over them those of `checkpoint` where one is given, sharded, and optimizer of those that are trained.
+    Nothing is allocated before it is sharded."""
+    model = blueprint(config)
+    if config.model.pretrained:
+        keep_frozen_as_stored(model, config.model.pretrained)
     parallelize(model, config.parallelism, place)
     model.to_empty(device=place.device)
-    if checkpoint is not None:
-        load_weights(checkpoint, model)
-    elif config.model.pretrained:
+    if config.model.pretrained:
         load_pretrained(model, config.model.pretrained, seed=config.trainer.seed)
     else:
         initialise(model, config.trainer.seed)
+    if checkpoint is not None:
+        load_weights(checkpoint, model)
     optimizer = build_optimizer(model, config.optimizer)
     return Engine(
         model, optimizer, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
@@ -137,10 +138,10 @@ def _tell(trainer: Trainer) -> None:
         log.info(line)
     model = trainer.engine.model
     log.info(f"model:\n{model}")
-    parameters = dict(model.named_parameters())
-    count = sum(parameter.numel() for parameter in parameters.values())
-    log.info(f"parameters: {count / 1e6:.2f} M, trainable: {count / 1e6:.2f} M")
-    log.info("trainable: " + ", ".join(_ranges(list(parameters))))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    count, trainable = (sum(map(torch.Tensor.numel, parameters)) for parameters in (model.parameters(), trained.values()))
+    log.info(f"parameters: {count / 1e6:.2f} M, trainable: {trainable / 1e6:.2f} M")
+    log.info("trainable: " + ", ".join(_ranges(list(trained))))
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
         f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "

@@ -2,16 +2,15 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import document, make_checkpoint, theirs
+from parity import document, make_checkpoint, packed_batch, theirs
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
 
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
-from xtuner_hydra.data.batch import IGNORE, PackedBatch, empty_batch
+from xtuner_hydra.data.batch import IGNORE
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.worker import build_engine
@@ -24,22 +23,7 @@ SUPERVISED = sum(length - 1 for length in LENGTHS)
 
 def batch(numbers):
     """Documents of these numbers in one pack, every token computed."""
-    if not numbers:
-        return empty_batch()
-    documents = [DOCUMENTS[number] for number in numbers]
-    labels = torch.cat([torch.cat([ids[1:], torch.tensor([IGNORE])]) for ids in documents])
-    lengths = [len(ids) for ids in documents]
-    rows = torch.nonzero(labels != IGNORE).flatten()
-    return PackedBatch(
-        ids=torch.cat(documents),
-        labels=labels,
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-        max_seqlen=max(lengths),
-        rows=rows,
-        targets=labels[rows],
-        tokens=sum(lengths),
-    )
+    return packed_batch([DOCUMENTS[number] for number in numbers])
 
 
 GROUPINGS = {  # for each rank its micro-batches, each a list of documents; then the documents whose tokens are in one pool; share recomputed

@@ -1,4 +1,5 @@
-"""Export to Hugging Face: safetensors (split above 5 GB, with an index), config.json, generation_config.json, tokenizer."""
+"""Export to Hugging Face: safetensors (split above 5 GB, with an index), config.json, generation_config.json, tokenizer; or to peft: an
+adapter with its adapter_config.json, beside the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from xtuner_hydra.checkpoint.commit import commit
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.files import sync_directory, umask, write_json
+from xtuner_hydra.model.adapters import ALL, adapted_names, is_adapter, merged, target_names, whole
 from xtuner_hydra.model.families import family_of, hf_config
+from xtuner_hydra.model.hub import published_name
 from xtuner_hydra.model.transformer import CausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,10 +37,55 @@ def export(
     keep: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Commit hf/step-N, loadable by `AutoModelForCausalLM.from_pretrained`, and point hf/latest at it. Collective.
+    """Commit hf/step-N, loadable by `AutoModelForCausalLM.from_pretrained`, and point hf/latest at it. Collective. An adapter is added to
+    the weights of its base, in fp32 before they are rounded to `dtype`.
 
     `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`."""
     path = export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, keep=keep, shard_bytes=shard_bytes)
+    return _point_at(path)
+
+
+def export_adapter(directory: Path, step: int, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer, *, keep: int) -> Path:
+    """Commit hf/step-N with the adapter alone, and point hf/latest at it. Collective."""
+    return _point_at(export_adapter_to(directory / f"step-{step}", model, config, tokenizer, keep=keep))
+
+
+def export_adapter_to(directory: Path, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer, *, keep: int | None = None) -> Path:
+    """Commit `directory` with the adapter alone in fp32, loadable by `PeftModel.from_pretrained` beside its base, `config.pretrained`. Collective."""
+
+    def write(staging: Path) -> None:
+        tensors = {f"base_model.model.{name}": whole(value).cpu() for name, value in model.named_parameters() if is_adapter(name)}
+        if dist.get_rank() == 0:
+            _save(staging / "adapter_model.safetensors", tensors)
+            write_json(staging / "adapter_config.json", peft_config(model, config))
+            tokenizer.save(staging)
+
+    return commit(directory, write, keep=keep)
+
+
+def peft_config(model: CausalLM, config: ModelConfig) -> dict[str, Any]:
+    """adapter_config.json of peft's LoraConfig. `all-linear` is written as the names that it stands for."""
+    assert config.pretrained is not None
+    base, revision = published_name(config.pretrained)
+    targets = [target for target in target_names(config.lora) if target != ALL]
+    if len(targets) < len(target_names(config.lora)):
+        targets += [name.rpartition(".")[2] for name in adapted_names(model)]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": config.lora.dropout,
+        "target_modules": sorted(set(targets)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _point_at(path: Path) -> Path:
     if dist.get_rank() == 0:
         _point_latest(path)
     dist.barrier()
@@ -96,9 +144,13 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], 
 
 def _write_shard(directory: Path, number: int, tensors: dict[str, torch.Tensor]) -> Path:
     path = directory / f"shard-{number}.safetensors"
+    _save(path, tensors)
+    return path
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o666 & ~umask())  # safetensors writes 0600, which would shut out a colleague who may read the directory
-    return path
 
 
 def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
@@ -116,10 +168,10 @@ def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
 def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once (a tied head is its embedding), under its name in the files, gathered from all ranks, on the CPU in `dtype`. Collective."""
     pieces = family_of(model.config).pieces
-    for name, parameter in model.named_parameters():
-        whole = parameter.detach().full_tensor().to("cpu", dtype)  # type: ignore[attr-defined]
-        for piece, index in pieces(name, tuple(whole.shape)):
-            yield piece, whole[index].contiguous()
+    for name, value in merged(model):
+        value = value.to("cpu", dtype)
+        for piece, index in pieces(name, tuple(value.shape)):
+            yield piece, value[index].contiguous()
 
 
 def _point_latest(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The training state that a checkpoint holds, and which checkpoint a run continues from.
 
-checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint)
+checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint); frozen weights are left out:
+                                          they come from where the run had them from, pretrained or the seed
                      state.json           TrainState and what shaped the trajectory
                      rng-R.json           rank R's random number generators
 """
@@ -19,13 +20,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from xtuner_hydra.checkpoint.commit import commit, committed, damage
 from xtuner_hydra.config.schema import CheckpointConfig, Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
+from xtuner_hydra.model.pretrained import fingerprint
+
+# frozen weights are missing; what a checkpoint lacks of the others, dcp.load refuses
+_PARTIAL = StateDictOptions(strict=False)
 
 
 @dataclass
@@ -51,7 +62,7 @@ def save(
     """Commit checkpoints/step-N. Collective."""
 
     def write(staging: Path) -> None:
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = _trained(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
         write_json(staging / f"rng-{dist.get_rank()}.json", _rng_state())
         if dist.get_rank() == 0:
@@ -62,9 +73,9 @@ def save(
 
 def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Read a checkpoint of ours into `model` and `optimizer`, whatever number of ranks wrote it. Collective."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = _trained(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_PARTIAL)
     rng = checkpoint / f"rng-{dist.get_rank()}.json"
     if rng.exists():  # a rank that the earlier run did not have starts from its seed
         _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
@@ -72,17 +83,30 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Read a checkpoint's weights alone into `model`, sharded or plain, in the dtype that this has. Collective where ranks are joined.
+    """Read a checkpoint's weights alone into `model`, sharded or plain, in the dtype that this has; frozen ones, which it does not hold, stay.
+    Collective where ranks are joined.
 
     Raises RefusedError where they do not fit the model."""
-    weights = get_model_state_dict(model)
+    weights = _without_frozen(model, get_model_state_dict(model))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
             dcp.load({"model": weights}, checkpoint_id=checkpoint)
     except (dcp.CheckpointException, ValueError, RuntimeError) as error:
         raise RefusedError(f"{checkpoint}: its weights do not fit the model of config.yaml ({_last_line(error)})") from None
-    set_model_state_dict(model, weights)
+    set_model_state_dict(model, weights, options=_PARTIAL)
+
+
+def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights that are trained, and the optimizer's state. Collective."""
+    weights, moments = get_state_dict(model, optimizer)
+    return _without_frozen(model, weights), moments
+
+
+def _without_frozen(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    # not torch's ignore_frozen_params, which forgets a tied weight's second name
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: value for name, value in weights.items() if name not in frozen}
 
 
 def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
@@ -113,13 +137,17 @@ def newest(parent: Path) -> Path | None:
 def trajectory(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What a resumed run must share with the run it continues, or its steps would not follow on."""
     plain = to_dict(config)
-    model = {key: value for key, value in plain["model"].items() if key not in ("pretrained", "strict", "tokenizer", "chat_template")}
+    aside = {"pretrained", "strict", "tokenizer", "chat_template"} | ({"lora"} if config.model.adapter is None else set())
+    model = {key: value for key, value in plain["model"].items() if key not in aside}
+    base = config.model.pretrained if config.has_frozen else None  # or the checkpoint holds every weight
     return {
         "data": data_fingerprint,
         **{f"model.{key}": value for key, value in model.items()},
+        "model.pretrained (a hash of its weights)": base and fingerprint(base),
         "optimizer.name": plain["optimizer"]["name"],
         "trainer.global_batch_size": plain["trainer"]["global_batch_size"],
         "trainer.seed": plain["trainer"]["seed"],
+        "trainer.freeze": plain["trainer"]["freeze"] or None,  # as in checkpoints from before the key
     }
 
 

@@ -10,6 +10,7 @@ def check(config: Config, world_size: int) -> None:
     """Raise ConfigError for a combination that cannot be trained on `world_size` ranks."""
     _check_heads(config)
     _check_experts(config)
+    _check_adapter(config)
     _check_ranks(config, world_size)
 
 
@@ -51,6 +52,16 @@ def _check_experts(config: Config) -> None:
     if not any(map(model.has_experts, range(model.num_hidden_layers))):
         raise ConfigError(
             "model.moe.decoder_sparse_step", model.moe.decoder_sparse_step, "no layer has experts; lower it, or set model.moe=null"
+        )
+
+
+def _check_adapter(config: Config) -> None:
+    if config.exports_adapter and not config.model.has_base and config.checkpoint.hf_interval is not None:
+        raise ConfigError(
+            "checkpoint.hf_merge",
+            "false",
+            "the adapter's base is not (all) in model.pretrained but starts from random weights, which the adapter alone does not hold; "
+            "set it to true or null, or checkpoint.hf_interval=null to export nothing",
         )
 
 

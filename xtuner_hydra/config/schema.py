@@ -77,6 +77,29 @@ class MoEConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters beside frozen linear layers; names as in peft, where `rank` is r."""
+
+    rank: int = 16
+    """Inner width of an adapter."""
+    alpha: float = 32.0
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is left out at random in training."""
+    targets: Any = "all-linear"
+    """Layers that get one, by the ends of their names (`q_proj`, `[q_proj, v_proj]`); `all-linear` = every linear one but the head."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model.lora.rank", self.rank)
+        _positive("model.lora.alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("model.lora.dropout", self.dropout, "must be from 0 to below 1")
+        names = self.targets if isinstance(self.targets, list) else [self.targets]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ConfigError("model.lora.targets", self.targets, "must be all-linear, the name of a layer (q_proj), or a list of names")
+
+
+@dataclass
 class ModelConfig:
     family: str = "qwen3"
     """Architecture, a name in model/families/; `hf` reads it and every other shape below from `pretrained`/config.json."""
@@ -122,6 +145,10 @@ class ModelConfig:
     """`byte`, or a directory or Hub id of a Hugging Face tokenizer; null = the one in `pretrained`."""
     chat_template: str | None = None
     """How messages become text; null = the tokenizer's own, else a .jinja file, `qwen3`; for `byte` `chatml` (the default) or `xtuner`."""
+    adapter: str | None = None
+    """`lora`: train small matrices beside the weights, which are frozen; null = train the weights."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """What adapter=lora adds."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -142,8 +169,15 @@ class ModelConfig:
             _at_least(1, "model.sliding_window", self.sliding_window)
         if self.attention_bias and self.qkv_bias:
             raise ConfigError("model.qkv_bias", True, "model.attention_bias=true has these biases already; set one of the two")
+        if self.adapter is not None:
+            _one_of("model.adapter", self.adapter, ("lora",))
         if self.family == "hf" and self.pretrained is None:
             raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR or a Hub id, a Hugging Face model")
+
+    @property
+    def has_base(self) -> bool:
+        """True where every weight comes from `pretrained`, so that an adapter can be used with that."""
+        return self.pretrained is not None and self.strict
 
     def has_experts(self, layer: int) -> bool:
         """True where decoder layer number `layer` (from 0) has a mixture of experts in the place of its MLP."""
@@ -329,7 +363,9 @@ class TrainerConfig:
     global_batch_size: int | None = 1
     """Packs per optimizer step over all ranks; null = one a data-parallel rank."""
     seed: int = 42
-    """Decides initial weights and data order."""
+    """Decides initial weights, data order and dropout."""
+    freeze: list[str] = field(default_factory=list)
+    """Parameters that are not trained, by patterns of their names (`*embed_tokens*`, `*.layers.0.*`)."""
     deterministic: bool = False
     """Refuse operations whose results vary from run to run (slower on GPUs)."""
     log_interval: int = 1
@@ -378,6 +414,8 @@ class CheckpointConfig:
     """Steps between Hugging Face exports, like `interval`."""
     hf_keep: int = 1
     """Newest exports to keep."""
+    hf_merge: bool | None = None
+    """Add an adapter to its base in exports; false = export it alone, for peft; null = alone where its base is model.pretrained."""
 
     def __post_init__(self) -> None:
         _interval("checkpoint.interval", self.interval)
@@ -469,6 +507,17 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    @property
+    def has_frozen(self) -> bool:
+        """True where some parameters are not trained: checkpoints leave them out."""
+        return self.model.adapter is not None or bool(self.trainer.freeze)
+
+    @property
+    def exports_adapter(self) -> bool:
+        """True where exports hold an adapter alone, False where they hold all weights."""
+        merged = not self.model.has_base if self.checkpoint.hf_merge is None else self.checkpoint.hf_merge
+        return self.model.adapter is not None and not merged
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:

@@ -5,30 +5,57 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.model.adapters import ALL, fits, target_names
 
 
 def training_flops(model: ModelConfig, document_lengths: Iterable[int], supervised_tokens: int) -> float:
-    """FLOPs of forward and backward pass (twice the forward's) over packed documents, recomputation not counted.
+    """FLOPs of forward and backward pass over packed documents, recomputation not counted.
 
     Matrix products only: 2 a weight and token in the layers, of experts those that a token goes to; 2 a weight at supervised positions in
     the head, the only ones it is asked for; in attention 4 a head dimension and pair of positions that see each other (Kaplan et al. 2020,
-    section 2.1, with causal pairs)."""
+    section 2.1, with causal pairs). The backward pass takes as many for the inputs' gradients and as many again for the weights', which
+    those under an adapter do not have; what trainer.freeze saves is not taken off."""
     lengths = list(document_lengths)
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    weights = model.num_hidden_layers * model.hidden_size * (2 * queries + 2 * keys)
-    weights += sum(_mlp_weights(model, layer) for layer in range(model.num_hidden_layers))
-    pairs = sum(_pairs(length, model.sliding_window) for length in lengths)
-    forward: float = 2 * weights * sum(lengths)
-    forward += 4 * model.num_hidden_layers * queries * pairs
-    forward += 2 * model.hidden_size * model.vocab_size * supervised_tokens
-    return 3 * forward
+    layers = range(model.num_hidden_layers)
+    weights = (
+        sum(_layer_weights(model, layer) for layer in layers) * sum(lengths) + model.hidden_size * model.vocab_size * supervised_tokens
+    )
+    adapters = sum(_adapter_weights(model, layer) for layer in layers) * sum(lengths)
+    queries = model.num_attention_heads * model.head_dim
+    attention = 2 * model.num_hidden_layers * queries * sum(_pairs(length, model.sliding_window) for length in lengths)
+    passes = 3 if model.adapter is None else 2
+    return float(2 * (passes * weights + 3 * (adapters + attention)))
 
 
-def _mlp_weights(model: ModelConfig, layer: int) -> int:
-    """Weights after the attention that a token is multiplied with: gate, up and down; with experts, of each it goes to, and the router."""
+def _layer_weights(model: ModelConfig, layer: int) -> int:
+    """Weights that a token is multiplied with in a layer: the linear ones; of experts, of each that it goes to, and the router."""
+    linear = sum(inner * outer for inner, outer in _linear(model, layer).values())
     if model.moe is None or not model.has_experts(layer):
-        return 3 * model.hidden_size * model.intermediate_size
-    return model.hidden_size * (3 * model.moe.num_experts_per_tok * model.moe.moe_intermediate_size + model.moe.num_experts)
+        return linear
+    return linear + model.hidden_size * (3 * model.moe.num_experts_per_tok * model.moe.moe_intermediate_size + model.moe.num_experts)
+
+
+def _adapter_weights(model: ModelConfig, layer: int) -> int:
+    """Weights of a layer's adapters."""
+    if model.adapter is None:
+        return 0
+    chosen = [
+        shape
+        for name, shape in _linear(model, layer).items()
+        if any(target == ALL or fits(name, target) for target in target_names(model.lora))
+    ]
+    return model.lora.rank * sum(map(sum, chosen))
+
+
+def _linear(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """(in, out) of a layer's linear parts by their full names, experts apart."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    shapes = {"self_attn.q_proj": (hidden, queries), "self_attn.k_proj": (hidden, keys), "self_attn.v_proj": (hidden, keys)}
+    shapes |= {"self_attn.o_proj": (queries, hidden)}
+    if not model.has_experts(layer):
+        shapes |= {"mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
+    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
 
 
 def _pairs(length: int, window: int | None) -> int:

@@ -34,5 +34,14 @@ def local_directory(pretrained: str, *, config_only: bool = False) -> Path:
     raise ConfigError("model.pretrained", pretrained, why)
 
 
+def published_name(directory: str) -> tuple[str, str | None]:
+    """(Hub id, revision) of a directory in the Hugging Face cache, so that others find it too; (the directory, None) of any other."""
+    path = Path(directory)
+    kind, *parts = path.parent.parent.name.split("--")
+    if path.parent.name == "snapshots" and kind == "models" and len(parts) == 2:
+        return "/".join(parts), path.name
+    return directory, None
+
+
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

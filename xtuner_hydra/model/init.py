@@ -1,7 +1,8 @@
 """Initial weights: a function of the seed and the parameter's name, so the same bits on any number of ranks, mesh or sharding.
 
 A parameter's full value is made on the CPU in blocks, each from a random generator of its own (seed, name, number of the block), so that
-threads can share the work; then every rank keeps its part. Memory: one full parameter at a time."""
+threads can share the work; then every rank keeps its part. Memory: one full parameter at a time. An adapter leaves the weights of its base
+what they are without it."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from xtuner_hydra.model.adapters import LORA_A, LORA_B
+
 STD = 0.02
 _BLOCK = 2**20
 
 
 def initialise(model: nn.Module, seed: int, *, only: Container[str] | None = None) -> None:
-    """Fill every parameter (`only`: those of these names): matrices and embedding N(0, 0.02), biases 0, norms 1.
+    """Fill every parameter (`only`: those of these names): matrices and embedding N(0, 0.02), biases 0, norms 1; of an adapter A is normal with
+    the standard deviation of peft's default, 1 / sqrt(3 in), B is 0.
 
     Plain tensors or DTensors, not on the meta device."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -29,11 +33,15 @@ def initialise(model: nn.Module, seed: int, *, only: Container[str] | None = Non
             if tensor.ndim < 2:
                 tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
+            if name.endswith(LORA_B):
+                tensor.zero_()
+                continue
+            std = (3 * tensor.shape[1]) ** -0.5 if name.endswith(LORA_A) else STD
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             in_place = local.shape == tensor.shape and local.device.type == "cpu" and local.dtype == torch.float32
             value = local if in_place else torch.empty(tensor.shape, dtype=torch.float32)
             blocks = value.view(-1).split(_BLOCK)
-            list(pool.map(_fill, blocks, [f"{seed}/{name}/{number}" for number in range(len(blocks))]))
+            list(pool.map(_fill, blocks, [f"{seed}/{name}/{number}" for number in range(len(blocks))], [std] * len(blocks)))
             if not in_place:
                 assign(tensor, value)
 
@@ -48,6 +56,6 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def _fill(block: Tensor, key: str) -> None:
+def _fill(block: Tensor, key: str, std: float) -> None:
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
-    block.normal_(0.0, STD, generator=torch.Generator().manual_seed(seed))
+    block.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))

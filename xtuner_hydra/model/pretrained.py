@@ -5,6 +5,7 @@ anything is filled."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.model.adapters import is_adapter
 from xtuner_hydra.model.families import family_of
 from xtuner_hydra.model.families.family import KEY, HFConfig, read_json
 from xtuner_hydra.model.init import initialise
@@ -34,6 +36,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
 _ROWS = 4096  # of embedding and head compared at a time
 _FEW = 5  # names of a kind in an error
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file that is fingerprinted
 
 Region = list[tuple[int, int]]
 """(start, stop) in every dimension of a parameter."""
@@ -94,7 +97,7 @@ def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) ->
     """Fill every parameter (plain or DTensor) from the directory's safetensors.
 
     Raises ConfigError before anything is filled where names, shapes or dtypes do not fit. With `model.config.strict` off, what is missing or
-    of another shape gets its initial value from `seed`, and a warning lists it."""
+    of another shape gets its initial value from `seed`, and a warning lists it. So do, without one, the parameters of an adapter."""
     directory = Path(directory)
     stored = _headers(directory)
     slots = _slots(model, stored)
@@ -105,8 +108,8 @@ def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) ->
         log.warning(
             f"{directory} does not fit the model config ({everything}); model.strict=false: what it lacks starts from random values"
         )
-    initialise(model, seed, only=faults.unfilled)
     parameters = dict(model.named_parameters())
+    initialise(model, seed, only=faults.unfilled | set(filter(is_adapter, parameters)))
     kept = {name: _local(parameter) for name, parameter in parameters.items()}
     fitting = sorted(
         (name for name in slots if name in stored and stored[name].shape == slots[name].shape), key=lambda name: stored[name].file
@@ -115,6 +118,34 @@ def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) ->
         with _open(file) as tensors:
             for name in names:
                 _copy(kept[slots[name].parameter], slots[name].region, tensors.get_slice(name))
+
+
+def keep_frozen_as_stored(model: CausalLM, directory: Path | str) -> None:
+    """Give every frozen parameter the dtype that its tensors have in the files, in place of fp32: no bit is lost, and half the memory of a
+    bfloat16 base is saved. `model` on the meta device, before sharding."""
+    stored = _headers(Path(directory))
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for name, slot in _slots(model, stored).items():
+        fits = name in stored and stored[name].shape == slot.shape
+        # what starts from random values is fp32
+        dtypes.setdefault(slot.parameter, set()).add(getattr(torch, _DTYPES[stored[name].dtype]) if fits else torch.float32)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and len(found := dtypes.get(name, set())) == 1:
+            parameter.data = parameter.data.to(found.pop())
+
+
+def fingerprint(directory: Path | str) -> str:
+    """A hash of the weights in a directory: of each file's size and header, and of samples spread over it, so that it takes no time."""
+    digest = hashlib.sha256()
+    for file in _weight_files(Path(directory)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+            for number in range(1, _SAMPLES + 1):
+                stream.seek(max(0, size * number // _SAMPLES - _SAMPLE_BYTES))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def pretrained_dtype(directory: Path | str) -> str:
@@ -131,6 +162,8 @@ def _slots(model: CausalLM, stored: Mapping[str, _Stored]) -> dict[str, _Slot]:
     family = family_of(model.config)
     slots = {}
     for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            continue
         shape = tuple(parameter.shape)
         for piece, index in [(name, ())] if name in stored else family.pieces(name, shape):
             parts = [one if isinstance(one, slice) else slice(one, one + 1) for one in index]

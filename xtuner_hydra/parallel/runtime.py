@@ -83,7 +83,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
     if kind == "cuda":
         torch.cuda.set_device(device)
     _share_cores()
-    _seed(config)
+    _seed(config, rank)
     # gloo beside NCCL: checkpoints and small agreements travel between CPUs
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, **_rendezvous())
@@ -107,8 +107,8 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
-def _seed(config: Config) -> None:
-    torch.manual_seed(config.trainer.seed)
+def _seed(config: Config, rank: int) -> None:
+    torch.manual_seed(config.trainer.seed + rank)  # dropout: each rank leaves out others
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         torch.use_deterministic_algorithms(True)

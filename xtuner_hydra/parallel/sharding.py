@@ -1,7 +1,8 @@
 """FSDP2 and recomputation applied from outside: the model knows nothing of them.
 
 Every decoder layer, the embedding and the head are a group of their own, the final norm goes with the root. Tied embeddings stay with the
-root as well, because one parameter cannot belong to two groups. The same code runs at world size 1, where the parameters are DTensors too."""
+root as well, because one parameter cannot belong to two groups. The same code runs at world size 1, where the parameters are DTensors too.
+Frozen parameters are gathered like others, from whatever dtype they are kept in, and take no part in the reduction."""
 
 from __future__ import annotations
 

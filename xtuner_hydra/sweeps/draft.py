@@ -119,15 +119,15 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
     sign = signature(composition.config, app.defaults)
     prepared = launch.prepare(composition, elsewhere=app.launches_elsewhere)
     config, plan = prepared.config, prepared.data.plan
-    parameters = count_parameters(config)
+    sizes = count_parameters(config)
     return JobDraft(
         Job(number, composition.run_dir.name, overrides, sign),
         config,
         prepared.ranks,
         plan.total_steps,
         plan.total_tokens,
-        disk_bytes(config, parameters, plan.total_steps),
-        memory_gb(parameters),
+        disk_bytes(config, sizes, plan.total_steps),
+        memory_gb(sizes),
         "-".join(source.cache.fingerprint[:16] for source in (prepared.data.train, prepared.data.eval) if source),
         twin=next((one.job.number for one in earlier if one.job.signature == sign), None),
     )

@@ -1,4 +1,4 @@
-"""`export RUN --to DIR [--step N] [--dtype D]`: a checkpoint of a run as a Hugging Face directory."""
+"""`export RUN --to DIR [--step N] [--dtype D] [--merge]`: a checkpoint of a run as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from xtuner_hydra.checkpoint.commit import committed, damage, step_of
-from xtuner_hydra.checkpoint.export import DTYPES, export_to
+from xtuner_hydra.checkpoint.export import DTYPES, export_adapter_to, export_to
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.model.pretrained import pretrained_dtype
@@ -29,9 +29,19 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(model)
     config = on_one_rank(run.config)
     config.trainer.device = "cpu"  # nothing is computed
+    alone = model.adapter is not None and not arguments.merge
+    if alone and not model.pretrained:
+        raise RefusedError(f"export: {run.directory} trained an adapter of random weights, which no one else has; add --merge")
+    if alone and arguments.dtype:
+        raise RefusedError("export: --dtype is for whole weights; an adapter stays in float32. Add --merge, or leave it out")
     with runtime(config) as place:
-        export_to(directory, build_engine(config, place, checkpoint).model, model, tokenizer, dtype=dtype)
-    print(f"exported step {step_of(checkpoint)} of {run.directory} in {dtype}: {directory}")
+        trained = build_engine(config, place, checkpoint).model
+        if alone:
+            export_adapter_to(directory, trained, model, tokenizer)
+        else:
+            export_to(directory, trained, model, tokenizer, dtype=dtype)
+    what = "the adapter alone" if alone else dtype
+    print(f"exported step {step_of(checkpoint)} of {run.directory} ({what}): {directory}")
     return EXIT_DONE
 
 
@@ -67,5 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="the directory of a run")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the directory to make; it must be new or empty")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; else the newest")
+    parser.add_argument("--merge", action="store_true", help="add an adapter to the weights of its base, instead of writing it alone")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; else that of model.pretrained, or float32")
     return parser

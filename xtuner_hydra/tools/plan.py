@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.cost import count_parameters, disk_bytes, kept
+from xtuner_hydra.cost import Sizes, checkpoint_bytes, count_parameters, disk_bytes, export_bytes, kept
 from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.launch import Prepared, prepare
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
@@ -38,8 +38,7 @@ def main(argv: list[str]) -> int:
 def describe(prepared: Prepared) -> list[str]:
     """The plan as lines of text."""
     config, data = prepared.config, prepared.data
-    parameters = count_parameters(config)
-    weights = 4 * parameters
+    sizes = count_parameters(config)
     return [
         *data.summary(),
         "",
@@ -47,14 +46,14 @@ def describe(prepared: Prepared) -> list[str]:
         _line("continues from", str(prepared.checkpoint))
         if prepared.checkpoint
         else _line("starts from", config.model.pretrained or "random weights"),
-        _line("model", f"{config.model.family}, {parameters / 1e6:.2f} M parameters"),
+        _line("model", f"{config.model.family}, {sizes.total / 1e6:.2f} M parameters{_trained(sizes)}"),
         _line("ranks", f"{prepared.ranks} ({config.parallelism.param_dtype} compute, fp32 master weights)"),
         _line("steps", f"{data.plan.total_steps} ({config.trainer.global_batch_size} packs a step over all ranks)"),
         _line("tokens", f"{data.plan.total_tokens:,}"),
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
-        _line("memory", f"{_gb(weights * 4 / prepared.ranks)} GB a rank for weights, gradients and two moments, activations apart"),
-        _line("disk", _disk(config, parameters, data.plan.total_steps)),
+        _line("memory", f"{_gb(sizes.state_bytes / prepared.ranks)} GB a rank for weights, gradients and two moments, activations apart"),
+        _line("disk", _disk(config, sizes, data.plan.total_steps)),
     ]
 
 
@@ -100,12 +99,16 @@ def _schedule(config: Config, total: int) -> str:
     )
 
 
-def _disk(config: Config, parameters: int, total: int) -> str:
+def _trained(sizes: Sizes) -> str:
+    return f", {sizes.trainable / 1e6:.2f} M of them trained" if sizes.trainable < sizes.total else ""
+
+
+def _disk(config: Config, sizes: Sizes, total: int) -> str:
     checkpoints, exports = kept(config.checkpoint, total)
     # one more of each stands while the next is written, before the oldest goes
     return (
-        f"about {_gb(disk_bytes(config, parameters, total))} GB at the end "
-        f"({checkpoints} checkpoints of {_gb(12 * parameters)} GB, {exports} exports of {_gb(4 * parameters)} GB)"
+        f"about {_gb(disk_bytes(config, sizes, total))} GB at the end "
+        f"({checkpoints} checkpoints of {_gb(checkpoint_bytes(sizes))} GB, {exports} exports of {_gb(export_bytes(sizes))} GB)"
     )
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from xtuner_hydra.config.schema import ModelConfig, MoEConfig
+from xtuner_hydra.config.schema import Config, DataConfig, LoRAConfig, ModelConfig, MoEConfig
+from xtuner_hydra.model.adapters import set_trainable
 from xtuner_hydra.model.flops import training_flops
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.transformer import CausalLM
@@ -31,6 +32,28 @@ def test_products_with_weights_are_those_that_run(case):
     counts = counter.get_flop_counts()["Global"]
     ran = sum(count for operation, count in counts.items() if "attention" not in str(operation) and "bmm" not in str(operation))
     assert ran == weights_only
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "layers.1.mlp.down_proj"]])
+def test_products_under_adapters_are_those_that_run(targets):
+    """Forward and backward. No gradient goes below the first adapter: that of the first layer's input is counted and is not computed."""
+    config = ModelConfig(**vars(SHAPE) | {"adapter": "lora", "lora": LoRAConfig(rank=3, targets=targets)})
+    model = CausalLM(config)
+    set_trainable(model, Config(model=config, data=DataConfig(path="unused")))
+    initialise(model, 0)
+    tokens = 24
+    ids, cu_seqlens = torch.arange(tokens), torch.arange(tokens + 1, dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, torch.zeros(tokens, dtype=torch.long), cu_seqlens, 1).sum().backward()
+    weights_only = training_flops(config, [1] * tokens, tokens) - 3 * 4 * config.num_hidden_layers * 60 * tokens
+    ran = sum(
+        count
+        for operation, count in counter.get_flop_counts()["Global"].items()
+        if "attention" not in str(operation) and "bmm" not in str(operation)
+    )
+    spared = 2 * tokens * 40 * (60 + 20 + 20)  # q, k and v of the first layer
+    adapters = {"all-linear": 3, "k_proj": 1}[targets if isinstance(targets, str) else targets[0]]
+    assert ran == weights_only - spared - 2 * tokens * 3 * 40 * adapters
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 7, 100])

@@ -45,6 +45,8 @@ class HFConfig:
         """Read `directory`/config.json, or raise ConfigError."""
         if not directory.is_dir():
             raise ConfigError(KEY, directory, "there is no such directory; give one that save_pretrained made, or a Hub id (ORG/NAME)")
+        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+            raise ConfigError(KEY, directory, "it holds an adapter alone; export it with checkpoint.hf_merge=true, and give that directory")
         if not (directory / "config.json").is_file():
             raise ConfigError(KEY, directory, "it has no config.json; give a directory that save_pretrained made")
         return cls(directory, read_json(directory, "config.json"))
