@@ -188,3 +188,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_refused_by_its_step(j
     assert "step-4 is not a whole checkpoint" in capsys.readouterr().err
     assert main(["export", "run", "--to", "new"]) == 0
     assert "exported step 2" in capsys.readouterr().out
+
+
+def test_an_export_follows_an_evaluation_also_where_no_checkpoint_is_saved_between(job):
+    done = job.cli(*JOB, "checkpoint.interval=null", "tracking.wandb.enabled=false", "hydra.run.dir=exported")
+    assert done.code == 0, done.text
+    assert torch.equal(
+        tensors(job.cli.directory / "exported" / "hf" / "step-4")["lm_head.weight"], tensors(job.run / "hf" / "step-4")["lm_head.weight"]
+    )

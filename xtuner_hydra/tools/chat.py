@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     speaker = Speaker(trained.load(), load_tokenizer(trained.model), choose, arguments.max_new_tokens)
     opening = [Message("system", arguments.system, False)] if arguments.system is not None else []
     if arguments.prompt is not None:
-        _say(speaker.answer([*opening, Message("user", arguments.prompt, False)]), interruptible=False)
+        _say(speaker.answer([*opening, Message("user", arguments.prompt, False)]), [])
     else:
         talk(speaker, opening)
     return EXIT_DONE
@@ -64,15 +64,29 @@ def talk(speaker: Speaker, opening: list[Message]) -> None:
         import readline  # noqa: F401 - input() edits lines and remembers them where it is loaded
     print("Ctrl-C ends an answer, Ctrl-D the chat.", file=sys.stderr)
     messages = list(opening)
-    while (question := _ask()) is not None:
-        if not question.strip():
-            continue
-        messages.append(Message("user", question, False))
+    while True:
         try:
-            messages.append(Message("assistant", _say(speaker.answer(messages), interruptible=True), False))
+            question = input("> ")
+            if question.strip():
+                messages.append(Message("user", question, False))
+                _reply(speaker, messages)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # while typing, or before the answer has begun
+            print()
         except RefusedError as error:
             print(f"{error}; the conversation starts anew", file=sys.stderr)
             messages = list(opening)
+
+
+def _reply(speaker: Speaker, messages: list[Message]) -> None:
+    """Answer, and add what has been said to `messages`, also where Ctrl-C cuts it short."""
+    said: list[str] = []
+    try:
+        _say(speaker.answer(messages), said)
+    finally:
+        messages.append(Message("assistant", "".join(said), False))
 
 
 def in_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
@@ -88,30 +102,12 @@ def in_pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterato
     yield text[len(shown) :]
 
 
-def _ask() -> str | None:
-    """A line from the person, None at the end of the input. Ctrl-C throws away what was typed."""
-    while True:
-        try:
-            return input("> ")
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print()
-
-
-def _say(pieces: Iterator[str], *, interruptible: bool) -> str:
-    """Print an answer as it comes, and return it; `interruptible`: Ctrl-C ends it where it is."""
-    said = ""
-    try:
-        for piece in pieces:
-            said += piece
-            print(piece, end="", flush=sys.stdout.isatty())
-    except KeyboardInterrupt:
-        if not interruptible:
-            raise
+def _say(pieces: Iterator[str], said: list[str]) -> None:
+    """Print an answer as it comes, and collect it in `said`."""
+    for piece in pieces:
+        said.append(piece)
+        print(piece, end="", flush=sys.stdout.isatty())
     print(flush=True)
-    return said
 
 
 def _choice(arguments: argparse.Namespace) -> Choose:

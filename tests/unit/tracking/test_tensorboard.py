@@ -103,3 +103,14 @@ def test_a_resumed_run_is_one_session_with_its_last_metrics(tmp_path):
     ((values, last, status),) = found.values()
     assert values["optimizer.lr"] == 1e-4
     assert (last, status) == ({"train/loss": 0.5, "eval/loss": 0.75}, "STATUS_SUCCESS")
+
+
+def test_samples_are_texts_by_their_prompts_number(tmp_path):
+    tracker = TensorBoardTracker(tmp_path / "tb", 0, {})
+    for step in (1, 2):
+        tracker.show([{"train/step": step, "prompt": f"q{number}", "text": f"*a*\n{step}"} for number in range(2)])
+    tracker.finish("completed", 0)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/1/text_summary")]
+    assert texts == [f"    q1\n    \n    *a*\n    {step}" for step in (1, 2)]
