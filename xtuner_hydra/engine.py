@@ -82,8 +82,10 @@ class Engine:
     def answer(self, prompt: Sequence[int], most: int, stop: Container[int]) -> list[int]:
         """The likeliest ids, up to `most`, that follow `prompt`, without the one of `stop` that ends them. Collective, with the same
         arguments and result on every rank; no random generator is used."""
+        self.model.eval()  # no dropout
         ids = list(generate(self.model, prompt, most=most, stop=stop, choose=_agreed))
         self._reshard()
+        self.model.train()
         return ids
 
     def _reshard(self) -> None:
