@@ -87,7 +87,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     tokenizer = load_tokenizer(config.model)
     sample_prompts(config, tokenizer)  # refuses what cannot be asked
     data = prepare_data(config, tokenizer, progress=progress)
-    refuse_ids_without_a_row(data, config.model.vocab_size, tokenizer)
+    refuse_ids_without_a_row((data.train, data.eval), config.model.vocab_size, tokenizer)
     if checkpoint is not None:
         state.refuse_other_trajectory(checkpoint, state.trajectory(config, data.plan.fingerprint))
     return Prepared(composition, config, ranks, data, tokenizer, checkpoint)

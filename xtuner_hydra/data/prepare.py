@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +134,9 @@ def _training_caches(data: DataConfig, open_or_build: OpenOrBuild) -> Samples:
     return Mixture([open_or_build(source.path, source.format or data.format, f"data.sources[{i}].path") for i, source in sources])
 
 
-def refuse_ids_without_a_row(data: PreparedData, vocab_size: int, tokenizer: Tokenizer) -> None:
+def refuse_ids_without_a_row(sources: Sequence[Source | None], vocab_size: int, tokenizer: Tokenizer) -> None:
     """ConfigError where a token of the data has no row in an embedding of `vocab_size` rows. A tokenizer may have more ids than are used."""
-    cache = max((source.cache for source in (data.train, data.eval) if source), key=lambda cache: cache.largest_id)
+    cache = max((source.cache for source in sources if source), key=lambda cache: cache.largest_id)
     if cache.largest_id < vocab_size:
         return
     sample = next(sample for sample in range(len(cache)) if cache.ids(sample).max() >= vocab_size)

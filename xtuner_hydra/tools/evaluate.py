@@ -13,7 +13,7 @@ from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config, ModelConfig
 from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.loader import eval_batches
-from xtuner_hydra.data.prepare import Source, prepare_held_out
+from xtuner_hydra.data.prepare import Source, prepare_held_out, refuse_ids_without_a_row
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.files import finite
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     held_out = prepare_held_out(config, tokenizer, progress=True)
     if held_out is None:
         raise RefusedError("evaluate: there is no held-out data; give some with data.eval_path=FILE")
+    refuse_ids_without_a_row([held_out], config.model.vocab_size, tokenizer)
     result = evaluate(trained, config, held_out)
     print(json.dumps(finite(result)) if "--json" in argv else _sentence(result))
     return EXIT_DONE
