@@ -1,9 +1,11 @@
-"""Ours beside a plain transformers loop, on the same packs, in one run: seconds a step, tokens a second, peak memory.
+"""Ours, in full and with LoRA, beside a plain transformers loop, on the same packs, in one run: seconds a step, tokens a second, peak memory.
 
-    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2]
+    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2] [--of ours,lora,plain] [OVERRIDES...]
+    python scripts/bench_plain.py --of ours,lora,plain,plain_lora model=hf model.pretrained=DIR parallelism.param_dtype=bfloat16
 
-The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
-contender runs in a process of its own, in turn; the first step of each is left out of the medians."""
+The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping;
+`plain_lora` the same with peft's adapter of the config's shape. Each contender runs in a process of its own, in turn; the first step of each
+is left out of the medians. Peak: the process's greatest resident memory, loading included, and what was resident before the first step."""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-CONTENDERS = ("ours", "plain")
+CONTENDERS = ("ours", "lora", "plain", "plain_lora")
 
 
 def main() -> None:
@@ -27,15 +29,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps a round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the contenders take turns")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--of", default="ours,plain", help=f"who takes part, of {', '.join(CONTENDERS)}; the last is what others are compared with"
+    )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="config overrides, e.g. model=qwen3_0p6b")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.contender:
         print(json.dumps(run(args.contender, args.steps, args.threads, args.overrides)))
         return
-    results: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
+    if strangers := set(args.of.split(",")) - set(CONTENDERS):
+        parser.error(f"--of: there is no {', '.join(sorted(strangers))}")
+    results: dict[str, list[dict]] = {name: [] for name in args.of.split(",")}
     for number in range(args.rounds):
-        for name in CONTENDERS:
+        for name in results:
             results[name].append(in_own_process(name, sys.argv[1:]))
             print(f"round {number + 1} {name}: {describe(results[name][-1])}", flush=True)
     report(results)
@@ -51,10 +58,11 @@ def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
     import torch
 
     torch.set_num_threads(threads)
-    config, batches = packs(steps, overrides)
+    config, batches = packs(steps, [*overrides, *(["model.adapter=lora"] if "lora" in name else [])])
     seconds, losses = [], []
     with ExitStack() as stack:
-        step = {"ours": ours, "plain": plain}[name](config, stack)
+        step, trainable = (plain if "plain" in name else ours)(config, stack)
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         for batch in batches:
             start = time.perf_counter()
             losses.append(step(batch))
@@ -63,6 +71,8 @@ def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
     return {
         "step_s": statistics.median(seconds[1:]),
         "tokens_per_s": sum(tokens[1:]) / sum(seconds[1:]),
+        "trainable": trainable,
+        "before_gb": before / 2**30,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "losses": losses,
     }
@@ -80,26 +90,44 @@ def packs(steps: int, overrides: list[str]):
     return prepared.config, batches
 
 
-def ours(config, stack: ExitStack) -> Callable:
+def ours(config, stack: ExitStack) -> tuple[Callable, int]:
     from xtuner_hydra.parallel.runtime import runtime
     from xtuner_hydra.worker import build_engine
 
     engine = build_engine(config, stack.enter_context(runtime(config)))
-    return lambda batch: float(engine.train_step([batch], len(batch.targets), config.optimizer.lr).loss)
+    return lambda batch: float(engine.train_step([batch], len(batch.targets), config.optimizer.lr).loss), count(engine.model)
 
 
-def plain(config, stack: ExitStack) -> Callable:
+def count(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def plain(config, stack: ExitStack) -> tuple[Callable, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from xtuner_hydra.model.families import hf_config
 
     torch.manual_seed(config.trainer.seed)
-    shape = hf_config(config.model, "float32", bos_token_id=None, eos_token_id=257)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
+    if config.model.pretrained:
+        model = AutoModelForCausalLM.from_pretrained(config.model.pretrained, dtype=torch.float32, attn_implementation="sdpa")
+    else:
+        shape = hf_config(config.model, "float32", bos_token_id=None, eos_token_id=257)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
+    if config.model.adapter:
+        import peft
+
+        lora = config.model.lora
+        options = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.targets}
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    model.train()
     beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optimizer.lr, betas=(beta1, beta2), weight_decay=config.optimizer.weight_decay, fused=True
+        [one for one in model.parameters() if one.requires_grad],
+        lr=config.optimizer.lr,
+        betas=(beta1, beta2),
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
 
     def step(batch) -> float:
@@ -113,19 +141,22 @@ def plain(config, stack: ExitStack) -> Callable:
         optimizer.zero_grad()
         return float(loss)
 
-    return step
+    return step, count(model)
 
 
 def describe(result: dict) -> str:
     return (
-        f"{result['step_s']:.2f} s a step (median), {result['tokens_per_s']:.0f} tokens/s, peak {result['peak_gb']:.2f} GB, "
+        f"{result['step_s']:.2f} s a step (median), {result['tokens_per_s']:.0f} tokens/s, "
+        f"peak {result['peak_gb']:.2f} GB ({result['before_gb']:.2f} before the first step), {result['trainable'] / 1e6:.2f} M trained, "
         f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
     )
 
 
 def report(results: dict[str, list[dict]]) -> None:
-    ratio = {key: _median(results["ours"], key) / _median(results["plain"], key) for key in ("step_s", "tokens_per_s", "peak_gb")}
-    print(f"ours / plain: step {ratio['step_s']:.2f}, tokens/s {ratio['tokens_per_s']:.2f}, peak memory {ratio['peak_gb']:.2f}")
+    *others, last = results
+    for name in others:
+        ratio = {key: _median(results[name], key) / _median(results[last], key) for key in ("step_s", "tokens_per_s", "peak_gb")}
+        print(f"{name} / {last}: step {ratio['step_s']:.2f}, tokens/s {ratio['tokens_per_s']:.2f}, peak memory {ratio['peak_gb']:.2f}")
 
 
 def _median(results: list[dict], key: str) -> float:

@@ -63,6 +63,7 @@ def train(checkpoint, place, kind, spread, dtype, ratio):
     steps = [engine.train_step(batches, SUPERVISED, lr=0.01) for _ in range(3)]
     parameters = dict(engine.model.named_parameters())
     return SimpleNamespace(
+        evaluated=[engine.evaluate(batches)[0] for _ in range(2)],
         losses=[float(step.loss) for step in steps],
         norms=[step.grad_norm for step in steps],
         trained={name: whole(value) for name, value in parameters.items() if value.requires_grad},
@@ -127,6 +128,7 @@ def test_dropout_repeats_itself_and_recomputation_draws_what_the_forward_pass_dr
     assert first.norms == again.norms
     assert recomputed.losses == pytest.approx(first.losses, rel=1e-6)
     assert recomputed.norms == pytest.approx(first.norms, rel=1e-5)
+    assert first.evaluated[0] == first.evaluated[1]  # nothing is left out
     without = ranks[1][0]["lora: 1 rank, packed"]
     assert first.losses[0] == pytest.approx(without.losses[0])  # B is zero
     assert abs(first.losses[2] - without.losses[2]) > 1e-3

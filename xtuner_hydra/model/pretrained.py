@@ -121,8 +121,8 @@ def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) ->
 
 
 def keep_frozen_as_stored(model: CausalLM, directory: Path | str) -> None:
-    """Give every frozen parameter the dtype that its tensors have in the files, in place of fp32: no bit is lost, and half the memory of a
-    bfloat16 base is saved. `model` on the meta device, before sharding."""
+    """Give every frozen parameter the dtype that its tensors have in the files, in place of fp32: no bit is lost, and a bfloat16
+    base takes 2 bytes a weight, not 4. `model` on the meta device, before sharding."""
     stored = _headers(Path(directory))
     dtypes: dict[str, set[torch.dtype]] = {}
     for name, slot in _slots(model, stored).items():

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from xtuner_hydra.app import App
-from xtuner_hydra.config.schema import Config
+from xtuner_hydra.config.schema import Config, LoRAConfig
 from xtuner_hydra.config.strict import known_keys, to_config, to_yaml
 from xtuner_hydra.model.families import hf_config
 
@@ -65,6 +65,14 @@ def test_yaml_defaults_are_the_dataclasses_defaults():
             continue
         plain = {field.name: getattr(kind(), field.name) for field in fields(kind) if not is_dataclass(getattr(ours, field.name))}
         assert {name: getattr(ours, name) for name in plain} == plain
+
+
+def test_an_adapter_is_the_same_for_every_model():
+    for path in CONF.glob("model/*.yaml"):
+        model = yaml.safe_load(path.read_text())
+        assert (model["adapter"], model["lora"]) == (None, asdict(LoRAConfig())), path
+    lora = compose("model.adapter=lora", "model.lora.rank=8", "model.lora.targets=[q_proj,v_proj]").config.model.lora
+    assert lora == LoRAConfig(rank=8, targets=["q_proj", "v_proj"])
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] != "hf"])
