@@ -130,9 +130,9 @@ def test_a_token_without_a_row_is_refused_with_its_place_and_the_remedy(tmp_path
     write_lines(tmp_path / "data.jsonl", [{"text": "abc"}, {"text": "abz"}])
     config = config_of(tmp_path, path=str(tmp_path / "data.jsonl"), format="text")
     prepared = prepare(config, ByteTokenizer(), progress=False)
-    refuse_ids_without_a_row(prepared, 258, ByteTokenizer())
+    refuse_ids_without_a_row((prepared.train, prepared.eval), 258, ByteTokenizer())
     with pytest.raises(ConfigError, match=r"model\.vocab_size=257: .*line 1 holds token 257 .*rows for 0 to 256; .*model\.vocab_size=260"):
-        refuse_ids_without_a_row(prepared, 257, ByteTokenizer())
+        refuse_ids_without_a_row((prepared.train, prepared.eval), 257, ByteTokenizer())
 
 
 @pytest.mark.parametrize(
