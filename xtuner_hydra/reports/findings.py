@@ -11,16 +11,10 @@ from typing import Any
 
 from xtuner_hydra.reports import commands, words
 from xtuner_hydra.reports.curves import Scale
+from xtuner_hydra.reports.lead import Lead, pooled
 from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom."""
-
-
-def enough(freedom: int) -> float:
-    """How many standard errors a difference must be to lie beyond the 95 % interval of chance. Above ten degrees of freedom within 0.01."""
-    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.6 / freedom
 
 
 @dataclass(frozen=True)
@@ -119,56 +113,54 @@ class Findings:
     # --- who won, and whether it is more than chance
 
     @cached_property
-    def lead(self) -> float | None:
-        """How far the best setting's mean is from the next one's, 0 or more."""
-        if len(self.ranked) < 2:
-            return None
-        first, second = self.ranked[0].mean, self.ranked[1].mean
-        return abs(first - second) if first is not None and second is not None else None
+    def lead(self) -> Lead | None:
+        """The best setting against the next one."""
+        return self._against(self.ranked[1]) if len(self.ranked) > 1 else None
+
+    def _against(self, other: Setting) -> Lead:
+        return Lead(self.ranked[0], other, 1 if self.result.plan.direction == "minimize" else -1, *pooled(self.ranked))
 
     @cached_property
     def noise(self) -> float | None:
         """Standard deviation between jobs that differ in their seed alone, pooled over all settings; None where no setting has two values."""
-        squares = sum((len(setting.values) - 1) * setting.spread**2 for setting in self.ranked if setting.spread is not None)
-        return math.sqrt(squares / self.freedom) if self.freedom else None
-
-    @property
-    def freedom(self) -> int:
-        """Degrees of freedom of `noise`."""
-        return sum(len(setting.values) - 1 for setting in self.ranked)
-
-    @cached_property
-    def certainty(self) -> float | None:
-        """The lead in standard errors of a difference of two means; None where one of the two is not known."""
-        if self.lead is None or self.noise is None:
-            return None
-        error = self.noise * math.sqrt(sum(1 / len(setting.values) for setting in self.ranked[:2]))
-        return self.lead / error if error else math.inf
+        return pooled(self.ranked)[0]
 
     @property
     def verdict(self) -> str:
-        """Of the lead. clear: beyond the 95 % interval of chance (Student's t); chance: below one standard error; unsure between; or unknown."""
-        if self.certainty is None:
-            return "unknown"
-        return "clear" if self.certainty >= enough(self.freedom) else "unsure" if self.certainty >= 1 else "chance"
+        """Of the lead (Lead.verdict); `alone` where there is nothing to compare with."""
+        return self.lead.verdict if self.lead else "alone"
 
     @property
     def verdict_text(self) -> str:
         """Whether the lead is more than chance, in a sentence."""
         if self.lead is None:
             return "There is nothing to compare it with yet." if self.ranked else "No job has completed yet."
-        if self.noise is None or self.certainty is None:
-            return "One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
-        times = (
-            f"{self.lead / self.noise:.1f} times the seed spread of {self.difference(self.noise)}"
-            if self.noise
-            else "with no spread between seeds"
-        )
-        return {
-            "clear": f"{times}: not chance.",
-            "unsure": f"{times}: likely, not certain. More seeds would tell.",
-            "chance": f"{times}: within chance. More seeds would tell.",
-        }[self.verdict]
+        if self.verdict == "tie":
+            return "First and second have the same value."
+        if self.verdict == "unknown":
+            ahead = f"{self.difference(self.lead.size)} between first and second"
+            return f"{ahead}. One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
+        end = {
+            "clear": "not chance.",
+            "unsure": "likely, not certain. More seeds would tell.",
+            "chance": "within chance. More seeds would tell.",
+        }
+        return f"{self._paired(self.lead) if self.lead.pairs else self._against_noise(self.lead)}: {end[self.verdict]}"
+
+    def _paired(self, lead: Lead) -> str:
+        """`Ahead on all 3 seeds, by 0.051 ± 0.007`."""
+        number, ahead = len(lead.pairs), sum(pair > 0 for pair in lead.pairs)
+        shared = " shared" if number < max(len(lead.first.values), len(lead.second.values)) else ""
+        on = ("both" if number == 2 else f"all {number}") if ahead == number else f"{ahead} of {number}"
+        digits = max(2, min(6, -math.floor(math.log10(lead.spread) + 1e-6))) if lead.spread else self.digits
+        by = f"{mean(lead.pairs):.{digits}f} ± {lead.spread:.{digits}f}" if lead.spread else f"{self.difference(mean(lead.pairs))} on each"
+        return f"Ahead on {on}{shared} seeds, by {by}"
+
+    def _against_noise(self, lead: Lead) -> str:
+        if not lead.noise:
+            return f"{self.difference(lead.size)} between first and second, with no spread between seeds"
+        spread = f"the seed spread of {self.difference(lead.noise)}"
+        return f"{self.difference(lead.size)} between first and second, {lead.size / lead.noise:.1f} times {spread}"
 
     @cached_property
     def answer(self) -> str:
@@ -181,11 +173,33 @@ class Findings:
             second = self.ranked[1]
             return f"{self.name(best)} and {self.name(second)} cannot be told apart: {self.metric} {self.score(best)} against {self.score(second)}."
         seeds = f" over {words.counted(len(best.values), 'seed')}" if len(best.values) > 1 else ""
-        text = f"{self.name(best)} {'leads so far' if self.unfinished else 'wins'}: {self.metric} {self.score(best)}{seeds}"
-        if self.lead is not None:
-            side = "below" if self.result.plan.direction == "minimize" else "above"
-            text += f", {self.difference(self.lead)} {side} the next" + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
-        return text + "."
+        score = f"{self.metric} {self.score(best)}{seeds}"
+        if self.verdict == "tie":
+            return f"{self._tied()} tie{' so far' if self.unfinished else ''}: {score}."
+        return f"{self.name(best)}{self._stands}: {score}{self._ahead()}."
+
+    @property
+    def _stands(self) -> str:
+        """The verb of the headline: only what is beyond chance wins."""
+        if len(self.settings) == 1:
+            return ""
+        if self.unfinished:
+            return " leads so far"
+        return {"clear": " wins", "alone": " is the only one that completed"}.get(self.verdict, " leads")
+
+    def _ahead(self) -> str:
+        """`, 0.051 below the next (lr 2e-4)`."""
+        if self.lead is None:
+            return ""
+        side = "below" if self.result.plan.direction == "minimize" else "above"
+        return f", {self.difference(self.lead.size)} {side} the next" + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
+
+    def _tied(self) -> str:
+        """Those that share the first place."""
+        tied = [setting for setting in self.ranked if setting is self.best or self._against(setting).verdict == "tie"]
+        if len(tied) > 3:
+            return f"{len(tied)} settings"
+        return ", ".join(map(self.name, tied[:-1])) + f" and {self.name(tied[-1])}"
 
     @property
     def unfinished(self) -> bool:
@@ -300,10 +314,20 @@ class Findings:
                 ("spread", f"standard deviation over the jobs of a setting; {self.difference(self.noise)} pooled over all settings")
             )
             rows.append(("a lead is clear", "beyond the 95 % interval of chance (Student's t), no winner below one standard error"))
+        if self.lead and (self.lead.pairs or self.noise is not None):
+            rows.append(("chance is judged by", self._judged_by(self.lead)))
         rows.append(("search", plan.search))
         if plan.state:
             rows.append(("sweep", plan.state))
         return rows
+
+    @staticmethod
+    def _judged_by(lead: Lead) -> str:
+        if not lead.pairs:
+            return "the pooled spread, as first and second do not share two seeds"
+        return (
+            f"the differences between first and second on the {len(lead.pairs)} seeds that both have (a seed starts alike in every setting)"
+        )
 
     # --- how it stands
 
@@ -336,8 +360,8 @@ class Findings:
 
     @property
     def has_repeats(self) -> bool:
-        """Whether any setting has more than one job."""
-        return any(len(setting.jobs) > 1 for setting in self.settings)
+        """Whether any setting has more than one seed."""
+        return any(setting.seeds > 1 for setting in self.settings)
 
     # --- what to do next
 

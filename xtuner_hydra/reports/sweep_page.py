@@ -52,20 +52,19 @@ def _facts(findings: Findings) -> list[Markup]:
     return [fact for fact in (_lead(findings), _fairness(findings), _fastest(findings)) if fact]
 
 
+VERDICTS = {
+    "clear": ("Clear lead", "good"),
+    "unsure": ("Likely lead", "warn"),
+    "chance": ("No clear winner", "bad"),
+    "unknown": ("Chance not ruled out", "warn"),
+    "tie": ("A tie", "warn"),
+}
+
+
 def _lead(findings: Findings) -> Markup:
-    titles = {"clear": "Clear lead", "unsure": "Likely lead", "chance": "No clear winner", "unknown": "Chance not ruled out"}
-    kinds = {"clear": "good", "unsure": "warn", "chance": "bad", "unknown": "warn"}
-    title, kind = titles[findings.verdict], kinds[findings.verdict]
-    if findings.lead is None:
-        title, kind = ("No winner yet" if findings.best is None else "Only one result"), ""
-    text = findings.verdict_text
-    if findings.lead is not None:
-        text = (
-            f"{findings.difference(findings.lead)} between first and second. " + text
-            if findings.noise is None
-            else f"{findings.difference(findings.lead)}, {text}"
-        )
-    return page.fact(title, text, kind)
+    alone = ("No winner yet" if findings.best is None else "Only one result", "")
+    title, kind = VERDICTS.get(findings.verdict, alone)
+    return page.fact(title, findings.verdict_text, kind)
 
 
 def _fairness(findings: Findings) -> Markup | None:
@@ -140,7 +139,7 @@ def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]
 
 def _seeds(setting: Setting) -> str:
     done = len(setting.values)
-    return str(done) if done == len(setting.jobs) else f"{done} of {len(setting.jobs)}"
+    return str(done) if done == setting.seeds else f"{done} of {setting.seeds}"
 
 
 def _state(findings: Findings, jobs: list[JobResult]) -> Cell:

@@ -102,6 +102,11 @@ class JobResult:
         typed = self.run.values if self.run else {}
         return {key: typed.get(key, _typed(text)) for key, text in _texts(self.job).items()}
 
+    @property
+    def seed(self) -> int | None:
+        """trainer.seed, whether it was swept or not; None where a job that waits does not tell."""
+        return self.swept.get(SEED, self.run.config.trainer.seed if self.run else None)
+
     def last(self, metric: str) -> float | None:
         """The job's last value of `metric`."""
         return self.run.final.get(metric) if self.run else None
@@ -109,14 +114,24 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ in their seed alone. mean, spread: of the values of those completed (spread: standard deviation, None for one)."""
+    """Jobs that differ in their seed alone. mean, spread: of `values` (spread: standard deviation, None for one)."""
 
     swept: dict[str, Any]
     jobs: list[JobResult]
 
+    @cached_property
+    def by_seed(self) -> dict[int | None, float]:
+        """Seed -> value of the completed job with it. The same seed again is the same experiment, not another sample: the last one counts."""
+        return {job.seed: job.value for job in self.jobs if job.value is not None}
+
     @property
     def values(self) -> list[float]:
-        return [job.value for job in self.jobs if job.value is not None]
+        return list(self.by_seed.values())
+
+    @cached_property
+    def seeds(self) -> int:
+        """Distinct seeds of all jobs, completed or not."""
+        return max(1, len({job.seed for job in self.jobs} - {None}))
 
     @property
     def mean(self) -> float | None:

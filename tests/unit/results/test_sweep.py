@@ -41,6 +41,16 @@ def test_settings_are_ranked_by_their_mean_over_seeds(tmp_path):
     assert (result.settings[1].mean, result.settings[1].spread) == (2.0, pytest.approx(2**0.5))
 
 
+def test_a_seed_counts_once_and_its_last_job_wins(tmp_path):
+    """Whether it was swept or stands in the config of the runs."""
+    swept = [({LR: 1e-4, SEED: 0}, finished(1.0)), ({LR: 1e-4, SEED: 1}, finished(3.0)), ({LR: 1e-4, SEED: 0}, finished(2.0))]
+    (setting,) = read_sweep(make_sweep(tmp_path / "swept", swept)).settings
+    assert (setting.values, setting.seeds, len(setting.jobs)) == ([2.0, 3.0], 2, 3)
+    fixed = [({LR: 1e-4}, finished(2.0)), ({LR: 1e-4}, finished(2.0)), ({LR: 1e-4}, None)]
+    (setting,) = read_sweep(make_sweep(tmp_path / "fixed", fixed)).settings
+    assert (setting.values, setting.seeds, setting.spread) == ([2.0], 1, None)
+
+
 def test_to_maximize_turns_the_ranking_round(tmp_path):
     result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(1.0)), ({LR: 2e-4}, finished(3.0))], direction="maximize"))
     assert result.best_job.number == result.best_setting.jobs[0].number == 1
