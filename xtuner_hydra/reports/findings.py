@@ -17,6 +17,16 @@ from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
 
 
+TGS = "throughput/e2e_tgs"
+NOTABLY_FASTER = 1.1
+"""Times as fast; the same work on a machine that others use scatters by less."""
+
+
+def changes_speed(key: str) -> bool:
+    """Whether steps can take longer for another value of `key`: they do not for another learning rate, schedule or seed."""
+    return key in ("optimizer", "optimizer.name") or not (key.startswith(("optimizer.", "scheduler")) or key == SEED)
+
+
 @dataclass(frozen=True)
 class Effect:
     """How much a swept key moves the metric: the range of its values' means (of thirds, where nearly all values differ)."""
@@ -245,6 +255,25 @@ class Findings:
         """The swept keys, those that move the metric most first."""
         moved = [effect.key for effect in self.effects]
         return moved + [key for key in self.keys if key not in moved]
+
+    # --- speed
+
+    def faster(self) -> tuple[Setting, float] | None:
+        """(the setting with the most tokens a second, how many times as fast as the best one it is), where it differs from that in a key that can
+        change speed, and by more than such measurements scatter."""
+        if self.best is None or not (own := self.average(self.best, TGS)):
+            return None
+        others = [(speed / own, setting) for setting in self.comparable_speeds if (speed := self.average(setting, TGS)) is not None]
+        times, setting = max(others, key=lambda pair: pair[0], default=(1.0, self.best))
+        return (setting, times) if times > NOTABLY_FASTER else None
+
+    @property
+    def comparable_speeds(self) -> list[Setting]:
+        """The ranked settings that can be faster or slower than the best one: the others do the same work."""
+        best = self.best
+        if best is None:
+            return []
+        return [one for one in self.ranked if any(changes_speed(key) and self.at(one, key) != self.at(best, key) for key in self.keys)]
 
     # --- how it is drawn
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from xtuner_hydra.reports import page, svg, words
 from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smoothed, thinned
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import TGS, Findings
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
-from xtuner_hydra.reports.tables import MEMORY, TGS, TOKENS
+from xtuner_hydra.reports.tables import MEMORY, TOKENS
 from xtuner_hydra.results.sweep import JobResult, Setting
 
 ENDS = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}
@@ -69,14 +69,15 @@ def _lead(findings: Findings) -> Markup:
 
 def _fairness(findings: Findings) -> Markup | None:
     unfair = findings.result.unfair
-    if not findings.ranked:
+    if len(findings.ranked) < 2:
         return None
     if unfair:
         reason = unfair[0].partition(", so")[0].rstrip(".")
         return page.fact("Not a fair comparison", f"{reason}. See below.", "bad")
     parts = []
     if findings.eval_tokens:
-        parts.append(f"the same {findings.span(findings.eval_tokens)} held-out tokens")
+        alike = len(findings.eval_tokens) == 1
+        parts.append(("the same " if alike else "by seed ") + f"{findings.span(findings.eval_tokens)} held-out tokens")
     if findings.tokens:
         parts.append(f"{words.compact(min(findings.tokens))} training tokens each")
     return page.fact("Fair comparison", ", ".join(parts).capitalize() + "." if parts else "All jobs ran alike.", "good")
@@ -84,20 +85,18 @@ def _fairness(findings: Findings) -> Markup | None:
 
 def _fastest(findings: Findings) -> Markup | None:
     """Speed of the winner against the fastest."""
-    speeds = [(speed, setting) for setting in findings.ranked if (speed := findings.average(setting, TGS)) is not None]
-    if not speeds or findings.best is None or (own := findings.average(findings.best, TGS)) is None:
+    if findings.best is None or (own := findings.average(findings.best, TGS)) is None:
         return None
-    top, fastest = max(speeds, key=lambda pair: pair[0])
     text = f"{words.fixed(own, 0)} tokens/s a device"
-    if top <= 1.05 * own or fastest.mean is None or findings.best.mean is None:
-        return page.fact(
-            "No setting is faster" if len(speeds) > 1 else "Speed", text + ("; none is over 5 % faster." if len(speeds) > 1 else ".")
-        )
-    cost = findings.difference(abs(fastest.mean - findings.best.mean))
-    side = "higher" if fastest.mean > findings.best.mean else "lower"
+    if (found := findings.faster()) is None:
+        compared = len(findings.comparable_speeds) > 0
+        return page.fact("No setting is faster" if compared else "Speed", text + ("; none is over 10 % faster." if compared else "."))
+    fastest, times = found
+    cost = (fastest.mean or 0.0) - (findings.best.mean or 0.0)
+    side = "higher" if cost > 0 else "lower"
     return page.fact(
-        f"{top / own - 1:.0%} faster is possible",
-        f"{findings.name(fastest)}: {words.fixed(top, 0)} against {text}, {findings.metric} {cost} {side}.",
+        f"{times - 1:.0%} faster is possible",
+        f"{findings.name(fastest)}: {words.fixed(times * own, 0)} against {text}, {findings.metric} {findings.difference(abs(cost))} {side}.",
     )
 
 

@@ -7,10 +7,10 @@ import io
 from typing import Any
 
 from xtuner_hydra.reports import words
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import TGS, Findings
 from xtuner_hydra.results.sweep import Setting
 
-TGS, MEMORY, TOKENS = "throughput/e2e_tgs", "memory/max_gb", "train/total_tokens"
+MEMORY, TOKENS = "memory/max_gb", "train/total_tokens"
 FIRST = ("job", "overrides", "state", "steps", "train/loss", "eval/loss", TGS, "error")
 LAST = (TOKENS, "seconds", MEMORY, "signature", "attempts")
 

@@ -29,7 +29,7 @@ from xtuner_hydra.results.run import Run, load_run
 FILE_NAME = "sweep.json"
 SEED = "trainer.seed"
 FAIR = 0.02
-"""Jobs whose training tokens differ by a larger share are not compared at equal tokens."""
+"""Settings whose training tokens differ by a larger share are not compared at equal tokens."""
 
 
 @dataclass
@@ -120,9 +120,14 @@ class Setting:
     jobs: list[JobResult]
 
     @cached_property
+    def completed(self) -> list[JobResult]:
+        """The jobs with a value, one a seed: the same seed again is the same experiment, not another sample, and the last one counts."""
+        return list({job.seed: job for job in self.jobs if job.value is not None}.values())
+
+    @cached_property
     def by_seed(self) -> dict[int | None, float]:
-        """Seed -> value of the completed job with it. The same seed again is the same experiment, not another sample: the last one counts."""
-        return {job.seed: job.value for job in self.jobs if job.value is not None}
+        """Seed -> value."""
+        return {job.seed: job.value for job in self.completed if job.value is not None}
 
     @property
     def values(self) -> list[float]:
@@ -182,9 +187,9 @@ class SweepResult:
 
     @cached_property
     def unfair(self) -> list[str]:
-        """Why the jobs do not compare, a sentence each; empty where they do."""
-        done = [job for job in self.jobs if job.value is not None]
-        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric)) if text]
+        """Why the settings do not compare, a sentence each; empty where they do. Seeds of one setting may differ: all settings have the same ones."""
+        ranked = [setting for setting in self.settings if setting.mean is not None]
+        return [text for text in (_unlike_evaluations(ranked), _unlike_tokens(ranked), _noisy(self.plan.metric)) if text]
 
     @property
     def doubts(self) -> list[str]:
@@ -243,26 +248,33 @@ def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in swept.items() if key != SEED}
 
 
-def _unlike_evaluations(done: Sequence[JobResult]) -> str | None:
-    counts = sorted({int(tokens) for job in done if (tokens := job.last("eval/tokens")) is not None})
+def _means(settings: Sequence[Setting], metric: str) -> list[float]:
+    """Of the last `metric` over each setting's completed jobs, those that have none left out."""
+    found = ([value for job in setting.completed if (value := job.last(metric)) is not None] for setting in settings)
+    return [mean(values) for values in found if values]
+
+
+def _unlike_evaluations(ranked: Sequence[Setting]) -> str | None:
+    counts = sorted(set(map(round, _means(ranked, "eval/tokens"))))
     if len(counts) < 2:
         return None
     return (
-        f"The jobs were evaluated on different held-out tokens ({counts[0]:,} to {counts[-1]:,} supervised ones), so their eval/loss does not "
-        "compare. Set data.max_length to one value for all, or evaluate on shorter data."
+        f"The settings were evaluated on different held-out tokens ({counts[0]:,} to {counts[-1]:,} supervised ones), so their eval/loss does "
+        "not compare. Set data.max_length to one value for all, or evaluate on shorter data."
     )
 
 
-def _unlike_tokens(done: Sequence[JobResult]) -> str | None:
-    tokens = [int(value) for job in done if (value := job.last("train/total_tokens")) is not None]
-    planned = {job.run.config.trainer.total_tokens for job in done if job.run}
+def _unlike_tokens(ranked: Sequence[Setting]) -> str | None:
+    tokens = _means(ranked, "train/total_tokens")
+    jobs = [job for setting in ranked for job in setting.completed]
+    planned = {job.run.config.trainer.total_tokens for job in jobs if job.run}
     if not tokens or max(tokens) - min(tokens) <= FAIR * max(tokens):
         return None
-    if len(planned) == 1 and None not in planned and max(tokens) - min(tokens) <= _largest_step(done):
+    if len(planned) == 1 and None not in planned and max(tokens) - min(tokens) <= _largest_step(jobs):
         return None  # each stops with the step that reaches trainer.total_tokens
     return (
-        f"The jobs were trained on different numbers of tokens ({min(tokens):,} to {max(tokens):,}), so the longer ones have an advantage. "
-        "Set trainer.total_tokens to compare at equal tokens."
+        f"The settings were trained on different numbers of tokens ({min(tokens):,.0f} to {max(tokens):,.0f}), so the longer ones have an "
+        "advantage. Set trainer.total_tokens to compare at equal tokens."
     )
 
 

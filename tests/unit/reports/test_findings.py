@@ -5,7 +5,7 @@ from statistics import stdev
 import pytest
 from runs import finished, make_sweep
 
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import Findings, changes_speed
 from xtuner_hydra.results.sweep import read_sweep
 
 LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
@@ -125,3 +125,22 @@ def test_far_off_values_do_not_squeeze_the_others(tmp_path):
     found = findings(tmp_path, [({LR: 1e-4 * n}, finished(loss)) for n, loss in enumerate([1.0, 1.1, 1.2, 500.0], 1)])
     assert found.metric_range[1] < 2
     assert [round(found.goodness(setting), 1) for setting in found.settings] == pytest.approx([1.0, 0.8, 0.7, 0.0], abs=0.11)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "times", "faster"),
+    [
+        (PACK, (64, 128), 1.84, True),
+        (PACK, (64, 128), 1.08, False),
+        (LR, (1e-4, 2e-4), 1.84, False),
+        ("scheduler.name", ("cosine", "linear"), 1.84, False),
+        ("model.tokenizer", ("a", "b"), 1.84, True),
+    ],
+)
+def test_only_a_key_that_can_change_speed_is_said_to(tmp_path, key, values, times, faster):
+    slow, fast = finished(2.0), finished(3.0)
+    fast["rows"][-2]["throughput/e2e_tgs"] = 100.0 * times
+    found = findings(tmp_path, [({key: values[0]}, slow), ({key: values[1]}, fast)])
+    assert (found.faster() is not None) == faster
+    assert not faster or found.faster()[1] == pytest.approx(times)
+    assert [changes_speed(key) for key in ("optimizer.name", "optimizer.eps", SEED)] == [True, False, False]

@@ -85,6 +85,14 @@ def test_doubts_are_named(tmp_path, first, second, doubt):
     assert all(doubt in text for text in doubts)
 
 
+def test_seeds_may_differ_in_their_tokens_where_settings_do_not(tmp_path):
+    """A seed shuffles and packs the data its own way, and may choose what is held out."""
+    lengths = {0: {"steps": 3, "tokens": 500}, 1: {"steps": 9, "tokens": 600}}
+    jobs = [({LR: lr, SEED: seed}, finished(1.0 + lr, **lengths[seed])) for lr in (0.1, 0.2) for seed in (0, 1)]
+    assert read_sweep(make_sweep(tmp_path / "settings", jobs)).unfair == []
+    assert read_sweep(make_sweep(tmp_path / "seeds alone", jobs[:2])).unfair == []
+
+
 def test_a_loss_that_is_no_number_is_no_value(tmp_path):
     result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, {"rows": [{"train/step": 1, "eval/loss": None}]})]))
     assert [job.value for job in result.jobs] == [2.0, None]
