@@ -1,4 +1,4 @@
-"""The commands that a sweep's reader wants next: repeat the best job, and look closer around it."""
+"""The commands that a sweep's reader wants next: go on with what is left, repeat the best job, and look closer around it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ MOST_JOBS = 27
 def repeat(result: SweepResult, job: JobResult) -> str:
     """The command that runs `job` again, on its own."""
     return _command(result, [override for override in _overrides(job) if not _is_of_sweep(override)])
+
+
+def resume(result: SweepResult) -> str | None:
+    """The command that goes on with the sweep; None where nothing is left to do, or where runs were only put side by side."""
+    left = result.plan.total - result.count("completed", "pruned")
+    return " ".join([PROGRAM, shlex.quote(f"sweep.resume={result.directory}")]) if result.plan.state and left > 0 else None
 
 
 def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[str, int] | None:

@@ -144,7 +144,7 @@ class Findings:
     def verdict_text(self) -> str:
         """Whether the lead is more than chance, in a sentence."""
         if self.lead is None:
-            return "There is nothing to compare it with yet." if self.ranked else "No job has completed yet."
+            return "There is nothing to compare it with yet." if self.ranked else self._unanswered
         if self.verdict == "tie":
             return "First and second have the same value."
         if self.verdict == "unknown":
@@ -177,8 +177,7 @@ class Findings:
         """The sweep in one sentence."""
         best = self.best
         if best is None:
-            waiting = self.result.count("running", "waiting")
-            return "No job has completed yet." if waiting else "No job has completed, so there is no ranking."
+            return self._unanswered
         if self.verdict == "chance":
             second = self.ranked[1]
             return f"{self.name(best)} and {self.name(second)} cannot be told apart: {self.metric} {self.score(best)} against {self.score(second)}."
@@ -187,6 +186,15 @@ class Findings:
         if self.verdict == "tie":
             return f"{self._tied()} tie{' so far' if self.unfinished else ''}: {score}."
         return f"{self.name(best)}{self._stands}: {score}{self._ahead()}."
+
+    @property
+    def _unanswered(self) -> str:
+        """Why there is no ranking."""
+        if not self.result.count("running", "waiting"):
+            return "No job has completed, so there is no ranking."
+        ends = {"failed": "ended by a failure", "interrupted": "interrupted"}
+        end = ends.get(self.result.plan.state)
+        return f"The sweep was {end} before any job completed." if end else "No job has completed yet."
 
     @property
     def _stands(self) -> str:
@@ -393,6 +401,20 @@ class Findings:
         return any(setting.seeds > 1 for setting in self.settings)
 
     # --- what to do next
+
+    @property
+    def next(self) -> list[tuple[str, str]]:
+        """What to run next, (what it does, command) each, the most pressing first."""
+        steps = []
+        if command := commands.resume(self.result):
+            running = self.result.plan.state == "running"
+            steps.append(("If the sweep is stopped, go on with it" if running else "Run what is missing, failed or interrupted", command))
+        if self.repeat and self.result.best_job:
+            steps.append((f"Repeat the best single job ({self.job_name(self.result.best_job)})", self.repeat))
+        if self.refine:
+            command, jobs = self.refine
+            steps.append((f"Look closer around the best setting ({words.counted(jobs, 'job')})", command))
+        return steps
 
     @cached_property
     def repeat(self) -> str | None:

@@ -380,15 +380,9 @@ def _job_link(findings: Findings, job: JobResult, text: str = "") -> Content:
 
 
 def _next(findings: Findings) -> Markup | None:
-    if findings.repeat is None:
+    if not findings.next:
         return None
-    best = findings.result.best_job
-    name = f" ({findings.job_name(best)})" if best else ""
-    parts: list[Content] = [tag("p", f"Repeat the best single job{name}:"), page.command(findings.repeat)]
-    if findings.refine:
-        command, jobs = findings.refine
-        parts += [tag("p", f"Look closer around the best setting ({words.counted(jobs, 'job')}):"), page.command(command)]
-    return page.card("What to run next", *parts)
+    return page.card("What to run next", [[tag("p", f"{what}:"), page.command(command)] for what, command in findings.next])
 
 
 def _jobs(findings: Findings) -> Markup:

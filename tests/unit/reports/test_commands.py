@@ -3,10 +3,12 @@
 import shlex
 
 import pytest
-from runs import finished, make_sweep
+from pages import check
+from runs import finished, make_sweep, step
 
-from xtuner_hydra.reports import commands
+from xtuner_hydra.reports import commands, tables
 from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.sweep_page import sweep_page
 from xtuner_hydra.results.sweep import read_sweep
 
 LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
@@ -73,3 +75,28 @@ def test_a_large_refinement_keeps_to_the_keys_that_matter(tmp_path):
 def test_without_numbers_there_is_nothing_to_refine(tmp_path):
     jobs = [({"scheduler.name": name}, finished(1.0)) for name in ("cosine", "linear")]
     assert Findings(read_sweep(make_sweep(tmp_path, jobs))).refine is None
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted", None])
+def test_what_is_left_comes_first(tmp_path, state):
+    """Whether it failed, was interrupted or waits."""
+    left = state and {"rows": [], "state": state}
+    make_sweep(tmp_path / "my sweep", [({LR: 1e-5}, finished(2.0)), ({LR: 6e-5}, left)], state="failed")
+    found = Findings(read_sweep(tmp_path / "my sweep"))
+    what, command = found.next[0]
+    assert what == "Run what is missing, failed or interrupted"
+    assert shlex.split(command) == ["python", "-m", "xtuner_hydra", f"sweep.resume={tmp_path / 'my sweep'}"]
+    text, page = tables.markdown(found), check(sweep_page(found)).words
+    assert 0 < text.index("sweep.resume=") < text.index("Repeat the best")
+    assert 0 < page.index("sweep.resume=") < page.index("Repeat the best")
+
+
+def test_a_running_sweep_is_gone_on_with_only_if_it_stops(tmp_path):
+    found = Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-5}, None)], state="running")))
+    assert [what for what, _ in found.next] == ["If the sweep is stopped, go on with it"]
+
+
+def test_a_whole_sweep_is_not_gone_on_with(tmp_path):
+    pruned = {"rows": [step(1, 3.0)], "state": "interrupted", "pruned": "hopeless"}
+    found = Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-5}, finished(2.0)), ({LR: 6e-5}, pruned)])))
+    assert not any("resume" in command for _, command in found.next)

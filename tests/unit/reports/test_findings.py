@@ -121,6 +121,12 @@ def test_nothing_and_failures_only(tmp_path):
     assert (failed.repeat, failed.refine, failed.lead) == (None, None, None)
 
 
+@pytest.mark.parametrize(("state", "why"), [("failed", "ended by a failure"), ("interrupted", "interrupted")])
+def test_a_sweep_that_ended_before_any_job_did_says_why(tmp_path, state, why):
+    found = findings(tmp_path, [({LR: 1e-4}, {"rows": [], "state": state}), ({LR: 2e-4}, None)], state=state)
+    assert found.answer == f"The sweep was {why} before any job completed."
+
+
 def test_far_off_values_do_not_squeeze_the_others(tmp_path):
     found = findings(tmp_path, [({LR: 1e-4 * n}, finished(loss)) for n, loss in enumerate([1.0, 1.1, 1.2, 500.0], 1)])
     assert found.metric_range[1] < 2
