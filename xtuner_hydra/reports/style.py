@@ -160,13 +160,14 @@ SCRIPT = """
   all("svg[data-range]").forEach(svg => {
     const [left, right, bottom, top, x0, x1, y0, y1] = svg.dataset.range.split(",").map(Number);
     const curves = all(".series", svg).map(series => ({
-      series, points: (series.querySelector(".line").getAttribute("d").match(/-?[\\d.]+,-?[\\d.]+/g) || []).map(pair => pair.split(",").map(Number)),
+      series, points: (series.querySelector(".line").getAttribute("d").match(/[ML]-?[\\d.]+,-?[\\d.]+/g) || [])
+        .map(point => [...point.slice(1).split(",").map(Number), point[0] === "M"]),
     }));
     svg.addEventListener("pointermove", event => {
       const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
       let best = null, nearest = 45;
       for (const {series, points} of curves) for (let i = 0; i < points.length; i++) {
-        const [ax, ay] = points[i], [bx, by] = points[Math.min(i + 1, points.length - 1)];
+        const [ax, ay] = points[i], next = points[i + 1], [bx, by] = next && !next[2] ? next : points[i];  // not across a gap
         const part = bx > ax ? Math.min(1, Math.max(0, (at.x - ax) / (bx - ax))) : 0, x = ax + part * (bx - ax), y = ay + part * (by - ay);
         const distance = Math.hypot(at.x - x, at.y - y);
         if (distance < nearest) { nearest = distance; best = {series, x, y}; }

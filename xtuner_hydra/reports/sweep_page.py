@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner_hydra.reports import page, svg, words
@@ -37,15 +38,16 @@ def sweep_page(findings: Findings) -> str:
 
 
 def _charts(findings: Findings) -> list[Content]:
-    """What was swept against the metric, then what the jobs did over time; parallel coordinates need the whole width."""
-    main, losses, evaluations, speed = _main_chart(findings), _losses(findings), _evaluations(findings), _speed(findings)
+    """What was swept against the metric, then what the jobs did over time, two side by side; parallel coordinates need the whole width."""
+    main, over_time = _main_chart(findings), [_losses(findings), _evaluations(findings), _speed(findings)]
     if len(findings.keys) > 2 or (len(findings.keys) == 2 and not findings.grid()):
-        return [main, _effects(findings), _side_by_side(losses, evaluations), speed]
-    return [_side_by_side(main, losses), _side_by_side(evaluations, speed)]
+        return [main, _effects(findings), *_in_pairs(over_time)]
+    return _in_pairs([main, *over_time])
 
 
-def _side_by_side(*cards: Markup | None) -> Markup:
-    return page.group([part for part in cards if part])
+def _in_pairs(cards: Sequence[Markup | None]) -> list[Content]:
+    shown = [card for card in cards if card]
+    return [page.group(shown[place : place + 2]) for place in range(0, len(shown), 2)]
 
 
 def _facts(findings: Findings) -> list[Markup]:
@@ -282,7 +284,8 @@ def _losses(findings: Findings) -> Markup | None:
         return None
     healthy = [line.curve for line in lines if "failed" not in line.kind] or [line.curve for line in lines]
     dots = [line.dots for line in lines if line.dots is not None]
-    y_range = limits([*healthy, *dots])
+    low, high = limits([*healthy, *dots])
+    y_range = min(low, *(float(line.curve.y.min()) for line in lines)), high
     states = {job.state for job in findings.result.jobs}
     if findings.best and len(findings.settings) > 1 and entries and entries[0][1] != "best":
         entries.append((colours[findings.best.jobs[0].number], "best setting"))

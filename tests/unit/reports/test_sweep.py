@@ -157,3 +157,21 @@ def test_in_a_browser_nothing_overflows_and_the_script_works(tmp_path, width):
     assert seen["lit"] == 1
     assert re.match(r"job \d: lr .*tokens$", seen["tip"], re.S)
     assert seen["first"] == "4"  # the fourth of four ranked settings comes first after two clicks
+
+
+def test_a_curve_that_leaves_the_chart_ends_at_its_frame(tmp_path):
+    """An explosion is not drawn on as a plateau, and its cross stands where it was last seen."""
+    exploded = {"rows": [step(1, 3.0), step(2, 500.0), step(3, 900.0)], "state": "failed"}
+    page = sweep_page(Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 1.0}, exploded)]))))
+    (path,) = re.findall(r'failed" data-job="1"><title>[^<]*</title><path d="([^"]*)" class="line"', page)
+    points = [tuple(map(float, point.split(","))) for point in re.findall(r"[\d.]+,[\d.]+", path)]
+    assert [y for _, y in points].count(14.0) == 1
+    assert points[-1][0] < 230  # of 560: between the first step and the second, of three
+
+
+def test_a_chart_is_not_blown_up_and_does_not_stand_alone(tmp_path):
+    for name in ("three keys", "only seeds"):
+        page = sweep_page(Findings(read_sweep(make_sweep(tmp_path / name, STATES[name]))))
+        losses = page.index('aria-label="training loss of all jobs over tokens"')
+        assert 'style="max-width:728px"' in page[losses - 120 : losses]
+        assert page.rindex('<div class="pair">', 0, losses) > page.rindex("</section>", 0, page.rindex("<section", 0, losses))
