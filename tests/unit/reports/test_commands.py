@@ -28,6 +28,8 @@ LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
         (0.0, [0.0, 0.1], [0.0]),
         (0.5, [0.5], [0.5]),
         (0.1, [0.0, 0.1, 0.4], [0.05, 0.1, 0.2]),
+        (4.43e-4, [4.4e-4, 4.43e-4, 4.5e-4], [2.2e-4, 4.43e-4, 8.9e-4]),
+        (4.43e-4, [1e-4, 4.4e-4, 4.43e-4], [2.1e-4, 4.43e-4, 8.9e-4]),
     ],
 )
 def test_values_around_the_best(best, seen, near):
@@ -47,7 +49,7 @@ def test_the_best_job_is_repeated_with_all_its_overrides_but_those_of_the_sweep(
     assert words == ["python", "-m", "xtuner_hydra", "debug=fast", f"{LR}=6e-05", "data.path=my chats.jsonl"]
 
 
-def test_the_refinement_fixes_words_varies_numbers_and_leaves_seeds_out(tmp_path):
+def test_the_refinement_fixes_words_varies_numbers_and_keeps_the_seeds(tmp_path):
     jobs = [
         (
             {LR: lr, PACK: pack, "scheduler.name": name, SEED: 3},
@@ -60,8 +62,17 @@ def test_the_refinement_fixes_words_varies_numbers_and_leaves_seeds_out(tmp_path
     command, count = Findings(read_sweep(make_sweep(tmp_path, jobs))).refine
     words = shlex.split(command)
     assert words[:5] == ["python", "-m", "xtuner_hydra", "-m", "debug=fast"]
-    assert set(words[5:]) == {"scheduler.name=cosine", f"{LR}=2.4e-5,6e-5,0.00011", f"{PACK}=1536,2048,4096"}
+    assert set(words[5:]) == {"scheduler.name=cosine", f"{LR}=2.4e-5,6e-5,0.00011", f"{PACK}=1536,2048,4096", f"{SEED}=3"}
     assert count == 9
+
+
+@pytest.mark.parametrize(("number", "keys", "seeds", "count"), [(3, 3, 3, 27), (2, 1, 2, 6), (12, 1, 9, 27)])
+def test_seeds_are_kept_while_the_jobs_are_not_too_many(tmp_path, number, keys, seeds, count):
+    names = [LR, "optimizer.weight_decay", "optimizer.eps"][:keys]
+    jobs = [({**{key: (n + 2) * 1e-5 for key in names}, SEED: seed}, finished(float(n))) for n in range(3) for seed in range(number)]
+    command, jobs = Findings(read_sweep(make_sweep(tmp_path, jobs))).refine
+    assert f"{SEED}={','.join(map(str, range(seeds)))}" in shlex.split(command)
+    assert jobs == count
 
 
 def test_a_large_refinement_keeps_to_the_keys_that_matter(tmp_path):
