@@ -17,7 +17,7 @@ from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
 
 
-TGS = "throughput/e2e_tgs"
+TGS, TOKENS = "throughput/e2e_tgs", "train/total_tokens"
 NOTABLY_FASTER = 1.1
 """Times as fast; the same work on a machine that others use scatters by less."""
 
@@ -73,6 +73,16 @@ class Findings:
         """The settings that have a value, best first."""
         return [setting for setting in self.settings if setting.mean is not None]
 
+    @cached_property
+    def stopped(self) -> list[Setting]:
+        """The settings whose jobs the sweep stopped early, the best last value first."""
+        return [setting for setting in self.settings if setting.stopped is not None]
+
+    @property
+    def shown(self) -> list[Setting]:
+        """Those that charts show."""
+        return [*self.ranked, *self.stopped]
+
     @property
     def best(self) -> Setting | None:
         return self.result.best_setting
@@ -93,7 +103,9 @@ class Findings:
         return text if float(text.replace(",", "")) or not value else f"{value:.1g}"
 
     def score(self, setting: Setting) -> str:
-        """`8.441 ± 0.021`."""
+        """`8.441 ± 0.021`; of a setting that was stopped early where it stood then."""
+        if setting.stopped is not None:
+            return self.number(setting.stopped)
         return self.number(setting.mean) + (f" ± {self.difference(setting.spread)}" if setting.spread is not None else "")
 
     def name(self, setting: Setting) -> str:
@@ -210,7 +222,15 @@ class Findings:
         if self.lead is None:
             return ""
         side = "below" if self.result.plan.direction == "minimize" else "above"
-        return f", {self.difference(self.lead.size)} {side} the next" + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
+        text = f", {self.difference(self.lead.size)} {side} the next" + " that ran to its end" * self._stopped_better_than(self.ranked[1])
+        return text + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
+
+    def _stopped_better_than(self, setting: Setting) -> bool:
+        """Whether a setting that was stopped early had come further by then."""
+        if not self.stopped or self.stopped[0].stopped is None or setting.mean is None:
+            return False
+        early = self.stopped[0].stopped
+        return early < setting.mean if self.result.plan.direction == "minimize" else early > setting.mean
 
     def _tied(self) -> str:
         """Those that share the first place."""
@@ -289,6 +309,7 @@ class Findings:
     def metric_range(self) -> tuple[float, float]:
         """The range of the metric over all jobs, without those that are far on the wrong side: they must not squeeze the others together."""
         values = [value for setting in self.ranked for value in setting.values]
+        values += [setting.stopped for setting in self.stopped if setting.stopped is not None]
         if not values:
             return 0.0, 1.0
         low, high, middle = min(values), max(values), median(values)
@@ -297,9 +318,10 @@ class Findings:
         return max(low, middle - 4 * (high - middle)) if high > middle else low, high
 
     def place(self, setting: Setting) -> float:
-        """Where the setting's mean stands in `metric_range`, 0 (low) to 1."""
+        """Where the setting's mean (or where it was stopped) stands in `metric_range`, 0 (low) to 1."""
         low, high = self.metric_range
-        return 0.5 if setting.mean is None or high == low else min(max((setting.mean - low) / (high - low), 0.0), 1.0)
+        value = setting.stopped if setting.mean is None else setting.mean
+        return 0.5 if value is None or high == low else min(max((value - low) / (high - low), 0.0), 1.0)
 
     def goodness(self, setting: Setting) -> float:
         """1 for the best, 0 for the worst."""
@@ -322,7 +344,7 @@ class Findings:
     @cached_property
     def tokens(self) -> list[int]:
         """Training tokens of the jobs that count."""
-        return [int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last("train/total_tokens")) is not None]
+        return [int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last(TOKENS)) is not None]
 
     @cached_property
     def eval_tokens(self) -> list[int]:
@@ -373,6 +395,12 @@ class Findings:
         return ", ".join(f"{n} {state}" for state in STATES if (n := sum(job.state == state for job in jobs))) or words.counted(
             len(jobs), "job"
         )
+
+    def setting_state(self, setting: Setting) -> str:
+        """`completed`, `2 completed, 1 failed`, `stopped early at 1,200 tokens`."""
+        if setting.stopped is not None and (tokens := self.average(setting, TOKENS)) is not None:
+            return f"stopped early at {tokens:,.0f} tokens"
+        return setting.jobs[0].state if len(setting.jobs) == 1 else self.state(setting.jobs)
 
     @property
     def standing(self) -> str:

@@ -83,6 +83,7 @@ svg{display:block}
 .point .spread{stroke:var(--accent);stroke-width:1.5;fill:none}.point .seed{fill:none;stroke:var(--accent)}
 .point .mean{fill:var(--card);stroke:var(--accent);stroke-width:2}.point.best .mean{fill:var(--accent)}.point.lit .mean{fill:var(--c1);
 stroke:var(--c1)}
+.point.stopped .mean{stroke:var(--muted);stroke-dasharray:2.5 2}.track.stopped .line{stroke-dasharray:5 4}
 .track .line{stroke:color-mix(in oklab,var(--accent) var(--p),var(--line));stroke-width:1.6}.track.best .line{stroke:var(--c1);
 stroke-width:3.2}
 .track:hover .line,.track.lit .line{stroke:var(--c1);stroke-width:3.2}

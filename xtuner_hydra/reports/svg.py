@@ -152,14 +152,14 @@ def _x_axis(frame: Frame, values: Sequence[float], label: str, texts: Sequence[s
 
 @dataclass(frozen=True)
 class Point:
-    """A setting in a chart of one swept key. x: its value. values: of its jobs. best: the winner."""
+    """A setting in a chart of one swept key. x: its value. values: of its jobs. kind: `best` for the winner, `stopped` for one stopped early."""
 
     x: object
     mean: float
     spread: float | None
     values: Sequence[float]
     title: str
-    best: bool = False
+    kind: str = ""
     job: str | None = None
 
 
@@ -172,7 +172,8 @@ def curve(points: Sequence[Point], *, label: str, x_label: str, connect: bool = 
     ordered = sorted(points, key=lambda point: scale(point.x))
     marks = [_point(frame, scale(point.x), point) for point in ordered]
     if connect and scale.kind != "places":
-        means = Curve(np.array([scale(point.x) for point in ordered]), np.array([point.mean for point in ordered]))
+        ended = [point for point in ordered if point.kind != "stopped"]
+        means = Curve(np.array([scale(point.x) for point in ended]), np.array([point.mean for point in ended]))
         marks.insert(0, tag("path", d=_path(frame, inside(means, *frame.y)), class_="join"))
     at, texts = _places(scale, 0.16 if size[0] < WIDTH else 0.09)
     grid = [*_y_axis(frame), *_x_axis(frame, at, x_label, texts)]
@@ -202,18 +203,19 @@ def _point(frame: Frame, place: float, point: Point) -> Markup:
             tag("circle", cx=f"{x + 10:.1f}", cy=f"{frame.at_y(_clipped(frame, value)):.1f}", r=2.4, class_="seed")
             for value in point.values
         ]
-    parts.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6 if point.best else 4.4, class_="mean"))
-    return tag("g", parts, class_="point best" if point.best else "point", data_job=point.job)
+    parts.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6 if point.kind == "best" else 4.4, class_="mean"))
+    return tag("g", parts, class_=f"point {point.kind}".strip(), data_job=point.job)
 
 
 @dataclass(frozen=True)
 class Track:
-    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None where it has no value. goodness: 0 (worst) to 1 (best)."""
+    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None where it has no value. goodness: 0 (worst) to 1 (best).
+    kind: as of a Point."""
 
     places: Sequence[float | None]
     goodness: float
     title: str
-    best: bool = False
+    kind: str = ""
     job: str | None = None
 
 
@@ -247,7 +249,7 @@ def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Ma
         return height - bottom - place * (height - top - bottom)
 
     marks: list[Markup] = []
-    for track in sorted(tracks, key=lambda track: (track.best, track.goodness)):
+    for track in sorted(tracks, key=lambda track: (track.kind == "best", track.goodness)):
         points = [(x[axis], y(place)) for axis, place in enumerate(track.places) if place is not None]
         if len(points) > 1:
             path = tag("path", d="M" + "L".join(f"{px},{py:.1f}" for px, py in points), class_="line")
@@ -256,7 +258,7 @@ def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Ma
                     "g",
                     tag("title", track.title),
                     path,
-                    class_="track best" if track.best else "track",
+                    class_=f"track {track.kind}".strip(),
                     style=f"--p:{round(100 * track.goodness)}%",
                     data_job=track.job,
                 )

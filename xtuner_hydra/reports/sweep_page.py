@@ -8,10 +8,10 @@ from pathlib import Path
 
 from xtuner_hydra.reports import page, svg, words
 from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smoothed, thinned
-from xtuner_hydra.reports.findings import TGS, Findings
+from xtuner_hydra.reports.findings import TGS, TOKENS, Findings
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
-from xtuner_hydra.reports.tables import MEMORY, TOKENS
+from xtuner_hydra.reports.tables import MEMORY
 from xtuner_hydra.results.sweep import JobResult, Setting
 
 ENDS = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}
@@ -127,14 +127,14 @@ def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]
     return [
         Cell(f"{rank} *" if rank == 1 else rank or "–", rank),
         *(page.swept(setting.swept.get(key)) for key in findings.keys),
-        page.number(setting.mean, findings.digits),
+        Cell(findings.score(setting) if setting.mean is None else findings.number(setting.mean), setting.mean, number=True),
         *[spread] * findings.has_repeats,
         Cell(strip),
         *[Cell(_seeds(setting), len(setting.values), number=True)] * findings.has_repeats,
         page.number(findings.average(setting, TOKENS), 0),
         page.number(speed, 0 if (speed or 0) >= 100 else 1),
         page.number(memory, 2),
-        _state(findings, setting.jobs),
+        _state(findings, setting),
     ]
 
 
@@ -143,9 +143,12 @@ def _seeds(setting: Setting) -> str:
     return str(done) if done == setting.seeds else f"{done} of {setting.seeds}"
 
 
-def _state(findings: Findings, jobs: list[JobResult]) -> Cell:
-    states = {job.state for job in jobs}
-    return page.state(states.pop()) if len(states) == 1 else page.state(findings.state(jobs))
+def _state(findings: Findings, setting: Setting) -> Cell:
+    text = findings.setting_state(setting)
+    if setting.stopped is not None:
+        return Cell(tag("span", text, class_="state pruned"), text)
+    states = {job.state for job in setting.jobs}
+    return page.state(states.pop() if len(states) == 1 else text)
 
 
 def _numbers(findings: Findings) -> list[str]:
@@ -188,6 +191,8 @@ def _heat_cell(findings: Findings, setting: Setting | None) -> Markup:
     if setting is None:
         return tag("td", "not run", class_="none")
     jobs = " ".join(str(job.number) for job in setting.jobs)
+    if setting.stopped is not None:
+        return tag("td", findings.score(setting), tag("small", "stopped early"), class_="none", data_job=jobs)
     if setting.mean is None:
         return tag("td", findings.state(setting.jobs), class_="none", data_job=jobs)
     good = findings.goodness(setting)
@@ -208,28 +213,42 @@ def _points(findings: Findings, key: str) -> list[svg.Point]:
     return [
         svg.Point(
             findings.at(setting, key),
-            setting.mean,
+            value,
             setting.spread,
             setting.values,
-            f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}",
-            findings.rank(setting) == 1,
+            _setting_title(findings, setting),
+            _kind(findings, setting),
             " ".join(str(job.number) for job in setting.jobs),
         )
-        for setting in findings.ranked
-        if setting.mean is not None
+        for setting in findings.shown
+        if (value := setting.stopped if setting.mean is None else setting.mean) is not None
     ]
+
+
+def _kind(findings: Findings, setting: Setting) -> str:
+    """How a setting is drawn: a CSS class."""
+    return "stopped" if setting.stopped is not None else "best" if findings.rank(setting) == 1 else ""
+
+
+def _setting_title(findings: Findings, setting: Setting) -> str:
+    title = f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}"
+    return title + (f"\n{findings.setting_state(setting)}" if setting.stopped is not None else "")
+
+
+STOPPED = " Dashed: stopped early, at the last value."
 
 
 def _curve_card(findings: Findings, key: str) -> Markup:
     """The metric over the only key."""
     title = f"{findings.metric} by {findings.short[key]}"
     sub = "Means with their spread over seeds; the small circles are single jobs." if findings.has_repeats else ""
+    sub += STOPPED * bool(findings.stopped)
     return page.card(title, svg.curve(_points(findings, key), label=title, x_label=findings.short[key]), sub=sub)
 
 
 def _parallel(findings: Findings) -> Markup:
     keys = findings.telling_keys[:7]
-    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.ranked) for key in keys}
+    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.shown) for key in keys}
     low, high = findings.metric_range
     axes = [svg.Axis.of(findings.short[key], scales[key]) for key in keys]
     axes.append(svg.Axis(findings.metric, {0.0: findings.number(low), 1.0: findings.number(high)}))
@@ -237,17 +256,17 @@ def _parallel(findings: Findings) -> Markup:
         svg.Track(
             [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)],
             findings.goodness(setting),
-            f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}",
-            findings.rank(setting) == 1,
+            _setting_title(findings, setting),
+            _kind(findings, setting),
             " ".join(str(job.number) for job in setting.jobs),
         )
-        for setting in findings.ranked
-        if setting.mean is not None
+        for setting in findings.shown
     ]
     return page.card(
         "All swept values",
         tag("div", svg.parallel(axes, tracks, label="parallel coordinates of all swept values"), class_="scroll"),
-        sub="A line a setting, stronger the better it is, the best in orange; keys that move the metric most come first.",
+        sub="A line a setting, stronger the better it is, the best in orange; keys that move the metric most come first."
+        + STOPPED * bool(findings.stopped),
     )
 
 

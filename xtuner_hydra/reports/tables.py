@@ -7,10 +7,10 @@ import io
 from typing import Any
 
 from xtuner_hydra.reports import words
-from xtuner_hydra.reports.findings import TGS, Findings
+from xtuner_hydra.reports.findings import TGS, TOKENS, Findings
 from xtuner_hydra.results.sweep import Setting
 
-MEMORY, TOKENS = "memory/max_gb", "train/total_tokens"
+MEMORY = "memory/max_gb"
 FIRST = ("job", "overrides", "state", "steps", "train/loss", "eval/loss", TGS, "error")
 LAST = (TOKENS, "seconds", MEMORY, "signature", "attempts")
 
@@ -86,7 +86,7 @@ def _cells(findings: Findings, setting: Setting) -> list[str]:
         words.fixed(tokens, 0),
         words.fixed(speed, 0 if (speed or 0) >= 100 else 1),
         words.fixed(memory, 2),
-        setting.jobs[0].state if len(setting.jobs) == 1 else findings.state(setting.jobs),
+        findings.setting_state(setting),
     ]
 
 

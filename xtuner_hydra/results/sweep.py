@@ -80,13 +80,23 @@ class SweepPlan:
 class JobResult:
     """A job as it stands. `run` is None while it waits, and where it was refused before its directory was filled.
 
-    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it."""
+    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it.
+    stopped: the last value of the metric where the sweep stopped the job early."""
 
     job: Job
     run: Run | None
     value: float | None
     state: str  # waiting, or a run's state
     error: str = ""
+    stopped: float | None = None
+
+    @classmethod
+    def of(cls, job: Job, run: Run, metric: str) -> JobResult:
+        """A job that has a run."""
+        last = run.final.get(metric)
+        value = last if last is not None and math.isfinite(last) else None
+        error = str(run.status.get("error") or "")
+        return cls(job, run, value if run.state == "completed" else None, run.state, error, value if run.state == "pruned" else None)
 
     @property
     def number(self) -> int:
@@ -134,6 +144,12 @@ class Setting:
         return list(self.by_seed.values())
 
     @cached_property
+    def stopped(self) -> float | None:
+        """Where no job completed: the mean of the values at which the sweep stopped them early."""
+        values = [job.stopped for job in self.jobs if job.stopped is not None]
+        return mean(values) if values and not self.values else None
+
+    @cached_property
     def seeds(self) -> int:
         """Distinct seeds of all jobs, completed or not."""
         return max(1, len({job.seed for job in self.jobs} - {None}))
@@ -157,14 +173,19 @@ class SweepResult:
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """Best first; those without a value last, in their jobs' order."""
+        """Best first; then those stopped early, by their last value; those without a value last, in their jobs' order."""
         groups: dict[str, list[JobResult]] = {}
         for job in self.jobs:
             # by what was typed: a job that waits has no typed values yet, and must not stand apart from its twins
             groups.setdefault(repr(_without_seed(_texts(job.job))), []).append(job)
         settings = [Setting(_without_seed(_started_first(jobs).swept), jobs) for jobs in groups.values()]
+        return sorted(settings, key=self._place)
+
+    def _place(self, setting: Setting) -> tuple[int, float]:
         sign = 1 if self.plan.direction == "minimize" else -1
-        return sorted(settings, key=lambda setting: math.inf if setting.mean is None else sign * setting.mean)
+        if setting.mean is not None:
+            return 0, sign * setting.mean
+        return (2, 0.0) if setting.stopped is None else (1, sign * setting.stopped)
 
     @property
     def best_setting(self) -> Setting | None:
@@ -220,9 +241,9 @@ def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
     status = run_dir.read_status(directory)
     # status.json comes last of the files that a run begins with, so a run that has it can be read
     run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
-    state = run.state if run else str(status.get("state", "waiting"))
-    value = run.final.get(metric) if run and state == "completed" else None
-    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state, str(status.get("error") or ""))
+    if run:
+        return JobResult.of(job, run, metric)
+    return JobResult(job, None, None, str(status.get("state", "waiting")), str(status.get("error") or ""))
 
 
 def _texts(job: Job) -> dict[str, str]:

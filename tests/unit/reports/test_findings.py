@@ -3,9 +3,10 @@
 from statistics import stdev
 
 import pytest
-from runs import finished, make_sweep
+from runs import evaluation, finished, make_sweep, step
 
 from xtuner_hydra.reports.findings import Findings, changes_speed
+from xtuner_hydra.reports.tables import ranking
 from xtuner_hydra.results.sweep import read_sweep
 
 LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
@@ -125,6 +126,29 @@ def test_nothing_and_failures_only(tmp_path):
 def test_a_sweep_that_ended_before_any_job_did_says_why(tmp_path, state, why):
     found = findings(tmp_path, [({LR: 1e-4}, {"rows": [], "state": state}), ({LR: 2e-4}, None)], state=state)
     assert found.answer == f"The sweep was {why} before any job completed."
+
+
+def test_what_was_stopped_early_is_part_of_the_answer(tmp_path):
+    def stopped(loss):
+        return {"rows": [step(1, 4.0), evaluation(1, loss)], "state": "interrupted", "pruned": "hopeless"}
+
+    jobs = [
+        ({LR: 1e-5}, stopped(3.5)),
+        ({LR: 1e-4}, finished(2.0)),
+        ({LR: 2e-4}, stopped(2.1)),
+        ({LR: 3e-4}, finished(2.4)),
+        ({LR: 1.0}, None),
+    ]
+    found = findings(tmp_path, jobs)
+    assert "0.400 below the next that ran to its end (lr 3e-4)" in found.answer
+    assert [setting.swept[LR] for setting in found.settings] == [1e-4, 3e-4, 2e-4, 1e-5, 1.0]
+    assert [line[1:3] + line[-1:] for line in ranking(found)[3:5]] == [
+        ["2e-4", "2.100", "stopped early at 100 tokens"],
+        ["1e-5", "3.500", "stopped early at 100 tokens"],
+    ]
+    assert [found.rank(setting) for setting in found.settings] == [1, 2, None, None, None]
+    worse = findings(tmp_path / "worse", jobs[:2] + jobs[3:])
+    assert "ran to its end" not in worse.answer
 
 
 def test_far_off_values_do_not_squeeze_the_others(tmp_path):

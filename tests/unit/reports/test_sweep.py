@@ -159,6 +159,18 @@ def test_in_a_browser_nothing_overflows_and_the_script_works(tmp_path, width):
     assert seen["first"] == "4"  # the fourth of four ranked settings comes first after two clicks
 
 
+@pytest.mark.parametrize("keys", [1, 3])
+def test_charts_show_what_was_stopped_early(tmp_path, keys):
+    stopped = {"rows": [step(1, 3.0), evaluation(1, 3.0)], "state": "interrupted", "pruned": "hopeless"}
+    names = (LR, "optimizer.eps", "optimizer.weight_decay")[:keys]
+    jobs = [({name: n * 1e-4 for name in names}, run) for n, run in enumerate([finished(2.0), stopped, finished(2.5), stopped], 1)]
+    read = page_of(tmp_path, jobs)
+    classes = [value for attribute, value in read.attributes if attribute == "class"]
+    assert classes.count("point stopped" if keys == 1 else "track stopped") == 2
+    assert "Dashed: stopped early" in read.words
+    assert "stopped early at 100 tokens" in read.words
+
+
 def test_a_curve_that_leaves_the_chart_ends_at_its_frame(tmp_path):
     """An explosion is not drawn on as a plateau, and its cross stands where it was last seen."""
     exploded = {"rows": [step(1, 3.0), step(2, 500.0), step(3, 900.0)], "state": "failed"}
