@@ -18,6 +18,8 @@ STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "inte
 
 
 TGS, TOKENS = "throughput/e2e_tgs", "train/total_tokens"
+BEST = 1
+"""Number of the colour (orange) that marks the best setting among grey or blue ones."""
 NOTABLY_FASTER = 1.1
 """Times as fast; the same work on a machine that others use scatters by less."""
 
@@ -327,17 +329,24 @@ class Findings:
         """1 for the best, 0 for the worst."""
         return 1 - self.place(setting) if self.result.plan.direction == "minimize" else self.place(setting)
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the swept keys need parallel coordinates to be seen together."""
+        return len(self.keys) > 1 and not self.grid()
+
     def colours(self, most: int) -> tuple[dict[int, int | None], list[tuple[int | None, str]]]:
-        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most; where these are more than
-        `most`, colour 0 for the best setting and None for the others."""
+        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most. Where these are more than `most`,
+        or parallel coordinates stand above: BEST for the best setting, as there, and None for the others."""
         key = self.telling_keys[0] if self.keys else None
         values = list(Scale.of(self.at(setting, key) for setting in self.settings).values) if key else []
-        if key and 1 < len(values) <= most:
+        if key and 1 < len(values) <= most and not self.is_parallel:
             colours = {job.number: values.index(self.at(setting, key)) for setting in self.settings for job in setting.jobs}
             return {**colours}, [(place, f"{self.short[key]} {words.value(value)}") for place, value in enumerate(values)]
+        if len(self.settings) == 1:
+            return dict.fromkeys((job.number for job in self.result.jobs), 0), []
         best = self.best.jobs if self.best else []
-        entries: list[tuple[int | None, str]] = [(0, "best"), (None, "others")] if best and len(self.settings) > 1 else []
-        return {job.number: 0 if job in best or len(self.settings) == 1 else None for job in self.result.jobs}, entries
+        entries: list[tuple[int | None, str]] = [(BEST, "best"), (None, "others")] if best else []
+        return {job.number: BEST if job in best else None for job in self.result.jobs}, entries
 
     # --- whether it is fair
 

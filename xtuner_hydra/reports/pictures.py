@@ -13,7 +13,7 @@ import numpy as np
 from xtuner_hydra.files import umask
 from xtuner_hydra.reports import words
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, Scale, curve, limits, smooth, smoothed, thinned
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import BEST, Findings
 from xtuner_hydra.results.run import Run, load_run
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _draw_parallel(axes: Axes, findings: Findings) -> None:
         axes.plot(
             range(len(y)),
             y,
-            color=COLOURS[1] if best else COLOURS[0],
+            color=COLOURS[BEST if best else 0],
             alpha=1 if best else 0.1 + 0.6 * good,
             linewidth=3 if best else 1.2,
             linestyle="--" if setting.stopped is not None else "-",

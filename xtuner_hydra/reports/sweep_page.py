@@ -40,7 +40,7 @@ def sweep_page(findings: Findings) -> str:
 def _charts(findings: Findings) -> list[Content]:
     """What was swept against the metric, then what the jobs did over time, two side by side; parallel coordinates need the whole width."""
     main, over_time = _main_chart(findings), [_losses(findings), _evaluations(findings), _speed(findings)]
-    if len(findings.keys) > 2 or (len(findings.keys) == 2 and not findings.grid()):
+    if findings.is_parallel:
         return [main, _effects(findings), *_in_pairs(over_time)]
     return _in_pairs([main, *over_time])
 
@@ -107,8 +107,8 @@ def _fastest(findings: Findings) -> Markup | None:
 
 def _ranking(findings: Findings) -> Markup:
     span = findings.metric_range
-    heads = ["", *(findings.short[key] for key in findings.keys), findings.metric, "± spread"]
-    heads = heads if findings.has_repeats else heads[:-1]
+    # the metric before the keys: on a narrow page the rest has to be scrolled to
+    heads = ["", findings.metric, *["± spread"] * findings.has_repeats, *(findings.short[key] for key in findings.keys)]
     heads += ["", *["seeds"] * findings.has_repeats, "tokens", "tokens/s", "memory GB", "state"]
     rows = [_ranking_row(findings, setting, span) for setting in findings.settings]
     direction = "lower" if findings.result.plan.direction == "minimize" else "higher"
@@ -126,9 +126,9 @@ def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]
     speed, memory = findings.average(setting, TGS), findings.average(setting, MEMORY)
     return [
         Cell(f"{rank} *" if rank == 1 else rank or "–", rank),
-        *(page.swept(setting.swept.get(key)) for key in findings.keys),
         Cell(findings.score(setting) if setting.mean is None else findings.number(setting.mean), setting.mean, number=True),
         *[spread] * findings.has_repeats,
+        *(page.swept(setting.swept.get(key)) for key in findings.keys),
         Cell(strip),
         *[Cell(_seeds(setting), len(setting.values), number=True)] * findings.has_repeats,
         page.number(findings.average(setting, TOKENS), 0),
@@ -306,9 +306,10 @@ def _losses(findings: Findings) -> Markup | None:
     low, high = limits([*healthy, *dots])
     y_range = min(low, *(float(line.curve.y.min()) for line in lines)), high
     states = {job.state for job in findings.result.jobs}
+    bad = [state for state in ("failed", "killed", "interrupted") if state in states]
     if findings.best and len(findings.settings) > 1 and entries and entries[0][1] != "best":
         entries.append((colours[findings.best.jobs[0].number], "best setting"))
-    entries += [("|", "stopped early")] * ("pruned" in states) + [("×", "failed")] * bool(states & {"failed", "killed", "interrupted"})
+    entries += [("|", "stopped early")] * ("pruned" in states) + [("×", " or ".join(bad))] * bool(bad)
     entries += [("○", "running")] * ("running" in states) + [("●", "evaluation")] * bool(dots)
     chart = svg.lines(lines, label="training loss of all jobs over tokens", x_label="tokens", y_range=y_range)
     return page.card("Training loss over tokens", chart, page.legend(entries), sub="Smoothed where long. Point at a curve to see its job.")
@@ -385,20 +386,17 @@ def _failures(findings: Findings) -> Markup | None:
 def _failure(findings: Findings, job: JobResult) -> Markup:
     log = job.run.directory / "logs" / "rank0.log" if job.run else None
     parts = [
-        _job_link(findings, job),
+        page.link(job.run.directory, findings.result.directory, Path(job.name).name) if job.run else Path(job.name).name,
         tag("span", f"{job.state} after {words.counted(job.run.step, 'step') if job.run else 'nothing'}", class_=f"state {job.state}"),
         page.link(log, findings.result.directory, f"{job.name}/logs/rank0.log") if log and log.is_file() else None,
     ]
     return tag("div", tag("div", parts, class_="top"), tag("p", words.first_line(job.error, 400) or "no message"), class_="failure")
 
 
-def _job_link(findings: Findings, job: JobResult, text: str = "") -> Content:
-    """A link to the job's report, or to its directory while it has none."""
-    text = text or Path(job.name).name
-    if job.run is None:
-        return text
-    report = job.run.directory / "report.html"
-    return page.link(report if report.is_file() else job.run.directory, findings.result.directory, text)
+def _report_link(findings: Findings, job: JobResult) -> Content:
+    """The job's number, with a link to its report where it has one."""
+    report = job.run.directory / "report.html" if job.run else None
+    return page.link(report, findings.result.directory, str(job.number)) if report and report.is_file() else str(job.number)
 
 
 def _next(findings: Findings) -> Markup | None:
@@ -431,7 +429,7 @@ def _jobs(findings: Findings) -> Markup:
     return page.card(
         "Jobs",
         page.table(heads, rows, kinds=kinds, jobs=jobs, most=24),
-        sub="Every job with a link to its own report; the best single job is set off.",
+        sub="A job's number leads to its own report, once it has one; the best single job is set off.",
     )
 
 
@@ -441,7 +439,7 @@ def _job_row(findings: Findings, job: JobResult, swept: list[str]) -> list[Cell]
     steps = "" if job.run is None else f"{job.run.step:,}" + (f" of {total:,}" if total and total != job.run.step else "")
     speed = job.last(TGS)
     return [
-        Cell(_job_link(findings, job, str(job.number)), job.number, number=True),
+        Cell(_report_link(findings, job), job.number, number=True),
         *(page.swept(job.swept.get(key)) for key in swept),
         page.state(job.state),
         Cell(steps, job.run.step if job.run else None, number=True),
@@ -452,5 +450,7 @@ def _job_row(findings: Findings, job: JobResult, swept: list[str]) -> list[Cell]
         page.number(job.last(MEMORY), 2),
         Cell("" if seconds is None else words.duration(seconds), seconds, number=True),
         Cell(job.job.attempts, job.job.attempts, number=True),
-        Cell(tag("span", job.name, class_="dim"), job.name),
+        Cell(
+            page.link(job.run.directory, findings.result.directory, job.name) if job.run else tag("span", job.name, class_="dim"), job.name
+        ),
     ]

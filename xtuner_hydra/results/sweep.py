@@ -214,8 +214,18 @@ class SweepResult:
 
     @property
     def doubts(self) -> list[str]:
-        """Why the ranking may mislead, a sentence each: an unfair comparison, or an incomplete one."""
-        return [*self.unfair, *([text] if (text := self._unfinished()) else [])]
+        """Why the ranking may mislead, a sentence each: an unfair comparison, one across seeds, or an incomplete one."""
+        return [*self.unfair, *(text for text in (self._other_seeds(), self._unfinished()) if text)]
+
+    def _other_seeds(self) -> str | None:
+        """Of a key that was zipped with the seed, or runs that differ in both."""
+        seeds = [set(setting.by_seed) for setting in self.settings if setting.by_seed]
+        if all(seeds[0] & other for other in seeds[1:]):
+            return None
+        return (
+            "Settings were run with different seeds, so what looks like their difference may be that of the seeds. "
+            "Give all of them the same: trainer.seed=0,1,2 in a grid."
+        )
 
     def _unfinished(self) -> str | None:
         left = self.plan.total - self.count("completed", "pruned")

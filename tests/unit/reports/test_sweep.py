@@ -94,7 +94,7 @@ def test_links_are_relative_and_lead_somewhere(tmp_path):
     (tmp_path / "0_job" / "report.html").write_text("a report")
     write_sweep(tmp_path)
     links = check((tmp_path / "sweep.html").read_text()).links
-    assert "0_job/report.html" in links
+    assert [link for link in links if link.endswith("report.html")] == ["0_job/report.html"]  # no other job has one
     assert "8_job/logs/rank0.log" in links
     assert all((tmp_path / link).exists() for link in links)
 
@@ -187,3 +187,23 @@ def test_a_chart_is_not_blown_up_and_does_not_stand_alone(tmp_path):
         losses = page.index('aria-label="training loss of all jobs over tokens"')
         assert 'style="max-width:728px"' in page[losses - 120 : losses]
         assert page.rindex('<div class="pair">', 0, losses) > page.rindex("</section>", 0, page.rindex("<section", 0, losses))
+
+
+def test_the_metric_stands_right_after_the_rank(tmp_path):
+    """So that a narrow page shows it."""
+    words = page_of(tmp_path, STATES["three keys"]).words
+    assert re.search(r"lower is better\. +eval/loss (lr|eps|pack_max_length) ", words)
+
+
+@pytest.mark.parametrize(("states", "sign"), [(["interrupted"], "× interrupted"), (["failed", "interrupted"], "× failed or interrupted")])
+def test_the_legend_tells_how_curves_ended(tmp_path, states, sign):
+    ended = [({LR: 1e-3 * n}, {"rows": [step(1, 3.0)], "state": state}) for n, state in enumerate(states, 1)]
+    words = page_of(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, finished(2.5)), *ended]).words
+    assert f"{sign} ●" in words
+
+
+def test_the_best_has_one_colour_in_all_charts(tmp_path):
+    page = sweep_page(Findings(read_sweep(make_sweep(tmp_path, STATES["three keys"]))))
+    assert "the best in orange" in page
+    assert 'class="series k1 strong" data-job="0"' in page
+    assert page.count('class="series km"') == 6

@@ -93,6 +93,14 @@ def test_seeds_may_differ_in_their_tokens_where_settings_do_not(tmp_path):
     assert read_sweep(make_sweep(tmp_path / "seeds alone", jobs[:2])).unfair == []
 
 
+def test_a_key_zipped_with_the_seed_is_doubted(tmp_path):
+    jobs = [({LR: 1e-4, SEED: 0}, finished(1.0)), ({LR: 2e-4, SEED: 1}, finished(2.0))]
+    (doubt,) = read_sweep(make_sweep(tmp_path / "zip", jobs)).doubts
+    assert "different seeds" in doubt
+    assert read_sweep(make_sweep(tmp_path / "grid", [*jobs, ({LR: 2e-4, SEED: 0}, finished(2.0))])).doubts == []
+    assert read_sweep(make_sweep(tmp_path / "nothing", [({LR: 1e-4}, None)])).unfair == []
+
+
 def test_a_loss_that_is_no_number_is_no_value(tmp_path):
     result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, {"rows": [{"train/step": 1, "eval/loss": None}]})]))
     assert [job.value for job in result.jobs] == [2.0, None]
