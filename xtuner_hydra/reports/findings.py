@@ -199,7 +199,7 @@ class Findings:
         score = f"{self.metric} {self.score(best)}{seeds}"
         if self.verdict == "tie":
             return f"{self._tied()} tie{' so far' if self.unfinished else ''}: {score}."
-        return f"{self.name(best)}{self._stands}: {score}{self._ahead()}."
+        return f"{self.name(best)}{self._stands}: {score}{self._ahead()}." if self.keys else f"{score}."
 
     @property
     def _unanswered(self) -> str:

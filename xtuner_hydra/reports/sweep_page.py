@@ -64,7 +64,7 @@ VERDICTS = {
 
 
 def _lead(findings: Findings) -> Markup:
-    alone = ("No winner yet" if findings.best is None else "Only one result", "")
+    alone = ("No winner yet" if findings.best is None else "Only one result" if len(findings.settings) > 1 else "One setting", "")
     title, kind = VERDICTS.get(findings.verdict, alone)
     return page.fact(title, findings.verdict_text, kind)
 
@@ -369,7 +369,7 @@ def _speed(findings: Findings) -> Markup | None:
     more = f" The first {MOST_BARS} of {len(settings)} settings." if len(settings) > MOST_BARS else ""
     return page.card(
         "Speed and memory",
-        page.table(["setting", "tokens/s", "peak GB"], rows, kinds=kinds, jobs=jobs, kind="bars"),
+        page.table(["setting", "tokens/s", "peak GB"], rows, kinds=kinds, jobs=jobs, kind="bars", most=8),
         sub="Tokens a second a device from start to end; peak memory. In the order of the ranking." + more,
     )
 

@@ -75,6 +75,8 @@ def test_equal_settings_tie(tmp_path):
 
 def test_a_setting_on_its_own_does_not_win(tmp_path):
     assert findings(tmp_path / "seeds", seeds(1e-4, 2.0, 3.0)).answer == "lr 1e-4: eval/loss 2.500 ± 0.707 over 2 seeds."
+    alone = [({SEED: seed}, finished(2.0 + seed)) for seed in (0, 1)]
+    assert findings(tmp_path / "nothing swept", alone).answer == "eval/loss 2.500 ± 0.707 over 2 seeds."
     others = [({LR: 1e-4}, finished(2.0)), ({LR: 1.0}, {"rows": [], "state": "failed"})]
     assert findings(tmp_path / "failed", others).answer == "lr 1e-4 is the only one that completed: eval/loss 2.000."
 
