@@ -1,4 +1,4 @@
-"""The commands that a sweep's reader wants next: repeat the best job, and look closer around it."""
+"""The commands that a sweep's reader wants next: go on with what is left, repeat the best job, and look closer around it."""
 
 from __future__ import annotations
 
@@ -8,50 +8,70 @@ from collections.abc import Sequence
 from typing import Any
 
 from xtuner_hydra.reports import words
-from xtuner_hydra.results.sweep import SEED, JobResult, SweepResult
+from xtuner_hydra.results.sweep import SEED, JobResult, SweepPlan, SweepResult
 
 PROGRAM = "python -m xtuner_hydra"
 MOST_JOBS = 27
 """A refinement of more jobs varies fewer keys."""
+NEAR = 1.3
 
 
 def repeat(result: SweepResult, job: JobResult) -> str:
     """The command that runs `job` again, on its own."""
-    return _command(result, [override for override in _overrides(job) if not _is_of_sweep(override)])
+    return alone(result.plan, _overrides(job))
+
+
+def alone(plan: SweepPlan, overrides: Sequence[str]) -> str:
+    """The command that runs a job with `overrides` outside its sweep."""
+    return _command(plan, [override for override in overrides if not _is_of_sweep(override)])
+
+
+def resume(result: SweepResult) -> str | None:
+    """The command that goes on with the sweep; None where nothing is left to do, or where runs were only put side by side."""
+    left = result.plan.total - result.count("completed", "pruned")
+    return " ".join([PROGRAM, shlex.quote(f"sweep.resume={result.directory}")]) if result.plan.state and left > 0 else None
 
 
 def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[str, int] | None:
-    """A grid closer around `best`, and its number of jobs; None where no swept key is a number. `keys`: the swept ones, the most telling first;
-    where the grid would exceed MOST_JOBS, the last of them stay at their best value."""
+    """A grid closer around `best` with the seeds of the sweep, and its number of jobs; None where no swept key is a number. keys: the swept ones, the
+    most telling first; where the grid would exceed MOST_JOBS, the last of them stay at their best value, and then the last seeds are left out."""
     values = {key: around(best.swept[key], _seen(result, key)) for key in keys if key in best.swept}
     values = {key: near for key, near in values.items() if len(near) > 1}
-    while math.prod(map(len, values.values())) > MOST_JOBS:
+    seeds = sorted({job.swept[SEED] for job in result.jobs if SEED in job.swept})
+    while len(values) > 1 and math.prod(map(len, values.values())) * max(1, len(seeds)) > MOST_JOBS:
         values.popitem()
     if not values:
         return None
     base = [
         override for override in _overrides(best) if not _is_of_sweep(override) and _key(override) not in values and _key(override) != SEED
     ]
+    if seeds:
+        values[SEED] = seeds[: MOST_JOBS // math.prod(map(len, values.values()))]
     grid = [f"{key}={','.join(map(words.exact, near))}" for key, near in values.items()]
     decides = [override for override in result.plan.overrides if _key(override) in ("sweep.metric", "sweep.direction")]
-    return _command(result, ["-m", *base, *decides, *grid]), math.prod(map(len, values.values()))
+    return _command(result.plan, ["-m", *base, *decides, *grid]), math.prod(map(len, values.values()))
 
 
 def around(best: Any, seen: Sequence[Any]) -> list[Any]:
     """Values of a key between the best one and its neighbours among those `seen`; [best] where it is no number.
 
     Whole numbers: the midpoints. Others: half-way by ratio (by difference where one is not positive). At an edge of what was seen, half or
-    twice the best, as the optimum may lie beyond."""
+    twice the best, as the optimum may lie beyond. Those within a factor of NEAR are no neighbours: what lies between would tell nothing."""
     if isinstance(best, bool) or not isinstance(best, int | float) or best == 0:
         return [best]
-    numbers = sorted({value for value in seen if isinstance(value, int | float) and not isinstance(value, bool)} | {best})
-    if len(numbers) < 2:
+    others = {value for value in seen if isinstance(value, int | float) and not isinstance(value, bool)} - {best}
+    if not others:
         return [best]
+    numbers = sorted({value for value in others if not _is_near(value, best)} | {best})
     place = numbers.index(best)
     apart = max(1, len(numbers) // 6)  # of values drawn at random the nearest are too near to tell anything
     low = _between(numbers[max(0, place - apart)], best) if place else _round(best, best * 0.5)
     high = _between(best, numbers[min(place + apart, len(numbers) - 1)]) if place + 1 < len(numbers) else _round(best, best * 2)
     return sorted({low, best, high})
+
+
+def _is_near(value: float, best: float) -> bool:
+    return value > 0 and best > 0 and max(value, best) < NEAR * min(value, best)
 
 
 def _between(low: float, high: float) -> float:
@@ -82,6 +102,7 @@ def _is_of_sweep(override: str) -> bool:
     return _key(override).partition(".")[0].partition("/")[0] in ("sweep", "hydra")
 
 
-def _command(result: SweepResult, arguments: list[str]) -> str:
-    place = ["--config-dir", result.plan.config_dir] if result.plan.config_dir else []
-    return " ".join([PROGRAM, *map(shlex.quote, [*place, *arguments])])
+def _command(plan: SweepPlan, arguments: list[str]) -> str:
+    directory = ["--config-dir", plan.config_dir] if plan.config_dir else []
+    name = ["--config-name", plan.config_name] if plan.config_name else []
+    return " ".join([PROGRAM, *map(shlex.quote, [*directory, *name, *arguments])])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ def compare(runs: Sequence[Run], directory: Path) -> SweepResult:
     jobs = [_job(run, number, keys, directory) for number, run in enumerate(runs)]
     metric = "eval/loss" if evaluated else "train/loss"
     plan = SweepPlan([], "runs side by side", metric, "minimize", "all", keys, len(runs), jobs, state="")
-    return SweepResult(directory.resolve(), plan, [_result(job, run, metric) for job, run in zip(jobs, runs, strict=True)])
+    return SweepResult(directory.resolve(), plan, [JobResult.of(job, run, metric) for job, run in zip(jobs, runs, strict=True)])
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -44,11 +43,6 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def _job(run: Run, number: int, keys: Sequence[str], directory: Path) -> Job:
     overrides = [f"{key}={_text(run.values.get(key))}" for key in keys]
     return Job(number, os.path.relpath(run.directory, directory.resolve()), overrides, signature="", attempts=1)
-
-
-def _result(job: Job, run: Run, metric: str) -> JobResult:
-    value = run.final.get(metric) if run.state == "completed" else None
-    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, run.state, str(run.status.get("error") or ""))
 
 
 def _text(value: Any) -> str:

@@ -67,6 +67,31 @@ def thinned(line: Curve, points: int = POINTS) -> Curve:
     return Curve(line.x[index], line.y[index])
 
 
+def inside(line: Curve, low: float, high: float) -> list[Curve]:
+    """The parts of the curve with y from `low` to `high`, each up to where it crosses the bound: drawn along it, it would look like a plateau."""
+    parts: list[list[tuple[float, float]]] = []
+    points = list(zip(line.x.tolist(), line.y.tolist(), strict=True))
+    if len(points) == 1:
+        return [line] if low <= points[0][1] <= high else []
+    joined = False
+    for start, stop in pairwise(points):
+        if max(start[1], stop[1]) < low or min(start[1], stop[1]) > high:
+            joined = False
+            continue
+        if not joined:
+            parts.append([_towards(stop, start, low, high)])
+        if (last := _towards(start, stop, low, high)) != parts[-1][-1]:
+            parts[-1].append(last)
+        joined = last == stop
+    return [Curve(*np.array(part).T) for part in parts]
+
+
+def _towards(start: tuple[float, float], stop: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    """How far the way from `start`, which is inside or on the other side, comes to `stop`."""
+    bound = min(max(stop[1], low), high)
+    return stop if bound == stop[1] else (stop[0] + (bound - stop[1]) / (start[1] - stop[1]) * (start[0] - stop[0]), bound)
+
+
 def limits(lines: Iterable[Curve]) -> tuple[float, float]:
     """The y range that shows `lines`: all of it, unless few points stand far above the rest (a loss that exploded), which are cut off."""
     values = [line.y for line in lines if len(line)]

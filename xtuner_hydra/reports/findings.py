@@ -11,16 +11,22 @@ from typing import Any
 
 from xtuner_hydra.reports import commands, words
 from xtuner_hydra.reports.curves import Scale
+from xtuner_hydra.reports.lead import Lead, pooled
 from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom."""
 
 
-def enough(freedom: int) -> float:
-    """How many standard errors a difference must be to lie beyond the 95 % interval of chance. Above ten degrees of freedom within 0.01."""
-    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.6 / freedom
+TGS, TOKENS = "throughput/e2e_tgs", "train/total_tokens"
+BEST = 1
+"""Number of the colour (orange) that marks the best setting among grey or blue ones."""
+NOTABLY_FASTER = 1.1
+"""Times as fast; the same work on a machine that others use scatters by less."""
+
+
+def changes_speed(key: str) -> bool:
+    """Whether steps can take longer for another value of `key`: they do not for another learning rate, schedule or seed."""
+    return key in ("optimizer", "optimizer.name") or not (key.startswith(("optimizer.", "scheduler")) or key == SEED)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Findings:
         """The settings that have a value, best first."""
         return [setting for setting in self.settings if setting.mean is not None]
 
+    @cached_property
+    def stopped(self) -> list[Setting]:
+        """The settings whose jobs the sweep stopped early, the best last value first."""
+        return [setting for setting in self.settings if setting.stopped is not None]
+
+    @property
+    def shown(self) -> list[Setting]:
+        """Those that charts show."""
+        return [*self.ranked, *self.stopped]
+
     @property
     def best(self) -> Setting | None:
         return self.result.best_setting
@@ -89,7 +105,9 @@ class Findings:
         return text if float(text.replace(",", "")) or not value else f"{value:.1g}"
 
     def score(self, setting: Setting) -> str:
-        """`8.441 ± 0.021`."""
+        """`8.441 ± 0.021`; of a setting that was stopped early where it stood then."""
+        if setting.stopped is not None:
+            return self.number(setting.stopped)
         return self.number(setting.mean) + (f" ± {self.difference(setting.spread)}" if setting.spread is not None else "")
 
     def name(self, setting: Setting) -> str:
@@ -119,73 +137,109 @@ class Findings:
     # --- who won, and whether it is more than chance
 
     @cached_property
-    def lead(self) -> float | None:
-        """How far the best setting's mean is from the next one's, 0 or more."""
-        if len(self.ranked) < 2:
-            return None
-        first, second = self.ranked[0].mean, self.ranked[1].mean
-        return abs(first - second) if first is not None and second is not None else None
+    def lead(self) -> Lead | None:
+        """The best setting against the next one."""
+        return self._against(self.ranked[1]) if len(self.ranked) > 1 else None
+
+    def _against(self, other: Setting) -> Lead:
+        return Lead(self.ranked[0], other, 1 if self.result.plan.direction == "minimize" else -1, *pooled(self.ranked))
 
     @cached_property
     def noise(self) -> float | None:
         """Standard deviation between jobs that differ in their seed alone, pooled over all settings; None where no setting has two values."""
-        squares = sum((len(setting.values) - 1) * setting.spread**2 for setting in self.ranked if setting.spread is not None)
-        return math.sqrt(squares / self.freedom) if self.freedom else None
-
-    @property
-    def freedom(self) -> int:
-        """Degrees of freedom of `noise`."""
-        return sum(len(setting.values) - 1 for setting in self.ranked)
-
-    @cached_property
-    def certainty(self) -> float | None:
-        """The lead in standard errors of a difference of two means; None where one of the two is not known."""
-        if self.lead is None or self.noise is None:
-            return None
-        error = self.noise * math.sqrt(sum(1 / len(setting.values) for setting in self.ranked[:2]))
-        return self.lead / error if error else math.inf
+        return pooled(self.ranked)[0]
 
     @property
     def verdict(self) -> str:
-        """Of the lead. clear: beyond the 95 % interval of chance (Student's t); chance: below one standard error; unsure between; or unknown."""
-        if self.certainty is None:
-            return "unknown"
-        return "clear" if self.certainty >= enough(self.freedom) else "unsure" if self.certainty >= 1 else "chance"
+        """Of the lead (Lead.verdict); `alone` where there is nothing to compare with."""
+        return self.lead.verdict if self.lead else "alone"
 
     @property
     def verdict_text(self) -> str:
         """Whether the lead is more than chance, in a sentence."""
         if self.lead is None:
-            return "There is nothing to compare it with yet." if self.ranked else "No job has completed yet."
-        if self.noise is None or self.certainty is None:
-            return "One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
-        times = (
-            f"{self.lead / self.noise:.1f} times the seed spread of {self.difference(self.noise)}"
-            if self.noise
-            else "with no spread between seeds"
-        )
-        return {
-            "clear": f"{times}: not chance.",
-            "unsure": f"{times}: likely, not certain. More seeds would tell.",
-            "chance": f"{times}: within chance. More seeds would tell.",
-        }[self.verdict]
+            return "There is nothing to compare it with yet." if self.ranked else self._unanswered
+        if self.verdict == "tie":
+            return "First and second have the same value."
+        if self.verdict == "unknown":
+            ahead = f"{self.difference(self.lead.size)} between first and second"
+            return f"{ahead}. One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
+        end = {
+            "clear": "not chance.",
+            "unsure": "likely, not certain. More seeds would tell.",
+            "chance": "within chance. More seeds would tell.",
+        }
+        return f"{self._paired(self.lead) if self.lead.pairs else self._against_noise(self.lead)}: {end[self.verdict]}"
+
+    def _paired(self, lead: Lead) -> str:
+        """`Ahead on all 3 seeds, by 0.051 ± 0.007`."""
+        number, ahead = len(lead.pairs), sum(pair > 0 for pair in lead.pairs)
+        shared = " shared" if number < max(len(lead.first.values), len(lead.second.values)) else ""
+        on = ("both" if number == 2 else f"all {number}") if ahead == number else f"{ahead} of {number}"
+        digits = max(2, min(6, -math.floor(math.log10(lead.spread) + 1e-6))) if lead.spread else self.digits
+        by = f"{mean(lead.pairs):.{digits}f} ± {lead.spread:.{digits}f}" if lead.spread else f"{self.difference(mean(lead.pairs))} on each"
+        return f"Ahead on {on}{shared} seeds, by {by}"
+
+    def _against_noise(self, lead: Lead) -> str:
+        if not lead.noise:
+            return f"{self.difference(lead.size)} between first and second, with no spread between seeds"
+        spread = f"the seed spread of {self.difference(lead.noise)}"
+        return f"{self.difference(lead.size)} between first and second, {lead.size / lead.noise:.1f} times {spread}"
 
     @cached_property
     def answer(self) -> str:
         """The sweep in one sentence."""
         best = self.best
         if best is None:
-            waiting = self.result.count("running", "waiting")
-            return "No job has completed yet." if waiting else "No job has completed, so there is no ranking."
+            return self._unanswered
         if self.verdict == "chance":
             second = self.ranked[1]
             return f"{self.name(best)} and {self.name(second)} cannot be told apart: {self.metric} {self.score(best)} against {self.score(second)}."
         seeds = f" over {words.counted(len(best.values), 'seed')}" if len(best.values) > 1 else ""
-        text = f"{self.name(best)} {'leads so far' if self.unfinished else 'wins'}: {self.metric} {self.score(best)}{seeds}"
-        if self.lead is not None:
-            side = "below" if self.result.plan.direction == "minimize" else "above"
-            text += f", {self.difference(self.lead)} {side} the next" + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
-        return text + "."
+        score = f"{self.metric} {self.score(best)}{seeds}"
+        if self.verdict == "tie":
+            return f"{self._tied()} tie{' so far' if self.unfinished else ''}: {score}."
+        return f"{self.name(best)}{self._stands}: {score}{self._ahead()}." if self.keys else f"{score}."
+
+    @property
+    def _unanswered(self) -> str:
+        """Why there is no ranking."""
+        if not self.result.count("running", "waiting"):
+            return "No job has completed, so there is no ranking."
+        ends = {"failed": "ended by a failure", "interrupted": "interrupted"}
+        end = ends.get(self.result.plan.state)
+        return f"The sweep was {end} before any job completed." if end else "No job has completed yet."
+
+    @property
+    def _stands(self) -> str:
+        """The verb of the headline: only what is beyond chance wins."""
+        if len(self.settings) == 1:
+            return ""
+        if self.unfinished:
+            return " leads so far"
+        return {"clear": " wins", "alone": " is the only one that completed"}.get(self.verdict, " leads")
+
+    def _ahead(self) -> str:
+        """`, 0.051 below the next (lr 2e-4)`."""
+        if self.lead is None:
+            return ""
+        side = "below" if self.result.plan.direction == "minimize" else "above"
+        text = f", {self.difference(self.lead.size)} {side} the next" + " that ran to its end" * self._stopped_better_than(self.ranked[1])
+        return text + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
+
+    def _stopped_better_than(self, setting: Setting) -> bool:
+        """Whether a setting that was stopped early had come further by then."""
+        if not self.stopped or self.stopped[0].stopped is None or setting.mean is None:
+            return False
+        early = self.stopped[0].stopped
+        return early < setting.mean if self.result.plan.direction == "minimize" else early > setting.mean
+
+    def _tied(self) -> str:
+        """Those that share the first place."""
+        tied = [setting for setting in self.ranked if setting is self.best or self._against(setting).verdict == "tie"]
+        if len(tied) > 3:
+            return f"{len(tied)} settings"
+        return ", ".join(map(self.name, tied[:-1])) + f" and {self.name(tied[-1])}"
 
     @property
     def unfinished(self) -> bool:
@@ -232,12 +286,32 @@ class Findings:
         moved = [effect.key for effect in self.effects]
         return moved + [key for key in self.keys if key not in moved]
 
+    # --- speed
+
+    def faster(self) -> tuple[Setting, float] | None:
+        """(the setting with the most tokens a second, how many times as fast as the best one it is), where it differs from that in a key that can
+        change speed, and by more than such measurements scatter."""
+        if self.best is None or not (own := self.average(self.best, TGS)):
+            return None
+        others = [(speed / own, setting) for setting in self.comparable_speeds if (speed := self.average(setting, TGS)) is not None]
+        times, setting = max(others, key=lambda pair: pair[0], default=(1.0, self.best))
+        return (setting, times) if times > NOTABLY_FASTER else None
+
+    @property
+    def comparable_speeds(self) -> list[Setting]:
+        """The ranked settings that can be faster or slower than the best one: the others do the same work."""
+        best = self.best
+        if best is None:
+            return []
+        return [one for one in self.ranked if any(changes_speed(key) and self.at(one, key) != self.at(best, key) for key in self.keys)]
+
     # --- how it is drawn
 
     @cached_property
     def metric_range(self) -> tuple[float, float]:
         """The range of the metric over all jobs, without those that are far on the wrong side: they must not squeeze the others together."""
         values = [value for setting in self.ranked for value in setting.values]
+        values += [setting.stopped for setting in self.stopped if setting.stopped is not None]
         if not values:
             return 0.0, 1.0
         low, high, middle = min(values), max(values), median(values)
@@ -246,32 +320,40 @@ class Findings:
         return max(low, middle - 4 * (high - middle)) if high > middle else low, high
 
     def place(self, setting: Setting) -> float:
-        """Where the setting's mean stands in `metric_range`, 0 (low) to 1."""
+        """Where the setting's mean (or where it was stopped) stands in `metric_range`, 0 (low) to 1."""
         low, high = self.metric_range
-        return 0.5 if setting.mean is None or high == low else min(max((setting.mean - low) / (high - low), 0.0), 1.0)
+        value = setting.stopped if setting.mean is None else setting.mean
+        return 0.5 if value is None or high == low else min(max((value - low) / (high - low), 0.0), 1.0)
 
     def goodness(self, setting: Setting) -> float:
         """1 for the best, 0 for the worst."""
         return 1 - self.place(setting) if self.result.plan.direction == "minimize" else self.place(setting)
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the swept keys need parallel coordinates to be seen together."""
+        return len(self.keys) > 1 and not self.grid()
+
     def colours(self, most: int) -> tuple[dict[int, int | None], list[tuple[int | None, str]]]:
-        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most; where these are more than
-        `most`, colour 0 for the best setting and None for the others."""
+        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most. Where these are more than `most`,
+        or parallel coordinates stand above: BEST for the best setting, as there, and None for the others."""
         key = self.telling_keys[0] if self.keys else None
         values = list(Scale.of(self.at(setting, key) for setting in self.settings).values) if key else []
-        if key and 1 < len(values) <= most:
+        if key and 1 < len(values) <= most and not self.is_parallel:
             colours = {job.number: values.index(self.at(setting, key)) for setting in self.settings for job in setting.jobs}
             return {**colours}, [(place, f"{self.short[key]} {words.value(value)}") for place, value in enumerate(values)]
+        if len(self.settings) == 1:
+            return dict.fromkeys((job.number for job in self.result.jobs), 0), []
         best = self.best.jobs if self.best else []
-        entries: list[tuple[int | None, str]] = [(0, "best"), (None, "others")] if best and len(self.settings) > 1 else []
-        return {job.number: 0 if job in best or len(self.settings) == 1 else None for job in self.result.jobs}, entries
+        entries: list[tuple[int | None, str]] = [(BEST, "best"), (None, "others")] if best else []
+        return {job.number: BEST if job in best else None for job in self.result.jobs}, entries
 
     # --- whether it is fair
 
     @cached_property
     def tokens(self) -> list[int]:
         """Training tokens of the jobs that count."""
-        return [int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last("train/total_tokens")) is not None]
+        return [int(tokens) for job in self.result.jobs if job.value is not None and (tokens := job.last(TOKENS)) is not None]
 
     @cached_property
     def eval_tokens(self) -> list[int]:
@@ -300,10 +382,20 @@ class Findings:
                 ("spread", f"standard deviation over the jobs of a setting; {self.difference(self.noise)} pooled over all settings")
             )
             rows.append(("a lead is clear", "beyond the 95 % interval of chance (Student's t), no winner below one standard error"))
+        if self.lead and (self.lead.pairs or self.noise is not None):
+            rows.append(("chance is judged by", self._judged_by(self.lead)))
         rows.append(("search", plan.search))
         if plan.state:
             rows.append(("sweep", plan.state))
         return rows
+
+    @staticmethod
+    def _judged_by(lead: Lead) -> str:
+        if not lead.pairs:
+            return "the pooled spread, as first and second do not share two seeds"
+        return (
+            f"the differences between first and second on the {len(lead.pairs)} seeds that both have (a seed starts alike in every setting)"
+        )
 
     # --- how it stands
 
@@ -312,6 +404,12 @@ class Findings:
         return ", ".join(f"{n} {state}" for state in STATES if (n := sum(job.state == state for job in jobs))) or words.counted(
             len(jobs), "job"
         )
+
+    def setting_state(self, setting: Setting) -> str:
+        """`completed`, `2 completed, 1 failed`, `stopped early at 1,200 tokens`."""
+        if setting.stopped is not None and (tokens := self.average(setting, TOKENS)) is not None:
+            return f"stopped early at {tokens:,.0f} tokens"
+        return setting.jobs[0].state if len(setting.jobs) == 1 else self.state(setting.jobs)
 
     @property
     def standing(self) -> str:
@@ -336,10 +434,24 @@ class Findings:
 
     @property
     def has_repeats(self) -> bool:
-        """Whether any setting has more than one job."""
-        return any(len(setting.jobs) > 1 for setting in self.settings)
+        """Whether any setting has more than one seed."""
+        return any(setting.seeds > 1 for setting in self.settings)
 
     # --- what to do next
+
+    @property
+    def next(self) -> list[tuple[str, str]]:
+        """What to run next, (what it does, command) each, the most pressing first."""
+        steps = []
+        if command := commands.resume(self.result):
+            running = self.result.plan.state == "running"
+            steps.append(("If the sweep is stopped, go on with it" if running else "Run what is missing, failed or interrupted", command))
+        if self.repeat and self.result.best_job:
+            steps.append((f"Repeat the best single job ({self.job_name(self.result.best_job)})", self.repeat))
+        if self.refine:
+            command, jobs = self.refine
+            steps.append((f"Look closer around the best setting ({words.counted(jobs, 'job')})", command))
+        return steps
 
     @cached_property
     def repeat(self) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 from xtuner_hydra.files import umask
 from xtuner_hydra.reports import words
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, Scale, curve, limits, smooth, smoothed, thinned
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import BEST, Findings
 from xtuner_hydra.results.run import Run, load_run
 
 if TYPE_CHECKING:
@@ -132,34 +132,45 @@ def _rectangle(column: int, row: int) -> Any:
 
 def _draw_curve(axes: Axes, findings: Findings) -> None:
     key = findings.keys[0]
-    scale = Scale.of(findings.at(setting, key) for setting in findings.ranked)
+    scale = Scale.of(findings.at(setting, key) for setting in findings.shown)
     settings = sorted(findings.ranked, key=lambda setting: scale(findings.at(setting, key)))
     x = [scale(findings.at(setting, key)) for setting in settings]
     means = [setting.mean or 0.0 for setting in settings]
     spreads = [setting.spread or 0.0 for setting in settings]
     style = "o-" if scale.kind != "places" else "o"
     axes.errorbar(x, means, yerr=spreads, fmt=style, color=COLOURS[0], markerfacecolor="white", markersize=7, linewidth=1.4, capsize=4)
+    stopped = [(scale(findings.at(setting, key)), setting.stopped or 0.0) for setting in findings.stopped]
+    if stopped:
+        axes.plot(*zip(*stopped, strict=True), "o", color=GREY, markerfacecolor="none", markersize=7, label="stopped early, last value")
+        axes.legend(frameon=False)
     best = settings.index(findings.ranked[0])
     axes.plot(x[best], means[best], "o", color=COLOURS[0], markersize=10, zorder=5)
     axes.annotate(
         findings.number(means[best]), (x[best], means[best]), xytext=(0, -18), textcoords="offset points", ha="center", fontweight="bold"
     )
     ends = np.array([mean + sign * spread for mean, spread in zip(means, spreads, strict=True) for sign in (-1, 1)])
-    low, high = limits([Curve(ends, ends)])
+    early = np.array([value for _, value in stopped])
+    low, high = limits([Curve(ends, ends), Curve(early, early)])
     axes.set_ylim(low - 0.06 * (high - low), high)
-    axes.set_xticks(x, [words.value(findings.at(setting, key), 2) for setting in settings], rotation=30 if len(x) > 7 else 0)
+    places = [(scale(findings.at(setting, key)), words.value(findings.at(setting, key), 2)) for setting in findings.shown]
+    axes.set_xticks(*zip(*places, strict=True), rotation=30 if len(places) > 7 else 0)
     axes.set(xlabel=key, title=findings.metric)
     _plain(axes)
 
 
 def _draw_parallel(axes: Axes, findings: Findings) -> None:
     keys = findings.telling_keys[:6]
-    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.ranked) for key in keys}
-    for setting in reversed(findings.ranked):
+    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.shown) for key in keys}
+    for setting in reversed(findings.shown):
         y = [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)]
         good, best = findings.goodness(setting), findings.rank(setting) == 1
         axes.plot(
-            range(len(y)), y, color=COLOURS[1] if best else COLOURS[0], alpha=1 if best else 0.1 + 0.6 * good, linewidth=3 if best else 1.2
+            range(len(y)),
+            y,
+            color=COLOURS[BEST if best else 0],
+            alpha=1 if best else 0.1 + 0.6 * good,
+            linewidth=3 if best else 1.2,
+            linestyle="--" if setting.stopped is not None else "-",
         )
     for place, key in enumerate(keys):
         axes.axvline(place, color=GREY, linewidth=0.8)

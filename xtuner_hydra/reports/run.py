@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.files import write_text
-from xtuner_hydra.reports import page, svg, words
+from xtuner_hydra.reports import commands, page, svg, words
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, curve, limits, smoothed, thinned
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
 from xtuner_hydra.results.run import Run, load_run
+from xtuner_hydra.results.sweep import FILE_NAME, SweepPlan
 from xtuner_hydra.tracking.base import Sample
 
 REPORT, CHANGED = "report.html", "changed.json"
@@ -230,13 +231,20 @@ def _environment(run: Run) -> Markup:
     ]
     if git.get("diff"):
         rows.append(("changes", tag("details", tag("summary", "diff against the commit"), tag("pre", git["diff"], class_="box"))))
-    command = environment.get("command")
+    command = _command(run)
     return page.card(
         "Environment",
         page.pairs(rows),
         tag("p", "Command line:", class_="dim apart") if command else None,
         page.command(command) if command else None,
     )
+
+
+def _command(run: Run) -> str | None:
+    """The command that makes this run; that of a sweep would make all its jobs."""
+    if (run.directory.parent / FILE_NAME).is_file():
+        return commands.alone(SweepPlan.load(run.directory.parent), run.overrides)
+    return run.environment.get("command")
 
 
 def _count(hardware: dict[str, Any]) -> str:

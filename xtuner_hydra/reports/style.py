@@ -83,6 +83,7 @@ svg{display:block}
 .point .spread{stroke:var(--accent);stroke-width:1.5;fill:none}.point .seed{fill:none;stroke:var(--accent)}
 .point .mean{fill:var(--card);stroke:var(--accent);stroke-width:2}.point.best .mean{fill:var(--accent)}.point.lit .mean{fill:var(--c1);
 stroke:var(--c1)}
+.point.stopped .mean{stroke:var(--muted);stroke-dasharray:2.5 2}.track.stopped .line{stroke-dasharray:5 4}
 .track .line{stroke:color-mix(in oklab,var(--accent) var(--p),var(--line));stroke-width:1.6}.track.best .line{stroke:var(--c1);
 stroke-width:3.2}
 .track:hover .line,.track.lit .line{stroke:var(--c1);stroke-width:3.2}
@@ -160,13 +161,14 @@ SCRIPT = """
   all("svg[data-range]").forEach(svg => {
     const [left, right, bottom, top, x0, x1, y0, y1] = svg.dataset.range.split(",").map(Number);
     const curves = all(".series", svg).map(series => ({
-      series, points: (series.querySelector(".line").getAttribute("d").match(/-?[\\d.]+,-?[\\d.]+/g) || []).map(pair => pair.split(",").map(Number)),
+      series, points: (series.querySelector(".line").getAttribute("d").match(/[ML]-?[\\d.]+,-?[\\d.]+/g) || [])
+        .map(point => [...point.slice(1).split(",").map(Number), point[0] === "M"]),
     }));
     svg.addEventListener("pointermove", event => {
       const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
       let best = null, nearest = 45;
       for (const {series, points} of curves) for (let i = 0; i < points.length; i++) {
-        const [ax, ay] = points[i], [bx, by] = points[Math.min(i + 1, points.length - 1)];
+        const [ax, ay] = points[i], next = points[i + 1], [bx, by] = next && !next[2] ? next : points[i];  // not across a gap
         const part = bx > ax ? Math.min(1, Math.max(0, (at.x - ax) / (bx - ax))) : 0, x = ax + part * (bx - ax), y = ay + part * (by - ay);
         const distance = Math.hypot(at.x - x, at.y - y);
         if (distance < nearest) { nearest = distance; best = {series, x, y}; }

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xtuner_hydra.reports import words
-from xtuner_hydra.reports.curves import Curve, Scale, limits, padded, ticks
+from xtuner_hydra.reports.curves import Curve, Scale, inside, limits, padded, ticks
 from xtuner_hydra.reports.markup import Markup, tag
 
 WIDTH, HEIGHT = 560, 320
 SMALL = (360, 240)
 """Of a chart that stands beside two others."""
+LARGEST = 1.3
+"""Times its own size; drawn larger, its letters would be larger than the text around it."""
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 14, 46
 
 
@@ -57,6 +59,7 @@ class Frame:
             viewBox=f"0 0 {self.width} {self.height}",
             class_=f"chart {kind}".strip(),
             role="img",
+            style=f"max-width:{round(LARGEST * self.width)}px",
             aria_label=label,
             data_range=range_ if probe else None,
         )
@@ -80,26 +83,31 @@ def lines(
 
 
 def _line(frame: Frame, line: Line) -> Markup:
-    last = frame.at_x(float(line.curve.x[-1])), frame.at_y(_clipped(frame, float(line.curve.y[-1])))
-    single = len(line.curve) == 1
-    parts = [tag("title", line.title), tag("path", d=_path(frame, line.curve), class_="line")]
+    seen = inside(line.curve, *frame.y) or [_at_edge(frame, line.curve)]
+    parts = [tag("title", line.title), tag("path", d=_path(frame, seen), class_="line")]
     if line.dots is not None:
         parts += [
-            tag("circle", cx=f"{frame.at_x(x):.1f}", cy=f"{frame.at_y(_clipped(frame, y)):.1f}", r=3.4, class_="dot")
+            tag("circle", cx=f"{frame.at_x(x):.1f}", cy=f"{frame.at_y(y):.1f}", r=3.4, class_="dot")
             for x, y in zip(line.dots.x, line.dots.y, strict=True)
+            if frame.y[0] <= y <= frame.y[1]
         ]
-    if line.end or single:
-        parts.append(_end(line.end, *last))
+    if line.end or sum(map(len, seen)) == 1:
+        parts.append(_end(line.end, frame.at_x(float(seen[-1].x[-1])), frame.at_y(float(seen[-1].y[-1]))))
     return tag("g", parts, class_=f"series {line.kind}", data_job=line.job)
 
 
-def _path(frame: Frame, curve: Curve) -> str:
-    points = (f"{frame.at_x(x):.1f},{frame.at_y(_clipped(frame, y)):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
-    return "M" + "L".join(points)
+def _at_edge(frame: Frame, curve: Curve) -> Curve:
+    """What is left of a curve that is beyond the frame from end to end: a mark that it was there."""
+    return Curve(curve.x[-1:], np.clip(curve.y[-1:], *frame.y))
+
+
+def _path(frame: Frame, parts: Sequence[Curve]) -> str:
+    drawn = ("L".join(f"{frame.at_x(x):.1f},{frame.at_y(y):.1f}" for x, y in zip(part.x, part.y, strict=True)) for part in parts)
+    return "".join("M" + part for part in drawn)
 
 
 def _clipped(frame: Frame, y: float) -> float:
-    """A point beyond the range stands at its edge, so that a loss that exploded is seen to leave the picture."""
+    """A setting beyond the range stands at its edge."""
     return min(max(y, frame.y[0]), frame.y[1])
 
 
@@ -144,14 +152,14 @@ def _x_axis(frame: Frame, values: Sequence[float], label: str, texts: Sequence[s
 
 @dataclass(frozen=True)
 class Point:
-    """A setting in a chart of one swept key. x: its value. values: of its jobs. best: the winner."""
+    """A setting in a chart of one swept key. x: its value. values: of its jobs. kind: `best` for the winner, `stopped` for one stopped early."""
 
     x: object
     mean: float
     spread: float | None
     values: Sequence[float]
     title: str
-    best: bool = False
+    kind: str = ""
     job: str | None = None
 
 
@@ -164,8 +172,9 @@ def curve(points: Sequence[Point], *, label: str, x_label: str, connect: bool = 
     ordered = sorted(points, key=lambda point: scale(point.x))
     marks = [_point(frame, scale(point.x), point) for point in ordered]
     if connect and scale.kind != "places":
-        means = Curve(np.array([scale(point.x) for point in ordered]), np.array([point.mean for point in ordered]))
-        marks.insert(0, tag("path", d=_path(frame, means), class_="join"))
+        ended = [point for point in ordered if point.kind != "stopped"]
+        means = Curve(np.array([scale(point.x) for point in ended]), np.array([point.mean for point in ended]))
+        marks.insert(0, tag("path", d=_path(frame, inside(means, *frame.y)), class_="join"))
     at, texts = _places(scale, 0.16 if size[0] < WIDTH else 0.09)
     grid = [*_y_axis(frame), *_x_axis(frame, at, x_label, texts)]
     return frame.svg(*grid, marks, label=label)
@@ -194,18 +203,19 @@ def _point(frame: Frame, place: float, point: Point) -> Markup:
             tag("circle", cx=f"{x + 10:.1f}", cy=f"{frame.at_y(_clipped(frame, value)):.1f}", r=2.4, class_="seed")
             for value in point.values
         ]
-    parts.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6 if point.best else 4.4, class_="mean"))
-    return tag("g", parts, class_="point best" if point.best else "point", data_job=point.job)
+    parts.append(tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=6 if point.kind == "best" else 4.4, class_="mean"))
+    return tag("g", parts, class_=f"point {point.kind}".strip(), data_job=point.job)
 
 
 @dataclass(frozen=True)
 class Track:
-    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None where it has no value. goodness: 0 (worst) to 1 (best)."""
+    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None where it has no value. goodness: 0 (worst) to 1 (best).
+    kind: as of a Point."""
 
     places: Sequence[float | None]
     goodness: float
     title: str
-    best: bool = False
+    kind: str = ""
     job: str | None = None
 
 
@@ -239,7 +249,7 @@ def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Ma
         return height - bottom - place * (height - top - bottom)
 
     marks: list[Markup] = []
-    for track in sorted(tracks, key=lambda track: (track.best, track.goodness)):
+    for track in sorted(tracks, key=lambda track: (track.kind == "best", track.goodness)):
         points = [(x[axis], y(place)) for axis, place in enumerate(track.places) if place is not None]
         if len(points) > 1:
             path = tag("path", d="M" + "L".join(f"{px},{py:.1f}" for px, py in points), class_="line")
@@ -248,7 +258,7 @@ def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Ma
                     "g",
                     tag("title", track.title),
                     path,
-                    class_="track best" if track.best else "track",
+                    class_=f"track {track.kind}".strip(),
                     style=f"--p:{round(100 * track.goodness)}%",
                     data_job=track.job,
                 )

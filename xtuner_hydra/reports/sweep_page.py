@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner_hydra.reports import page, svg, words
 from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smoothed, thinned
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import TGS, TOKENS, Findings
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
-from xtuner_hydra.reports.tables import MEMORY, TGS, TOKENS
+from xtuner_hydra.reports.tables import MEMORY
 from xtuner_hydra.results.sweep import JobResult, Setting
 
 ENDS = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}
@@ -37,47 +38,48 @@ def sweep_page(findings: Findings) -> str:
 
 
 def _charts(findings: Findings) -> list[Content]:
-    """What was swept against the metric, then what the jobs did over time; parallel coordinates need the whole width."""
-    main, losses, evaluations, speed = _main_chart(findings), _losses(findings), _evaluations(findings), _speed(findings)
-    if len(findings.keys) > 2 or (len(findings.keys) == 2 and not findings.grid()):
-        return [main, _effects(findings), _side_by_side(losses, evaluations), speed]
-    return [_side_by_side(main, losses), _side_by_side(evaluations, speed)]
+    """What was swept against the metric, then what the jobs did over time, two side by side; parallel coordinates need the whole width."""
+    main, over_time = _main_chart(findings), [_losses(findings), _evaluations(findings), _speed(findings)]
+    if findings.is_parallel:
+        return [main, _effects(findings), *_in_pairs(over_time)]
+    return _in_pairs([main, *over_time])
 
 
-def _side_by_side(*cards: Markup | None) -> Markup:
-    return page.group([part for part in cards if part])
+def _in_pairs(cards: Sequence[Markup | None]) -> list[Content]:
+    shown = [card for card in cards if card]
+    return [page.group(shown[place : place + 2]) for place in range(0, len(shown), 2)]
 
 
 def _facts(findings: Findings) -> list[Markup]:
     return [fact for fact in (_lead(findings), _fairness(findings), _fastest(findings)) if fact]
 
 
+VERDICTS = {
+    "clear": ("Clear lead", "good"),
+    "unsure": ("Likely lead", "warn"),
+    "chance": ("No clear winner", "bad"),
+    "unknown": ("Chance not ruled out", "warn"),
+    "tie": ("A tie", "warn"),
+}
+
+
 def _lead(findings: Findings) -> Markup:
-    titles = {"clear": "Clear lead", "unsure": "Likely lead", "chance": "No clear winner", "unknown": "Chance not ruled out"}
-    kinds = {"clear": "good", "unsure": "warn", "chance": "bad", "unknown": "warn"}
-    title, kind = titles[findings.verdict], kinds[findings.verdict]
-    if findings.lead is None:
-        title, kind = ("No winner yet" if findings.best is None else "Only one result"), ""
-    text = findings.verdict_text
-    if findings.lead is not None:
-        text = (
-            f"{findings.difference(findings.lead)} between first and second. " + text
-            if findings.noise is None
-            else f"{findings.difference(findings.lead)}, {text}"
-        )
-    return page.fact(title, text, kind)
+    alone = ("No winner yet" if findings.best is None else "Only one result" if len(findings.settings) > 1 else "One setting", "")
+    title, kind = VERDICTS.get(findings.verdict, alone)
+    return page.fact(title, findings.verdict_text, kind)
 
 
 def _fairness(findings: Findings) -> Markup | None:
     unfair = findings.result.unfair
-    if not findings.ranked:
+    if len(findings.ranked) < 2:
         return None
     if unfair:
         reason = unfair[0].partition(", so")[0].rstrip(".")
         return page.fact("Not a fair comparison", f"{reason}. See below.", "bad")
     parts = []
     if findings.eval_tokens:
-        parts.append(f"the same {findings.span(findings.eval_tokens)} held-out tokens")
+        alike = len(findings.eval_tokens) == 1
+        parts.append(("the same " if alike else "by seed ") + f"{findings.span(findings.eval_tokens)} held-out tokens")
     if findings.tokens:
         parts.append(f"{words.compact(min(findings.tokens))} training tokens each")
     return page.fact("Fair comparison", ", ".join(parts).capitalize() + "." if parts else "All jobs ran alike.", "good")
@@ -85,20 +87,18 @@ def _fairness(findings: Findings) -> Markup | None:
 
 def _fastest(findings: Findings) -> Markup | None:
     """Speed of the winner against the fastest."""
-    speeds = [(speed, setting) for setting in findings.ranked if (speed := findings.average(setting, TGS)) is not None]
-    if not speeds or findings.best is None or (own := findings.average(findings.best, TGS)) is None:
+    if findings.best is None or (own := findings.average(findings.best, TGS)) is None:
         return None
-    top, fastest = max(speeds, key=lambda pair: pair[0])
     text = f"{words.fixed(own, 0)} tokens/s a device"
-    if top <= 1.05 * own or fastest.mean is None or findings.best.mean is None:
-        return page.fact(
-            "No setting is faster" if len(speeds) > 1 else "Speed", text + ("; none is over 5 % faster." if len(speeds) > 1 else ".")
-        )
-    cost = findings.difference(abs(fastest.mean - findings.best.mean))
-    side = "higher" if fastest.mean > findings.best.mean else "lower"
+    if (found := findings.faster()) is None:
+        compared = len(findings.comparable_speeds) > 0
+        return page.fact("No setting is faster" if compared else "Speed", text + ("; none is over 10 % faster." if compared else "."))
+    fastest, times = found
+    cost = (fastest.mean or 0.0) - (findings.best.mean or 0.0)
+    side = "higher" if cost > 0 else "lower"
     return page.fact(
-        f"{top / own - 1:.0%} faster is possible",
-        f"{findings.name(fastest)}: {words.fixed(top, 0)} against {text}, {findings.metric} {cost} {side}.",
+        f"{times - 1:.0%} faster is possible",
+        f"{findings.name(fastest)}: {words.fixed(times * own, 0)} against {text}, {findings.metric} {findings.difference(abs(cost))} {side}.",
     )
 
 
@@ -107,8 +107,8 @@ def _fastest(findings: Findings) -> Markup | None:
 
 def _ranking(findings: Findings) -> Markup:
     span = findings.metric_range
-    heads = ["", *(findings.short[key] for key in findings.keys), findings.metric, "± spread"]
-    heads = heads if findings.has_repeats else heads[:-1]
+    # the metric before the keys: on a narrow page the rest has to be scrolled to
+    heads = ["", findings.metric, *["± spread"] * findings.has_repeats, *(findings.short[key] for key in findings.keys)]
     heads += ["", *["seeds"] * findings.has_repeats, "tokens", "tokens/s", "memory GB", "state"]
     rows = [_ranking_row(findings, setting, span) for setting in findings.settings]
     direction = "lower" if findings.result.plan.direction == "minimize" else "higher"
@@ -126,26 +126,29 @@ def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]
     speed, memory = findings.average(setting, TGS), findings.average(setting, MEMORY)
     return [
         Cell(f"{rank} *" if rank == 1 else rank or "–", rank),
-        *(page.swept(setting.swept.get(key)) for key in findings.keys),
-        page.number(setting.mean, findings.digits),
+        Cell(findings.score(setting) if setting.mean is None else findings.number(setting.mean), setting.mean, number=True),
         *[spread] * findings.has_repeats,
+        *(page.swept(setting.swept.get(key)) for key in findings.keys),
         Cell(strip),
         *[Cell(_seeds(setting), len(setting.values), number=True)] * findings.has_repeats,
         page.number(findings.average(setting, TOKENS), 0),
         page.number(speed, 0 if (speed or 0) >= 100 else 1),
         page.number(memory, 2),
-        _state(findings, setting.jobs),
+        _state(findings, setting),
     ]
 
 
 def _seeds(setting: Setting) -> str:
     done = len(setting.values)
-    return str(done) if done == len(setting.jobs) else f"{done} of {len(setting.jobs)}"
+    return str(done) if done == setting.seeds else f"{done} of {setting.seeds}"
 
 
-def _state(findings: Findings, jobs: list[JobResult]) -> Cell:
-    states = {job.state for job in jobs}
-    return page.state(states.pop()) if len(states) == 1 else page.state(findings.state(jobs))
+def _state(findings: Findings, setting: Setting) -> Cell:
+    text = findings.setting_state(setting)
+    if setting.stopped is not None:
+        return Cell(tag("span", text, class_="state pruned"), text)
+    states = {job.state for job in setting.jobs}
+    return page.state(states.pop() if len(states) == 1 else text)
 
 
 def _numbers(findings: Findings) -> list[str]:
@@ -188,6 +191,8 @@ def _heat_cell(findings: Findings, setting: Setting | None) -> Markup:
     if setting is None:
         return tag("td", "not run", class_="none")
     jobs = " ".join(str(job.number) for job in setting.jobs)
+    if setting.stopped is not None:
+        return tag("td", findings.score(setting), tag("small", "stopped early"), class_="none", data_job=jobs)
     if setting.mean is None:
         return tag("td", findings.state(setting.jobs), class_="none", data_job=jobs)
     good = findings.goodness(setting)
@@ -208,28 +213,42 @@ def _points(findings: Findings, key: str) -> list[svg.Point]:
     return [
         svg.Point(
             findings.at(setting, key),
-            setting.mean,
+            value,
             setting.spread,
             setting.values,
-            f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}",
-            findings.rank(setting) == 1,
+            _setting_title(findings, setting),
+            _kind(findings, setting),
             " ".join(str(job.number) for job in setting.jobs),
         )
-        for setting in findings.ranked
-        if setting.mean is not None
+        for setting in findings.shown
+        if (value := setting.stopped if setting.mean is None else setting.mean) is not None
     ]
+
+
+def _kind(findings: Findings, setting: Setting) -> str:
+    """How a setting is drawn: a CSS class."""
+    return "stopped" if setting.stopped is not None else "best" if findings.rank(setting) == 1 else ""
+
+
+def _setting_title(findings: Findings, setting: Setting) -> str:
+    title = f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}"
+    return title + (f"\n{findings.setting_state(setting)}" if setting.stopped is not None else "")
+
+
+STOPPED = " Dashed: stopped early, at the last value."
 
 
 def _curve_card(findings: Findings, key: str) -> Markup:
     """The metric over the only key."""
     title = f"{findings.metric} by {findings.short[key]}"
     sub = "Means with their spread over seeds; the small circles are single jobs." if findings.has_repeats else ""
+    sub += STOPPED * bool(findings.stopped)
     return page.card(title, svg.curve(_points(findings, key), label=title, x_label=findings.short[key]), sub=sub)
 
 
 def _parallel(findings: Findings) -> Markup:
     keys = findings.telling_keys[:7]
-    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.ranked) for key in keys}
+    scales = {key: Scale.of(findings.at(setting, key) for setting in findings.shown) for key in keys}
     low, high = findings.metric_range
     axes = [svg.Axis.of(findings.short[key], scales[key]) for key in keys]
     axes.append(svg.Axis(findings.metric, {0.0: findings.number(low), 1.0: findings.number(high)}))
@@ -237,17 +256,17 @@ def _parallel(findings: Findings) -> Markup:
         svg.Track(
             [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)],
             findings.goodness(setting),
-            f"{findings.name(setting)}\n{findings.metric} {findings.score(setting)}",
-            findings.rank(setting) == 1,
+            _setting_title(findings, setting),
+            _kind(findings, setting),
             " ".join(str(job.number) for job in setting.jobs),
         )
-        for setting in findings.ranked
-        if setting.mean is not None
+        for setting in findings.shown
     ]
     return page.card(
         "All swept values",
         tag("div", svg.parallel(axes, tracks, label="parallel coordinates of all swept values"), class_="scroll"),
-        sub="A line a setting, stronger the better it is, the best in orange; keys that move the metric most come first.",
+        sub="A line a setting, stronger the better it is, the best in orange; keys that move the metric most come first."
+        + STOPPED * bool(findings.stopped),
     )
 
 
@@ -284,11 +303,13 @@ def _losses(findings: Findings) -> Markup | None:
         return None
     healthy = [line.curve for line in lines if "failed" not in line.kind] or [line.curve for line in lines]
     dots = [line.dots for line in lines if line.dots is not None]
-    y_range = limits([*healthy, *dots])
+    low, high = limits([*healthy, *dots])
+    y_range = min(low, *(float(line.curve.y.min()) for line in lines)), high
     states = {job.state for job in findings.result.jobs}
+    bad = [state for state in ("failed", "killed", "interrupted") if state in states]
     if findings.best and len(findings.settings) > 1 and entries and entries[0][1] != "best":
         entries.append((colours[findings.best.jobs[0].number], "best setting"))
-    entries += [("|", "stopped early")] * ("pruned" in states) + [("×", "failed")] * bool(states & {"failed", "killed", "interrupted"})
+    entries += [("|", "stopped early")] * ("pruned" in states) + [("×", " or ".join(bad))] * bool(bad)
     entries += [("○", "running")] * ("running" in states) + [("●", "evaluation")] * bool(dots)
     chart = svg.lines(lines, label="training loss of all jobs over tokens", x_label="tokens", y_range=y_range)
     return page.card("Training loss over tokens", chart, page.legend(entries), sub="Smoothed where long. Point at a curve to see its job.")
@@ -348,7 +369,7 @@ def _speed(findings: Findings) -> Markup | None:
     more = f" The first {MOST_BARS} of {len(settings)} settings." if len(settings) > MOST_BARS else ""
     return page.card(
         "Speed and memory",
-        page.table(["setting", "tokens/s", "peak GB"], rows, kinds=kinds, jobs=jobs, kind="bars"),
+        page.table(["setting", "tokens/s", "peak GB"], rows, kinds=kinds, jobs=jobs, kind="bars", most=8),
         sub="Tokens a second a device from start to end; peak memory. In the order of the ranking." + more,
     )
 
@@ -365,32 +386,23 @@ def _failures(findings: Findings) -> Markup | None:
 def _failure(findings: Findings, job: JobResult) -> Markup:
     log = job.run.directory / "logs" / "rank0.log" if job.run else None
     parts = [
-        _job_link(findings, job),
+        page.link(job.run.directory, findings.result.directory, Path(job.name).name) if job.run else Path(job.name).name,
         tag("span", f"{job.state} after {words.counted(job.run.step, 'step') if job.run else 'nothing'}", class_=f"state {job.state}"),
         page.link(log, findings.result.directory, f"{job.name}/logs/rank0.log") if log and log.is_file() else None,
     ]
     return tag("div", tag("div", parts, class_="top"), tag("p", words.first_line(job.error, 400) or "no message"), class_="failure")
 
 
-def _job_link(findings: Findings, job: JobResult, text: str = "") -> Content:
-    """A link to the job's report, or to its directory while it has none."""
-    text = text or Path(job.name).name
-    if job.run is None:
-        return text
-    report = job.run.directory / "report.html"
-    return page.link(report if report.is_file() else job.run.directory, findings.result.directory, text)
+def _report_link(findings: Findings, job: JobResult) -> Content:
+    """The job's number, with a link to its report where it has one."""
+    report = job.run.directory / "report.html" if job.run else None
+    return page.link(report, findings.result.directory, str(job.number)) if report and report.is_file() else str(job.number)
 
 
 def _next(findings: Findings) -> Markup | None:
-    if findings.repeat is None:
+    if not findings.next:
         return None
-    best = findings.result.best_job
-    name = f" ({findings.job_name(best)})" if best else ""
-    parts: list[Content] = [tag("p", f"Repeat the best single job{name}:"), page.command(findings.repeat)]
-    if findings.refine:
-        command, jobs = findings.refine
-        parts += [tag("p", f"Look closer around the best setting ({words.counted(jobs, 'job')}):"), page.command(command)]
-    return page.card("What to run next", *parts)
+    return page.card("What to run next", [[tag("p", f"{what}:"), page.command(command)] for what, command in findings.next])
 
 
 def _jobs(findings: Findings) -> Markup:
@@ -417,7 +429,7 @@ def _jobs(findings: Findings) -> Markup:
     return page.card(
         "Jobs",
         page.table(heads, rows, kinds=kinds, jobs=jobs, most=24),
-        sub="Every job with a link to its own report; the best single job is set off.",
+        sub="A job's number leads to its own report, once it has one; the best single job is set off.",
     )
 
 
@@ -427,7 +439,7 @@ def _job_row(findings: Findings, job: JobResult, swept: list[str]) -> list[Cell]
     steps = "" if job.run is None else f"{job.run.step:,}" + (f" of {total:,}" if total and total != job.run.step else "")
     speed = job.last(TGS)
     return [
-        Cell(_job_link(findings, job, str(job.number)), job.number, number=True),
+        Cell(_report_link(findings, job), job.number, number=True),
         *(page.swept(job.swept.get(key)) for key in swept),
         page.state(job.state),
         Cell(steps, job.run.step if job.run else None, number=True),
@@ -438,5 +450,7 @@ def _job_row(findings: Findings, job: JobResult, swept: list[str]) -> list[Cell]
         page.number(job.last(MEMORY), 2),
         Cell("" if seconds is None else words.duration(seconds), seconds, number=True),
         Cell(job.job.attempts, job.job.attempts, number=True),
-        Cell(tag("span", job.name, class_="dim"), job.name),
+        Cell(
+            page.link(job.run.directory, findings.result.directory, job.name) if job.run else tag("span", job.name, class_="dim"), job.name
+        ),
     ]

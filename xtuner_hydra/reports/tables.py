@@ -7,10 +7,10 @@ import io
 from typing import Any
 
 from xtuner_hydra.reports import words
-from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.findings import TGS, TOKENS, Findings
 from xtuner_hydra.results.sweep import Setting
 
-TGS, MEMORY, TOKENS = "throughput/e2e_tgs", "memory/max_gb", "train/total_tokens"
+MEMORY = "memory/max_gb"
 FIRST = ("job", "overrides", "state", "steps", "train/loss", "eval/loss", TGS, "error")
 LAST = (TOKENS, "seconds", MEMORY, "signature", "attempts")
 
@@ -46,7 +46,11 @@ def text(findings: Findings) -> str:
 def markdown(findings: Findings) -> str:
     """sweep.md."""
     result = findings.result
-    parts = [f"# {_plain(findings.heading)}", findings.standing, f"**{_plain(findings.answer)}** {_capital(findings.verdict_text)}"]
+    parts = [
+        f"# {_plain(findings.heading)}",
+        findings.standing,
+        f"**{_plain(findings.answer)}**" + (f" {_plain(findings.verdict_text)}" if findings.best else ""),
+    ]
     if result.doubts:
         parts.append("\n>\n".join(f"> **Note**: {_plain(doubt)}" for doubt in result.doubts))
     parts.append(_markdown_table(ranking(findings)))
@@ -57,11 +61,9 @@ def markdown(findings: Findings) -> str:
             "## Failures",
             "\n".join(f"- `{job.name}` {job.state}: {_plain(words.first_line(job.error))}" for job in findings.failures),
         ]
-    if findings.repeat:
-        parts += ["## The best job again", _code(findings.repeat)]
-    if findings.refine:
-        command, jobs = findings.refine
-        parts += [f"## Closer around the best setting ({words.counted(jobs, 'job')})", _code(command)]
+    if findings.next:
+        parts.append("## What to run next")
+        parts += [part for what, command in findings.next for part in (_plain(what) + ":", _code(command))]
     parts.append("## How the jobs were compared\n\n" + "\n".join(f"- {name}: {_plain(value)}" for name, value in findings.basis))
     return "\n\n".join(parts) + "\n"
 
@@ -84,7 +86,7 @@ def _cells(findings: Findings, setting: Setting) -> list[str]:
         words.fixed(tokens, 0),
         words.fixed(speed, 0 if (speed or 0) >= 100 else 1),
         words.fixed(memory, 2),
-        setting.jobs[0].state if len(setting.jobs) == 1 else findings.state(setting.jobs),
+        findings.setting_state(setting),
     ]
 
 
@@ -101,10 +103,6 @@ def _code(text: str) -> str:
 def _plain(cell: str) -> str:
     """Text that does not break a table, nor is taken for HTML."""
     return cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _exact(value: Any) -> str:

@@ -34,11 +34,11 @@ def _float(number: float, digits: int) -> str:
 
 
 def short(keys: Sequence[str]) -> dict[str, str]:
-    """Full key -> the shortest end of it that no other of `keys` has: optimizer.lr -> lr."""
+    """Full key -> the shortest end of it that no other of `keys` has: optimizer.lr -> lr; scheduler.name stays, as `name` alone says nothing."""
     names = {}
     for key in keys:
         parts = key.split(".")
-        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        ends = [".".join(parts[-n:]) for n in range(2 if parts[-1] == "name" and len(parts) > 1 else 1, len(parts) + 1)]
         names[key] = next(end for end in ends if sum(other == end or other.endswith("." + end) for other in keys) == 1 or end == key)
     return names
 

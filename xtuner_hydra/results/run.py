@@ -101,7 +101,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     """Read the run directory `directory`, whatever its state. Raises RefusedError where it holds none, or one that cannot be read."""
     path = Path(directory).expanduser().resolve()
     if not (path / "config.yaml").is_file():
-        raise RefusedError(f"{directory}: not a run directory (it has no config.yaml)")
+        sweep = "; it is a sweep, and its runs are the directories in it" if (path / "sweep.json").is_file() else ""
+        raise RefusedError(f"{directory}: not a run directory (it has no config.yaml){sweep}")
     return Run(
         path,
         _read("config.yaml", path, lambda path: copy.deepcopy(_config((path / "config.yaml").read_text(encoding="utf-8")))),

@@ -31,7 +31,7 @@ from xtuner_hydra.results.run import Run, load_run
 FILE_NAME = "sweep.json"
 SEED = "trainer.seed"
 FAIR = 0.02
-"""Jobs whose training tokens differ by a larger share are not compared at equal tokens."""
+"""Settings whose training tokens differ by a larger share are not compared at equal tokens."""
 
 
 @dataclass
@@ -85,13 +85,23 @@ class SweepPlan:
 class JobResult:
     """A job as it stands. `run` is None while it waits, and where it was refused before its directory was filled.
 
-    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it."""
+    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it.
+    stopped: the last value of the metric where the sweep stopped the job early."""
 
     job: Job
     run: Run | None
     value: float | None
     state: str  # waiting, or a run's state
     error: str = ""
+    stopped: float | None = None
+
+    @classmethod
+    def of(cls, job: Job, run: Run, metric: str) -> JobResult:
+        """A job that has a run."""
+        last = run.final.get(metric)
+        value = last if last is not None and math.isfinite(last) else None
+        error = str(run.status.get("error") or "")
+        return cls(job, run, value if run.state == "completed" else None, run.state, error, value if run.state == "pruned" else None)
 
     @property
     def number(self) -> int:
@@ -107,6 +117,11 @@ class JobResult:
         typed = self.run.values if self.run else {}
         return {key: typed.get(key, _typed(text)) for key, text in _texts(self.job).items()}
 
+    @property
+    def seed(self) -> int | None:
+        """trainer.seed, whether it was swept or not; None where a job that waits does not tell."""
+        return self.swept.get(SEED, self.run.config.trainer.seed if self.run else None)
+
     def last(self, metric: str) -> float | None:
         """The job's last value of `metric`."""
         return self.run.final.get(metric) if self.run else None
@@ -114,14 +129,35 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ in their seed alone. mean, spread: of the values of those completed (spread: standard deviation, None for one)."""
+    """Jobs that differ in their seed alone. mean, spread: of `values` (spread: standard deviation, None for one)."""
 
     swept: dict[str, Any]
     jobs: list[JobResult]
 
+    @cached_property
+    def completed(self) -> list[JobResult]:
+        """The jobs with a value, one a seed: the same seed again is the same experiment, not another sample, and the last one counts."""
+        return list({job.seed: job for job in self.jobs if job.value is not None}.values())
+
+    @cached_property
+    def by_seed(self) -> dict[int | None, float]:
+        """Seed -> value."""
+        return {job.seed: job.value for job in self.completed if job.value is not None}
+
     @property
     def values(self) -> list[float]:
-        return [job.value for job in self.jobs if job.value is not None]
+        return list(self.by_seed.values())
+
+    @cached_property
+    def stopped(self) -> float | None:
+        """Where no job completed: the mean of the values at which the sweep stopped them early."""
+        values = [job.stopped for job in self.jobs if job.stopped is not None]
+        return mean(values) if values and not self.values else None
+
+    @cached_property
+    def seeds(self) -> int:
+        """Distinct seeds of all jobs, completed or not."""
+        return max(1, len({job.seed for job in self.jobs} - {None}))
 
     @property
     def mean(self) -> float | None:
@@ -142,14 +178,19 @@ class SweepResult:
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """Best first; those without a value last, in their jobs' order."""
+        """Best first; then those stopped early, by their last value; those without a value last, in their jobs' order."""
         groups: dict[str, list[JobResult]] = {}
         for job in self.jobs:
             # by what was typed: a job that waits has no typed values yet, and must not stand apart from its twins
             groups.setdefault(repr(_without_seed(_texts(job.job))), []).append(job)
         settings = [Setting(_without_seed(_started_first(jobs).swept), jobs) for jobs in groups.values()]
+        return sorted(settings, key=self._place)
+
+    def _place(self, setting: Setting) -> tuple[int, float]:
         sign = 1 if self.plan.direction == "minimize" else -1
-        return sorted(settings, key=lambda setting: math.inf if setting.mean is None else sign * setting.mean)
+        if setting.mean is not None:
+            return 0, sign * setting.mean
+        return (2, 0.0) if setting.stopped is None else (1, sign * setting.stopped)
 
     @property
     def best_setting(self) -> Setting | None:
@@ -172,14 +213,24 @@ class SweepResult:
 
     @cached_property
     def unfair(self) -> list[str]:
-        """Why the jobs do not compare, a sentence each; empty where they do."""
-        done = [job for job in self.jobs if job.value is not None]
-        return [text for text in (_unlike_evaluations(done), _unlike_tokens(done), _noisy(self.plan.metric)) if text]
+        """Why the settings do not compare, a sentence each; empty where they do. Seeds of one setting may differ: all settings have the same ones."""
+        ranked = [setting for setting in self.settings if setting.mean is not None]
+        return [text for text in (_unlike_evaluations(ranked), _unlike_tokens(ranked), _noisy(self.plan.metric)) if text]
 
     @property
     def doubts(self) -> list[str]:
-        """Why the ranking may mislead, a sentence each: an unfair comparison, or an incomplete one."""
-        return [*self.unfair, *([text] if (text := self._unfinished()) else [])]
+        """Why the ranking may mislead, a sentence each: an unfair comparison, one across seeds, or an incomplete one."""
+        return [*self.unfair, *(text for text in (self._other_seeds(), self._unfinished()) if text)]
+
+    def _other_seeds(self) -> str | None:
+        """Of a key that was zipped with the seed, or runs that differ in both."""
+        seeds = [set(setting.by_seed) for setting in self.settings if setting.by_seed]
+        if all(seeds[0] & other for other in seeds[1:]):
+            return None
+        return (
+            "Settings were run with different seeds, so what looks like their difference may be that of the seeds. "
+            "Give all of them the same: trainer.seed=0,1,2 in a grid."
+        )
 
     def _unfinished(self) -> str | None:
         left = self.plan.total - self.count("completed", "pruned")
@@ -205,9 +256,9 @@ def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
     status = run_dir.read_status(directory)
     # status.json comes last of the files that a run begins with, so a run that has it can be read
     run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
-    state = run.state if run else str(status.get("state", "waiting"))
-    value = run.final.get(metric) if run and state == "completed" else None
-    return JobResult(job, run, value if value is not None and math.isfinite(value) else None, state, str(status.get("error") or ""))
+    if run:
+        return JobResult.of(job, run, metric)
+    return JobResult(job, None, None, str(status.get("state", "waiting")), str(status.get("error") or ""))
 
 
 def _texts(job: Job) -> dict[str, str]:
@@ -233,26 +284,33 @@ def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in swept.items() if key != SEED}
 
 
-def _unlike_evaluations(done: Sequence[JobResult]) -> str | None:
-    counts = sorted({int(tokens) for job in done if (tokens := job.last("eval/tokens")) is not None})
+def _means(settings: Sequence[Setting], metric: str) -> list[float]:
+    """Of the last `metric` over each setting's completed jobs, those that have none left out."""
+    found = ([value for job in setting.completed if (value := job.last(metric)) is not None] for setting in settings)
+    return [mean(values) for values in found if values]
+
+
+def _unlike_evaluations(ranked: Sequence[Setting]) -> str | None:
+    counts = sorted(set(map(round, _means(ranked, "eval/tokens"))))
     if len(counts) < 2:
         return None
     return (
-        f"The jobs were evaluated on different held-out tokens ({counts[0]:,} to {counts[-1]:,} supervised ones), so their eval/loss does not "
-        "compare. Set data.max_length to one value for all, or evaluate on shorter data."
+        f"The settings were evaluated on different held-out tokens ({counts[0]:,} to {counts[-1]:,} supervised ones), so their eval/loss does "
+        "not compare. Set data.max_length to one value for all, or evaluate on shorter data."
     )
 
 
-def _unlike_tokens(done: Sequence[JobResult]) -> str | None:
-    tokens = [int(value) for job in done if (value := job.last("train/total_tokens")) is not None]
-    planned = {job.run.config.trainer.total_tokens for job in done if job.run}
+def _unlike_tokens(ranked: Sequence[Setting]) -> str | None:
+    tokens = _means(ranked, "train/total_tokens")
+    jobs = [job for setting in ranked for job in setting.completed]
+    planned = {job.run.config.trainer.total_tokens for job in jobs if job.run}
     if not tokens or max(tokens) - min(tokens) <= FAIR * max(tokens):
         return None
-    if len(planned) == 1 and None not in planned and max(tokens) - min(tokens) <= _largest_step(done):
+    if len(planned) == 1 and None not in planned and max(tokens) - min(tokens) <= _largest_step(jobs):
         return None  # each stops with the step that reaches trainer.total_tokens
     return (
-        f"The jobs were trained on different numbers of tokens ({min(tokens):,} to {max(tokens):,}), so the longer ones have an advantage. "
-        "Set trainer.total_tokens to compare at equal tokens."
+        f"The settings were trained on different numbers of tokens ({min(tokens):,.0f} to {max(tokens):,.0f}), so the longer ones have an "
+        "advantage. Set trainer.total_tokens to compare at equal tokens."
     )
 
 

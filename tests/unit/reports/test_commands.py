@@ -3,10 +3,12 @@
 import shlex
 
 import pytest
-from runs import finished, make_sweep
+from pages import check
+from runs import finished, make_sweep, step
 
-from xtuner_hydra.reports import commands
+from xtuner_hydra.reports import commands, tables
 from xtuner_hydra.reports.findings import Findings
+from xtuner_hydra.reports.sweep_page import sweep_page
 from xtuner_hydra.results.sweep import read_sweep
 
 LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
@@ -26,6 +28,8 @@ LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
         (0.0, [0.0, 0.1], [0.0]),
         (0.5, [0.5], [0.5]),
         (0.1, [0.0, 0.1, 0.4], [0.05, 0.1, 0.2]),
+        (4.43e-4, [4.4e-4, 4.43e-4, 4.5e-4], [2.2e-4, 4.43e-4, 8.9e-4]),
+        (4.43e-4, [1e-4, 4.4e-4, 4.43e-4], [2.1e-4, 4.43e-4, 8.9e-4]),
     ],
 )
 def test_values_around_the_best(best, seen, near):
@@ -45,7 +49,7 @@ def test_the_best_job_is_repeated_with_all_its_overrides_but_those_of_the_sweep(
     assert words == ["python", "-m", "xtuner_hydra", "debug=fast", f"{LR}=6e-05", "data.path=my chats.jsonl"]
 
 
-def test_the_refinement_fixes_words_varies_numbers_and_leaves_seeds_out(tmp_path):
+def test_the_refinement_fixes_words_varies_numbers_and_keeps_the_seeds(tmp_path):
     jobs = [
         (
             {LR: lr, PACK: pack, "scheduler.name": name, SEED: 3},
@@ -58,8 +62,17 @@ def test_the_refinement_fixes_words_varies_numbers_and_leaves_seeds_out(tmp_path
     command, count = Findings(read_sweep(make_sweep(tmp_path, jobs))).refine
     words = shlex.split(command)
     assert words[:5] == ["python", "-m", "xtuner_hydra", "-m", "debug=fast"]
-    assert set(words[5:]) == {"scheduler.name=cosine", f"{LR}=2.4e-5,6e-5,0.00011", f"{PACK}=1536,2048,4096"}
+    assert set(words[5:]) == {"scheduler.name=cosine", f"{LR}=2.4e-5,6e-5,0.00011", f"{PACK}=1536,2048,4096", f"{SEED}=3"}
     assert count == 9
+
+
+@pytest.mark.parametrize(("number", "keys", "seeds", "count"), [(3, 3, 3, 27), (2, 1, 2, 6), (12, 1, 9, 27)])
+def test_seeds_are_kept_while_the_jobs_are_not_too_many(tmp_path, number, keys, seeds, count):
+    names = [LR, "optimizer.weight_decay", "optimizer.eps"][:keys]
+    jobs = [({**{key: (n + 2) * 1e-5 for key in names}, SEED: seed}, finished(float(n))) for n in range(3) for seed in range(number)]
+    command, jobs = Findings(read_sweep(make_sweep(tmp_path, jobs))).refine
+    assert f"{SEED}={','.join(map(str, range(seeds)))}" in shlex.split(command)
+    assert jobs == count
 
 
 def test_a_large_refinement_keeps_to_the_keys_that_matter(tmp_path):
@@ -73,3 +86,28 @@ def test_a_large_refinement_keeps_to_the_keys_that_matter(tmp_path):
 def test_without_numbers_there_is_nothing_to_refine(tmp_path):
     jobs = [({"scheduler.name": name}, finished(1.0)) for name in ("cosine", "linear")]
     assert Findings(read_sweep(make_sweep(tmp_path, jobs))).refine is None
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted", None])
+def test_what_is_left_comes_first(tmp_path, state):
+    """Whether it failed, was interrupted or waits."""
+    left = state and {"rows": [], "state": state}
+    make_sweep(tmp_path / "my sweep", [({LR: 1e-5}, finished(2.0)), ({LR: 6e-5}, left)], state="failed")
+    found = Findings(read_sweep(tmp_path / "my sweep"))
+    what, command = found.next[0]
+    assert what == "Run what is missing, failed or interrupted"
+    assert shlex.split(command) == ["python", "-m", "xtuner_hydra", f"sweep.resume={tmp_path / 'my sweep'}"]
+    text, page = tables.markdown(found), check(sweep_page(found)).words
+    assert 0 < text.index("sweep.resume=") < text.index("Repeat the best")
+    assert 0 < page.index("sweep.resume=") < page.index("Repeat the best")
+
+
+def test_a_running_sweep_is_gone_on_with_only_if_it_stops(tmp_path):
+    found = Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-5}, None)], state="running")))
+    assert [what for what, _ in found.next] == ["If the sweep is stopped, go on with it"]
+
+
+def test_a_whole_sweep_is_not_gone_on_with(tmp_path):
+    pruned = {"rows": [step(1, 3.0)], "state": "interrupted", "pruned": "hopeless"}
+    found = Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-5}, finished(2.0)), ({LR: 6e-5}, pruned)])))
+    assert not any("resume" in command for _, command in found.next)

@@ -4,6 +4,7 @@ from pages import check
 from runs import finished, make_run, step
 
 from xtuner_hydra.reports.comparison import compare, differing, write_comparison
+from xtuner_hydra.reports.findings import Findings
 from xtuner_hydra.results.run import load_run
 
 
@@ -23,9 +24,16 @@ def test_keys_that_differ_in_what_is_learnt_make_the_settings(tmp_path):
     assert [job.name for job in result.jobs] == ["0", "1"]
 
 
-def test_runs_with_the_same_config_are_repeats(tmp_path):
-    result = compare(runs(tmp_path, finished(2.0), finished(3.0)), tmp_path)
+def test_runs_that_differ_in_their_seed_are_repeats(tmp_path):
+    result = compare(runs(tmp_path, finished(2.0, trainer__seed=0), finished(3.0, trainer__seed=1)), tmp_path)
     assert [setting.mean for setting in result.settings] == [2.5]
+
+
+def test_a_run_and_its_rerun_are_one_seed(tmp_path):
+    made = runs(tmp_path, finished(2.0), finished(2.0), finished(3.0, optimizer__lr=2e-4))
+    found = Findings(compare(made, tmp_path))
+    assert [len(setting.values) for setting in found.settings] == [1, 1]
+    assert "seeds" not in found.answer
 
 
 def test_without_evaluations_training_loss_decides(tmp_path):
@@ -42,4 +50,4 @@ def test_the_page_links_to_runs_from_where_it_stands(tmp_path):
     write_comparison(made, page)
     read = check(page.read_text())
     assert "../runs%20and%20more/0" in read.links
-    assert read.words.startswith("mine: lr 1e-4 wins")
+    assert read.words.startswith("mine: lr 1e-4 leads")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import evaluation, make_run, step
 
-from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smooth, thinned, ticks
+from xtuner_hydra.reports.curves import Curve, Scale, curve, inside, limits, smooth, thinned, ticks
 from xtuner_hydra.results.run import load_run
 
 
@@ -48,6 +48,17 @@ def test_a_loss_that_exploded_does_not_flatten_the_others():
     low, high = limits([Curve(np.arange(100.0), np.linspace(3, 2, 100)), Curve(np.arange(2.0), np.array([3.0, 1e9]))])
     assert 1.9 < low < 2
     assert 3 < high < 3.3
+
+
+def test_what_leaves_the_picture_ends_at_its_edge():
+    line = Curve(np.arange(7.0), np.array([1.0, 3.0, 9.0, 9.0, 1.0, 2.0, 4.0]))
+    first, second = inside(line, 0.0, 3.0)
+    assert (first.x.tolist(), first.y.tolist()) == ([0.0, 1.0], [1.0, 3.0])
+    assert (second.x.tolist(), second.y.tolist()) == ([3.75, 4.0, 5.0, 5.5], [3.0, 1.0, 2.0, 3.0])
+    (through,) = inside(Curve(np.array([0.0, 1.0]), np.array([0.0, 10.0])), 2.0, 4.0)
+    assert (through.x.tolist(), through.y.tolist()) == (pytest.approx([0.2, 0.4]), [2.0, 4.0])
+    assert inside(Curve(np.array([1.0]), np.array([5.0])), 0.0, 3.0) == inside(line, 20.0, 30.0) == []
+    assert [len(part) for part in inside(line, 0.0, 10.0)] == [7]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ SWEEPS = {
         for n in range(1, 8)
     ],
     "a word": [({"scheduler.name": name}, finished(2.0)) for name in ("cosine", "constant")],
+    "stopped early": [
+        ({"optimizer.lr": 1e-4 * n}, finished(2.0) if n < 3 else {"rows": [row(1, 3.0), evaluation(1, 2.5)], "pruned": "hopeless"})
+        for n in range(1, 5)
+    ],
     "one job": [({"optimizer.lr": 1e-4}, finished(2.0))],
     "nothing yet": [({"optimizer.lr": lr}, None) for lr in (1e-4, 1e-3)],
     "all failed": [({"optimizer.lr": lr}, {"rows": [row(1, None)], "state": "failed", "error": "x"}) for lr in (1e-4, 1e-3)],

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from pages import check
-from runs import ENVIRONMENT, evaluation, make_run, step
+from runs import ENVIRONMENT, evaluation, make_run, make_sweep, step
 
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.reports.run import write_run
@@ -90,3 +90,11 @@ def test_samples_are_shown_by_prompt_the_last_answer_first(tmp_path):
 
 def test_without_samples_nothing_is_said_of_them(tmp_path):
     assert "Samples" not in page_of(make_run(tmp_path, ROWS)).words
+
+
+def test_a_job_of_a_sweep_is_run_again_on_its_own(tmp_path):
+    """The command of its environment would run the whole sweep."""
+    make_sweep(tmp_path, [({"optimizer.lr": 1e-4}, {"rows": ROWS, "overrides": ["debug=fast", "optimizer.lr=1e-4", "sweep.keep=all"]})])
+    words = page_of(tmp_path / "0_job").words
+    assert "Command line: python -m xtuner_hydra debug=fast optimizer.lr=1e-4 copy" in words
+    assert ENVIRONMENT["command"] not in words

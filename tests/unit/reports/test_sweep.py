@@ -94,7 +94,7 @@ def test_links_are_relative_and_lead_somewhere(tmp_path):
     (tmp_path / "0_job" / "report.html").write_text("a report")
     write_sweep(tmp_path)
     links = check((tmp_path / "sweep.html").read_text()).links
-    assert "0_job/report.html" in links
+    assert [link for link in links if link.endswith("report.html")] == ["0_job/report.html"]  # no other job has one
     assert "8_job/logs/rank0.log" in links
     assert all((tmp_path / link).exists() for link in links)
 
@@ -157,3 +157,53 @@ def test_in_a_browser_nothing_overflows_and_the_script_works(tmp_path, width):
     assert seen["lit"] == 1
     assert re.match(r"job \d: lr .*tokens$", seen["tip"], re.S)
     assert seen["first"] == "4"  # the fourth of four ranked settings comes first after two clicks
+
+
+@pytest.mark.parametrize("keys", [1, 3])
+def test_charts_show_what_was_stopped_early(tmp_path, keys):
+    stopped = {"rows": [step(1, 3.0), evaluation(1, 3.0)], "state": "interrupted", "pruned": "hopeless"}
+    names = (LR, "optimizer.eps", "optimizer.weight_decay")[:keys]
+    jobs = [({name: n * 1e-4 for name in names}, run) for n, run in enumerate([finished(2.0), stopped, finished(2.5), stopped], 1)]
+    read = page_of(tmp_path, jobs)
+    classes = [value for attribute, value in read.attributes if attribute == "class"]
+    assert classes.count("point stopped" if keys == 1 else "track stopped") == 2
+    assert "Dashed: stopped early" in read.words
+    assert "stopped early at 100 tokens" in read.words
+
+
+def test_a_curve_that_leaves_the_chart_ends_at_its_frame(tmp_path):
+    """An explosion is not drawn on as a plateau, and its cross stands where it was last seen."""
+    exploded = {"rows": [step(1, 3.0), step(2, 500.0), step(3, 900.0)], "state": "failed"}
+    page = sweep_page(Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 1.0}, exploded)]))))
+    (path,) = re.findall(r'failed" data-job="1"><title>[^<]*</title><path d="([^"]*)" class="line"', page)
+    points = [tuple(map(float, point.split(","))) for point in re.findall(r"[\d.]+,[\d.]+", path)]
+    assert [y for _, y in points].count(14.0) == 1
+    assert points[-1][0] < 230  # of 560: between the first step and the second, of three
+
+
+def test_a_chart_is_not_blown_up_and_does_not_stand_alone(tmp_path):
+    for name in ("three keys", "only seeds"):
+        page = sweep_page(Findings(read_sweep(make_sweep(tmp_path / name, STATES[name]))))
+        losses = page.index('aria-label="training loss of all jobs over tokens"')
+        assert 'style="max-width:728px"' in page[losses - 120 : losses]
+        assert page.rindex('<div class="pair">', 0, losses) > page.rindex("</section>", 0, page.rindex("<section", 0, losses))
+
+
+def test_the_metric_stands_right_after_the_rank(tmp_path):
+    """So that a narrow page shows it."""
+    words = page_of(tmp_path, STATES["three keys"]).words
+    assert re.search(r"lower is better\. +eval/loss (lr|eps|pack_max_length) ", words)
+
+
+@pytest.mark.parametrize(("states", "sign"), [(["interrupted"], "× interrupted"), (["failed", "interrupted"], "× failed or interrupted")])
+def test_the_legend_tells_how_curves_ended(tmp_path, states, sign):
+    ended = [({LR: 1e-3 * n}, {"rows": [step(1, 3.0)], "state": state}) for n, state in enumerate(states, 1)]
+    words = page_of(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, finished(2.5)), *ended]).words
+    assert f"{sign} ●" in words
+
+
+def test_the_best_has_one_colour_in_all_charts(tmp_path):
+    page = sweep_page(Findings(read_sweep(make_sweep(tmp_path, STATES["three keys"]))))
+    assert "the best in orange" in page
+    assert 'class="series k1 strong" data-job="0"' in page
+    assert page.count('class="series km"') == 6

@@ -27,6 +27,7 @@ def test_short_names_are_told_apart():
         "scheduler.name": "scheduler.name",
         "lr": "lr",
     }
+    assert words.short(["scheduler.name", "optimizer.lr"]) == {"scheduler.name": "scheduler.name", "optimizer.lr": "lr"}
     assert words.short(["optimizer.lr", "data.pack_max_length"]) == {"optimizer.lr": "lr", "data.pack_max_length": "pack_max_length"}
 
 

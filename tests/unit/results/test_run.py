@@ -70,6 +70,12 @@ def test_no_run_is_refused(tmp_path):
         xtuner_hydra.load_run(tmp_path)
 
 
+def test_a_sweep_is_refused_with_a_hint(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(RefusedError, match="it is a sweep, and its runs are the directories in it"):
+        xtuner_hydra.load_run(tmp_path)
+
+
 def test_the_columns_make_a_table(tmp_path):
     run = xtuner_hydra.load_run(make_run(tmp_path, losses=[1.0, 2.0, 3.0]))
     assert {len(column) for column in run.train.values()} == {3}

@@ -41,6 +41,16 @@ def test_settings_are_ranked_by_their_mean_over_seeds(tmp_path):
     assert (result.settings[1].mean, result.settings[1].spread) == (2.0, pytest.approx(2**0.5))
 
 
+def test_a_seed_counts_once_and_its_last_job_wins(tmp_path):
+    """Whether it was swept or stands in the config of the runs."""
+    swept = [({LR: 1e-4, SEED: 0}, finished(1.0)), ({LR: 1e-4, SEED: 1}, finished(3.0)), ({LR: 1e-4, SEED: 0}, finished(2.0))]
+    (setting,) = read_sweep(make_sweep(tmp_path / "swept", swept)).settings
+    assert (setting.values, setting.seeds, len(setting.jobs)) == ([2.0, 3.0], 2, 3)
+    fixed = [({LR: 1e-4}, finished(2.0)), ({LR: 1e-4}, finished(2.0)), ({LR: 1e-4}, None)]
+    (setting,) = read_sweep(make_sweep(tmp_path / "fixed", fixed)).settings
+    assert (setting.values, setting.seeds, setting.spread) == ([2.0], 1, None)
+
+
 def test_to_maximize_turns_the_ranking_round(tmp_path):
     result = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, finished(1.0)), ({LR: 2e-4}, finished(3.0))], direction="maximize"))
     assert result.best_job.number == result.best_setting.jobs[0].number == 1
@@ -73,6 +83,22 @@ def test_doubts_are_named(tmp_path, first, second, doubt):
     doubts = read_sweep(make_sweep(tmp_path, [({LR: 1e-4}, first), ({LR: 2e-4}, second)])).doubts
     assert len(doubts) == (doubt is not None)
     assert all(doubt in text for text in doubts)
+
+
+def test_seeds_may_differ_in_their_tokens_where_settings_do_not(tmp_path):
+    """A seed shuffles and packs the data its own way, and may choose what is held out."""
+    lengths = {0: {"steps": 3, "tokens": 500}, 1: {"steps": 9, "tokens": 600}}
+    jobs = [({LR: lr, SEED: seed}, finished(1.0 + lr, **lengths[seed])) for lr in (0.1, 0.2) for seed in (0, 1)]
+    assert read_sweep(make_sweep(tmp_path / "settings", jobs)).unfair == []
+    assert read_sweep(make_sweep(tmp_path / "seeds alone", jobs[:2])).unfair == []
+
+
+def test_a_key_zipped_with_the_seed_is_doubted(tmp_path):
+    jobs = [({LR: 1e-4, SEED: 0}, finished(1.0)), ({LR: 2e-4, SEED: 1}, finished(2.0))]
+    (doubt,) = read_sweep(make_sweep(tmp_path / "zip", jobs)).doubts
+    assert "different seeds" in doubt
+    assert read_sweep(make_sweep(tmp_path / "grid", [*jobs, ({LR: 2e-4, SEED: 0}, finished(2.0))])).doubts == []
+    assert read_sweep(make_sweep(tmp_path / "nothing", [({LR: 1e-4}, None)])).unfair == []
 
 
 def test_a_loss_that_is_no_number_is_no_value(tmp_path):

@@ -34,13 +34,13 @@ def test_several_are_compared_on_one_page(sweep, tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "more" / "run", **finished(0.5, optimizer__lr=3e-4))
     assert main(["sweep", "more"]) == 0
     assert capsys.readouterr().out == "wrote comparison.html\n"
-    assert "lr 3e-4 wins: eval/loss 0.50" in (tmp_path / "comparison.html").read_text()
+    assert "lr 3e-4 leads: eval/loss 0.50" in (tmp_path / "comparison.html").read_text()
 
 
 def test_a_directory_of_runs_is_a_comparison_at_the_place_asked_for(sweep, tmp_path):
     (sweep / "sweep.json").unlink()
     assert main([str(sweep), "--to", str(tmp_path / "page.html")]) == 0
-    assert "lr 1e-4 wins" in (tmp_path / "page.html").read_text()
+    assert "lr 1e-4 leads" in (tmp_path / "page.html").read_text()
 
 
 def test_what_holds_no_run_is_refused(tmp_path):
