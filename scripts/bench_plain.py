@@ -1,8 +1,9 @@
 """Ours beside a plain transformers loop, on the same packs, in one run: seconds a step, tokens a second, peak memory.
 
-    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2]
+    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2] [OVERRIDE...]
+    python scripts/bench_plain.py experiment=smollm2_sft model.pretrained=DIR      (DIR: see scripts/smollm2.py)
 
-The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
+A step is one pack; with model.pretrained both start from its weights. The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
 contender runs in a process of its own, in turn; the first step of each is left out of the medians."""
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def packs(steps: int, overrides: list[str]):
     from xtuner_hydra.data.loader import train_batches
     from xtuner_hydra.launch import prepare
 
-    with App([f"trainer.total_steps={steps}", f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
+    length = [f"trainer.total_steps={steps}", "trainer.epochs=null", "trainer.global_batch_size=1"]
+    with App([*length, f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
         prepared = prepare(app.compose(app.overrides), progress=False)
     batches = [batch.micro_batches[0] for batch in train_batches(prepared.data.plan, start_step=0, dp_rank=0, dp_size=1)]
     return prepared.config, batches
@@ -90,13 +92,9 @@ def ours(config, stack: ExitStack) -> Callable:
 
 def plain(config, stack: ExitStack) -> Callable:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from xtuner_hydra.model.families import hf_config
 
     torch.manual_seed(config.trainer.seed)
-    shape = hf_config(config.model, "float32", bos_token_id=None, eos_token_id=257)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
+    model = plain_model(config.model)
     beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.lr, betas=(beta1, beta2), weight_decay=config.optimizer.weight_decay, fused=True
@@ -114,6 +112,18 @@ def plain(config, stack: ExitStack) -> Callable:
         return float(loss)
 
     return step
+
+
+def plain_model(config):
+    """transformers' model with fp32 weights: those of `pretrained`, or random ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from xtuner_hydra.model.families import hf_config
+
+    if config.pretrained:
+        return AutoModelForCausalLM.from_pretrained(config.pretrained, dtype="float32", attn_implementation="sdpa").train()
+    shape = hf_config(config, "float32", bos_token_id=None, eos_token_id=257)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
 
 
 def describe(result: dict) -> str:
