@@ -3,8 +3,9 @@
     python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2] [OVERRIDE...]
     python scripts/bench_plain.py experiment=smollm2_sft model.pretrained=DIR      (DIR: see scripts/smollm2.py)
 
-A step is one pack; with model.pretrained both start from its weights. The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each
-contender runs in a process of its own, in turn; the first step of each is left out of the medians."""
+A step is one pack; with model.pretrained both start from its weights. The plain loop is what one writes by hand: transformers' model with fp32
+weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping. Each contender runs in a process of its own, in turn; the first step of each
+is left out of the medians."""
 
 from __future__ import annotations
 
