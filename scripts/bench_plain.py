@@ -1,11 +1,12 @@
 """Ours, in full and with LoRA, beside a plain transformers loop, on the same packs, in one run: seconds a step, tokens a second, peak memory.
 
-    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2] [--of ours,lora,plain] [OVERRIDES...]
-    python scripts/bench_plain.py --of ours,lora,plain,plain_lora model=hf model.pretrained=DIR parallelism.param_dtype=bfloat16
+    python scripts/bench_plain.py [--steps 8] [--rounds 2] [--threads 2] [--of ours,lora,plain,plain_lora] [OVERRIDE...]
+    python scripts/bench_plain.py --of ours,lora,plain,plain_lora experiment=smollm2_sft model.pretrained=DIR      (DIR: see scripts/smollm2.py)
 
-The plain loop is what one writes by hand: transformers' model with fp32 weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping;
-`plain_lora` the same with peft's adapter of the config's shape. Each contender runs in a process of its own, in turn; the first step of each
-is left out of the medians. Peak: the process's greatest resident memory, loading included, and what was resident before the first step."""
+A step is one pack; with model.pretrained all start from its weights. The plain loop is what one writes by hand: transformers' model with fp32
+weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping; `plain_lora` the same with peft's adapter of the config's shape. Each contender
+runs in a process of its own, in turn; the first step of each is left out of the medians. Peak: the process's greatest resident memory, loading
+included, and what was resident before the first step."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def packs(steps: int, overrides: list[str]):
     from xtuner_hydra.data.loader import train_batches
     from xtuner_hydra.launch import prepare
 
-    with App([f"trainer.total_steps={steps}", f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
+    length = [f"trainer.total_steps={steps}", "trainer.epochs=null", "trainer.global_batch_size=1"]
+    with App([*length, f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
         prepared = prepare(app.compose(app.overrides), progress=False)
     batches = [batch.micro_batches[0] for batch in train_batches(prepared.data.plan, start_step=0, dp_rank=0, dp_size=1)]
     return prepared.config, batches
@@ -104,16 +106,9 @@ def count(model) -> int:
 
 def plain(config, stack: ExitStack) -> tuple[Callable, int]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from xtuner_hydra.model.families import hf_config
 
     torch.manual_seed(config.trainer.seed)
-    if config.model.pretrained:
-        model = AutoModelForCausalLM.from_pretrained(config.model.pretrained, dtype=torch.float32, attn_implementation="sdpa")
-    else:
-        shape = hf_config(config.model, "float32", bos_token_id=None, eos_token_id=257)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
+    model = plain_model(config.model)
     if config.model.adapter:
         import peft
 
@@ -142,6 +137,18 @@ def plain(config, stack: ExitStack) -> tuple[Callable, int]:
         return float(loss)
 
     return step, count(model)
+
+
+def plain_model(config):
+    """transformers' model with fp32 weights: those of `pretrained`, or random ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from xtuner_hydra.model.families import hf_config
+
+    if config.pretrained:
+        return AutoModelForCausalLM.from_pretrained(config.pretrained, dtype="float32", attn_implementation="sdpa").train()
+    shape = hf_config(config, "float32", bos_token_id=None, eos_token_id=257)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
 
 
 def describe(result: dict) -> str:

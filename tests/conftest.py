@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import smollm2 as smollm2_model
 
 REPOSITORY = Path(__file__).parents[1]
 QUIET = ("tracking=none", "checkpoint=none", "data.eval_path=null")  # for tests that look at something else
@@ -68,6 +69,12 @@ class CommandLine:
 @pytest.fixture
 def cli(tmp_path):
     return CommandLine(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The directory of a real model, SmolLM2-135M-Instruct."""
+    return smollm2_model.make()
 
 
 def read_rows(run_dir):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from parity import same_files
 from ranks import run_on_ranks
 from safetensors import safe_open
 
@@ -125,6 +126,19 @@ def test_the_dtype_asked_for_is_the_dtype_in_the_file(tmp_path, dtype):
     load_pretrained(again, directory)
     for (name, ours), parameter in zip(exact.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours.to(getattr(torch, dtype)).float(), parameter), name
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_after_an_evaluation_the_weights_are_those_of_training(tmp_path, tie):
+    config = config_of(TIES[tie])
+    config.parallelism = ParallelismConfig(param_dtype="bfloat16", reshard_after_forward=False)
+    with runtime(config) as place:
+        model = build_engine(config, place).model
+        for name in ("before", "after"):
+            export(tmp_path / name, 3, model, config.model, ByteTokenizer(), dtype="float32", keep=1)
+            with torch.no_grad():  # leaves weights gathered, in bfloat16
+                model(IDS, torch.arange(len(IDS)), torch.tensor([0, len(IDS)], dtype=torch.int32), len(IDS))
+    same_files(tmp_path / "before" / "latest", tmp_path / "after" / "latest")
 
 
 def test_the_config_says_what_was_trained(tmp_path):

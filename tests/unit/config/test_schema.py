@@ -26,8 +26,18 @@ def compose(*overrides):
         return app.compose(list(overrides))
 
 
-def required(group, option):
+@pytest.fixture
+def pretrained(tmp_path):
+    """A directory that `model=hf` takes its shapes from."""
+    values = hf_config(compose("model=smollm2_135m").config.model, "bfloat16", bos_token_id=None, eos_token_id=None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+def required(group, option, pretrained):
     """What an option needs besides its name, because it leaves values open."""
+    if option in ("hf", "smollm2_sft"):
+        return [f"model.pretrained={pretrained}"]
     return ["data.path=x.jsonl"] if option in ("openai", "sharegpt", "alpaca", "prompt_completion") else []
 
 
@@ -75,16 +85,16 @@ def test_an_adapter_is_the_same_for_every_model():
     assert lora == LoRAConfig(rank=8, targets=["q_proj", "v_proj"])
 
 
-@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] != "hf"])
-def test_every_option_of_every_group_composes(group, option):
-    composition = compose(f"{group}={option}", *required(group, option))
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group, option, pretrained):
+    composition = compose(f"{group}={option}", *required(group, option, pretrained))
     assert composition.choices[group] == option
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ("experiment", "debug")])
-def test_values_of_an_experiment_survive(group, option):
+def test_values_of_an_experiment_survive(group, option, pretrained):
     wanted = OmegaConf.load(CONF / group / f"{option}.yaml")
-    config = OmegaConf.structured(compose(f"{group}={option}").config)
+    config = OmegaConf.structured(compose(f"{group}={option}", *required(group, option, pretrained)).config)
     for key in known_keys():
         value = OmegaConf.select(wanted, key)
         if value is not None and not OmegaConf.is_dict(value):
