@@ -134,7 +134,7 @@ def plain(config, stack: ExitStack) -> tuple[Callable, int]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step, count(model)
 
