@@ -85,7 +85,7 @@ def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[l
         try:
             jobs.append(_check(app, fixed, overrides, first + number, directory, jobs))
         except RefusedError as error:
-            raise RefusedError(f"job {first + number} ({' '.join(overrides)}): {error}") from None
+            raise RefusedError(f"job {number + 1} of {len(swept)} ({' '.join(overrides)}): {error}") from None
     return Draft(directory, fixed, [], sweep, _metric(sweep, jobs), jobs)
 
 

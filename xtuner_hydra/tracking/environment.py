@@ -34,7 +34,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
 
 def _command(argv: Sequence[str]) -> str:
     """The command line as a person types it."""
-    program, *arguments = argv
+    program, *arguments = argv or [""]
     module = Path(program).parent.name if Path(program).name == "__main__.py" else None
     return f"python -m {module} {shlex.join(arguments)}".rstrip() if module else shlex.join([Path(program).name, *arguments])
 

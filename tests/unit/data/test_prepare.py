@@ -107,4 +107,4 @@ def test_data_json_tells_contents_apart(config, tmp_path):
         prepare(config, ByteTokenizer(), progress=False).save(tmp_path)
         saved = json.loads((tmp_path / "data.json").read_text())
         assert [saved[part]["hashes"] for part in ("train", "eval")] == [[digest] for digest in digests]
-        assert saved["train"]["cache"].endswith(saved["train"]["fingerprint"])
+        assert saved["train"]["sources"][0]["cache"].endswith(saved["train"]["fingerprint"])

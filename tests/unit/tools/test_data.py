@@ -60,12 +60,12 @@ def test_as_many_samples_as_asked_for(say, lines, option, count):
 def test_what_was_cut_left_out_or_skipped_is_told_with_its_place(say, lines):
     _, text = say(*OURS)
     assert "1 cut to the longest that is allowed" in text
-    assert re.search(r"cut to .*\n  chats\.jsonl line 3: 4\d\d tokens", text)
+    assert re.search(r"cut to .*\n  \S*chats\.jsonl line 3: 4\d\d tokens", text)
     assert "1 left out: no supervised token" in text
-    assert re.search(r"left out: .*\n  chats\.jsonl line 4: ", text)
+    assert re.search(r"left out: .*\n  \S*chats\.jsonl line 4: ", text)
     assert "1 lines skipped (1 JSON)" in text
     _, text = say(*OURS, "data.overlong=drop")
-    assert re.search(r"1 dropped as longer than allowed .*\n  chats\.jsonl line 3: ", text)
+    assert re.search(r"1 dropped as longer than allowed .*\n  \S*chats\.jsonl line 3: ", text)
 
 
 def test_lengths_and_packs_add_up(say, lines):
@@ -78,8 +78,8 @@ def test_lengths_and_packs_add_up(say, lines):
 def test_each_source_of_a_mixture_is_shown(say, lines, tmp_path):
     write_lines(tmp_path / "texts.jsonl", [{"text": "hello there"}])
     _, text = say("data=openai", "data.sources=[{path: chats.jsonl},{path: texts.jsonl,format: text}]", "data.bad_lines=skip", "-n1")
-    assert "--- chats.jsonl line 1" in text
-    assert "--- texts.jsonl line 1: 12 tokens, 11 supervised\nh⟦ello there<|im_end|>⟧" in text
+    assert f"--- {tmp_path}/chats.jsonl line 1" in text
+    assert f"--- {tmp_path}/texts.jsonl line 1: 12 tokens, 11 supervised\nh⟦ello there<|im_end|>⟧" in text
 
 
 @pytest.mark.parametrize(
