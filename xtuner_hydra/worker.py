@@ -45,6 +45,8 @@ from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
 
+AGAIN_SECONDS = 5
+
 
 def main() -> int:
     """Entry of a worker process."""
@@ -191,16 +193,21 @@ def _report(run_dir: Path) -> None:
 
 def _interrupt_on_sigterm() -> None:
     """SIGTERM ends a run as Ctrl-C does: trackers closed, status written."""
+    signal.signal(signal.SIGTERM, _interrupt)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # Python drops an exception that is raised inside a destructor or a callback; if this one was, it comes again
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.alarm(AGAIN_SECONDS)
+    raise KeyboardInterrupt
 
 
 def _ignore_sigterm() -> None:
     """The run has ended and says so: the launcher, which ends the ranks of a failed run with SIGTERM, must not cut that short."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGALRM) is _interrupt:
+        signal.alarm(0)
 
 
 def die_with_parent() -> None:

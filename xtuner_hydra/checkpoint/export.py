@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 
 from xtuner_hydra.checkpoint.commit import commit
 from xtuner_hydra.config.schema import ModelConfig
@@ -168,6 +169,9 @@ def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
 def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once (a tied head is its embedding), under its name in the files, gathered from all ranks, on the CPU in `dtype`. Collective."""
     pieces = family_of(model.config).pieces
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass alone leaves weights gathered and in the compute dtype
     for name, value in merged(model):
         value = value.to("cpu", dtype)
         for piece, index in pieces(name, tuple(value.shape)):
