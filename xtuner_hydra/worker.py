@@ -46,6 +46,7 @@ from xtuner_hydra.trainer import Trainer
 log = logging.getLogger("xtuner_hydra")
 
 AGAIN_SECONDS = 5
+"""After which a SIGTERM that did not end the run is raised again."""
 
 
 def main() -> int:
