@@ -39,6 +39,11 @@ def train(argv: list[str]) -> int:
         from xtuner_hydra.launch import follow
 
         return follow()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        from xtuner_hydra.launch import continue_after_crash
+
+        if (code := continue_after_crash()) is not None:
+            return code
     from xtuner_hydra.app import App
 
     with App(argv) as app:

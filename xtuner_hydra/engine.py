@@ -7,19 +7,21 @@ experts adds its load-balancing loss, which has a scope of its own (model/expert
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from xtuner_hydra.data.batch import PackedBatch
 from xtuner_hydra.errors import TrainingError
 from xtuner_hydra.model.experts import Routing, load_balancing_loss
 from xtuner_hydra.model.generation import generate, greedy
 from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.parallel.sharding import reshard
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class StepResult:
 
 
 class Engine:
-    """Trains `model` (after `parallelize`) with `optimizer` on `dp_size` data-parallel ranks."""
+    """Trains `model` (after `parallelize`) with `optimizer` on `dp_size` data-parallel ranks.
+
+    at_edge: called before every micro-batch and evaluation batch, on all ranks; what it raises leaves the weights as they are."""
 
     def __init__(self, model: CausalLM, optimizer: torch.optim.Optimizer, *, dp_size: int, max_grad_norm: float, nonfinite: str) -> None:
         self.model = model
@@ -42,26 +46,29 @@ class Engine:
         self.dp_size = dp_size
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
+        self.at_edge: Callable[[], None] = lambda: None
 
     def train_step(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int, lr: float) -> StepResult:
         """Take one step at learning rate `lr`. `supervised_tokens` counts the labels of the step on all ranks.
 
         Raises TrainingError on a non-finite loss or gradient before the update where the policy is `error`; with `skip` the update is left out."""
-        loss, more = self._backward(micro_batches, supervised_tokens)
-        grad_norm = self._clip()
-        # The update must not happen on a NaN, so this one number is read back in every step.
-        norm = float(grad_norm)
-        updated = math.isfinite(norm)
-        if not updated and self.nonfinite == "error":
-            raise TrainingError(
-                f"the gradient's norm is {norm}, the loss {float(loss)}; the update was not made. "
-                "Lower optimizer.lr, look at the data of this step, or set optimizer.nonfinite=skip to leave such updates out"
-            )
-        if updated:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            loss, more = self._backward(micro_batches, supervised_tokens)
+            grad_norm = self._clip()
+            # The update must not happen on a NaN, so these two numbers are read back in every step.
+            norm, loss_now = torch.stack([grad_norm.float(), loss]).tolist()
+            updated = math.isfinite(norm) and math.isfinite(loss_now)
+            if not updated and self.nonfinite == "error":
+                raise TrainingError(
+                    f"the gradient's norm is {norm}, the loss {loss_now}{self._offenders()}; the update was not made. "
+                    "Lower optimizer.lr, look at the data of this step, or set optimizer.nonfinite=skip to leave such updates out"
+                )
+            if updated:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()  # of a step that was broken off too
         return StepResult(loss, norm, updated, more)
 
     @torch.no_grad()
@@ -69,12 +76,11 @@ class Engine:
         """(mean cross-entropy, supervised tokens) over this rank's `batches` and those of all others; every rank must pass equally many."""
         device = next(self.model.parameters()).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        self.model.eval()  # no dropout
-        for batch in batches:
-            loss_sum, _ = self._loss_sum(batch)
-            total += torch.stack([loss_sum.double(), torch.tensor(len(batch.targets), dtype=torch.float64, device=device)])
-        self._reshard()
-        self.model.train()
+        with self._not_training():
+            for batch in batches:
+                self.at_edge()
+                loss_sum, _ = self._loss_sum(batch)
+                total += torch.stack([loss_sum.double(), torch.tensor(len(batch.targets), dtype=torch.float64, device=device)])
         dist.all_reduce(total)
         loss_sum, tokens = total.tolist()
         return loss_sum / tokens, int(tokens)
@@ -82,22 +88,35 @@ class Engine:
     def answer(self, prompt: Sequence[int], most: int, stop: Container[int]) -> list[int]:
         """The likeliest ids, up to `most`, that follow `prompt`, without the one of `stop` that ends them. Collective, with the same
         arguments and result on every rank; no random generator is used."""
-        self.model.eval()  # no dropout
-        ids = list(generate(self.model, prompt, most=most, stop=stop, choose=_agreed))
-        self._reshard()
-        self.model.train()
-        return ids
+        with self._not_training():
+            return list(generate(self.model, prompt, most=most, stop=stop, choose=_agreed))
 
-    def _reshard(self) -> None:
-        """Free the gathered weights. After a step the backward pass does; where there was none, who reads the parameters would find them whole."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """No dropout; afterwards free the gathered weights. After a step the backward pass does; where there was none, who reads the parameters
+        would find them whole."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            reshard(self.model)
+            self.model.train()
+
+    def _offenders(self, most: int = 5) -> str:
+        """`; not finite: the gradients of A, B and 7 more`, by the parameters' names, over all ranks. Collective."""
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        gradients = [self.model.get_parameter(name).grad for name in names]
+        bad = torch.stack([torch.zeros(()) if grad is None else (~_local(grad).isfinite()).any().float().cpu() for grad in gradients])
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        named = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
+        more = f" and {len(named) - most} more" if len(named) > most else ""
+        return f"; not finite: the gradients of {', '.join(named[:most])}{more}" if named else ""
 
     def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
         balance = _Balance(self.model, sum(batch.tokens for batch in micro_batches))
         for batch in micro_batches:
+            self.at_edge()
             loss_sum, routing = self._loss_sum(batch)
             loss = loss_sum / supervised_tokens
             # FSDP averages gradients over the ranks; their sum is meant
@@ -115,6 +134,10 @@ class Engine:
         """Scale the gradients down to `max_grad_norm` by their true norm over all ranks, and return that norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _agreed(logits: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Errors for people: each says what is wrong, where, and what to do, and knows its exit code (README, "Exit codes")."""
 
+from pathlib import Path
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
 
@@ -28,3 +31,23 @@ class TrainingError(Exception):
     """Training that cannot go on, with a message that stands on its own (no traceback needed). Exit code 1."""
 
     exit_code = EXIT_FAILED
+
+
+class SaveError(TrainingError):
+    """A checkpoint or an export that could not be written. The one before it stands."""
+
+    def __init__(self, directory: Path, rank: int | None, why: str) -> None:
+        """`rank`: whose failure it is, where there are several."""
+        who = f" (rank {rank})" if rank is not None else ""
+        super().__init__(
+            f"{directory} could not be saved{who}: {why}. What was committed before stands; "
+            "mend the cause (room on the disk, permissions) and continue with checkpoint.resume=auto"
+        )
+
+
+class Stopped(Exception):
+    """The end of a run before its plan's, on request; training can go on from what was saved."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code

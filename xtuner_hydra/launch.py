@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +20,7 @@ from omegaconf import MISSING
 
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.app import Composition
-from xtuner_hydra.checkpoint import state
-from xtuner_hydra.checkpoint.commit import step_of
+from xtuner_hydra.checkpoint import resume, state
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import changed
@@ -43,7 +43,7 @@ _WAIT = timedelta(days=1)  # for rank 0 to tokenise a large data set; torchrun e
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that nothing speaks against: resolved config, data, and the checkpoint it will continue from."""
+    """A run that nothing speaks against: resolved config, data, and the checkpoint it will continue from. began: seconds since the epoch."""
 
     composition: Composition
     config: Config
@@ -51,6 +51,7 @@ class Prepared:
     data: PreparedData
     tokenizer: Tokenizer
     checkpoint: Path | None
+    began: float
 
     @property
     def is_done(self) -> bool:
@@ -58,14 +59,14 @@ class Prepared:
         if self.config.checkpoint.resume != "auto":
             return False
         status = run_dirs.read_status(self.composition.run_dir)
-        done_by_status = status.get("state") == "completed" and status.get("step", -1) >= self.data.plan.total_steps
-        return done_by_status or (self.checkpoint is not None and step_of(self.checkpoint) >= self.data.plan.total_steps)
+        return bool(status.get("state") == "completed" and status.get("step", -1) >= self.data.plan.total_steps)
 
 
 def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool = False) -> Prepared:
     """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but the token cache.
 
     elsewhere: the run will be on another machine, whose devices are not known here."""
+    began = time.time()
     config = composition.config
     if elsewhere and config.parallelism.nproc_per_node is None:
         raise ConfigError("parallelism.nproc_per_node", None, "must be a number where the job runs on another machine")
@@ -78,7 +79,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     blueprint(config)  # refuses targets and patterns that fit nothing
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
-    checkpoint = state.find(config.checkpoint, composition.run_dir)
+    checkpoint = resume.find(config.checkpoint, composition.run_dir)
     resolve(config, ranks)
     if not elsewhere:
         config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
@@ -89,8 +90,9 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     data = prepare_data(config, tokenizer, progress=progress)
     refuse_ids_without_a_row((data.train, data.eval), config.model.vocab_size, tokenizer)
     if checkpoint is not None:
-        state.refuse_other_trajectory(checkpoint, state.trajectory(config, data.plan.fingerprint))
-    return Prepared(composition, config, ranks, data, tokenizer, checkpoint)
+        now = state.trajectory(config, data.train.cache.fingerprint)
+        resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)
+    return Prepared(composition, config, ranks, data, tokenizer, checkpoint, began)
 
 
 def resolve(config: Config, ranks: int) -> None:
@@ -140,7 +142,7 @@ def create(prepared: Prepared) -> None:
     """Make the run directory with all that workers read."""
     composition, directory = prepared.composition, prepared.composition.run_dir
     total_steps = prepared.data.plan.total_steps
-    run_dirs.create(directory, prepared.config, composition.overrides, _environment(composition), total_steps=total_steps)
+    run_dirs.create(directory, prepared.config, composition.overrides, _environment(prepared), total_steps=total_steps)
     write_json(directory / "changed.json", changed_here(prepared))
     prepared.data.save(directory)
 
@@ -155,24 +157,34 @@ def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
     return changed(prepared.config, default)
 
 
-def _environment(composition: Composition) -> dict[str, Any]:
-    origin = composition.rerun_of
-    return environment(sys.argv) | {"options": composition.choices} | ({"rerun_of": str(origin)} if origin else {})
+def _environment(prepared: Prepared) -> dict[str, Any]:
+    composition, origin = prepared.composition, prepared.composition.rerun_of
+    more = {"started": prepared.began, "options": composition.choices}
+    return environment(sys.argv) | more | ({"rerun_of": str(origin)} if origin else {})
 
 
 def publish(message: dict[str, object]) -> None:
     """Rank 0 under torchrun: tell the other ranks the run directory, or that there is nothing to do and with which code to exit."""
-    _store().set(_key(), json.dumps(message))
+    _store().set(_key(_attempt()), json.dumps(message))
 
 
 def follow() -> int:
     """The other ranks under torchrun: wait for rank 0's message and do as it says. They never compose."""
     store = _store()
-    store.wait([_key()], _WAIT)
-    message = json.loads(store.get(_key()))
+    store.wait([_key(_attempt())], _WAIT)
+    message = json.loads(store.get(_key(_attempt())))
     if "run_dir" not in message:
         return int(message["exit_code"])
-    return train_here(Path(message["run_dir"]))
+    return train_here(Path(message["run_dir"]), restarted=_attempt() > 0)
+
+
+def continue_after_crash() -> int | None:
+    """Rank 0 that torchrun has started again: go on with the run that the attempt before had begun; None where it had not begun one."""
+    store, before = _store(), _key(_attempt() - 1)
+    if not store.check([before]) or "run_dir" not in (message := json.loads(store.get(before))):
+        return None
+    publish(message)
+    return train_here(Path(message["run_dir"]), restarted=True)
 
 
 def _store() -> dist.Store:
@@ -180,5 +192,10 @@ def _store() -> dist.Store:
     return dist.PrefixStore("xtuner_hydra", store)
 
 
-def _key() -> str:
-    return f"run-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _attempt() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _key(attempt: int) -> str:
+    return f"run-{attempt}"

@@ -2,6 +2,9 @@
 
     python -m xtuner_hydra.ranks RUN_DIR RANKS          (how a sweep starts a job)
 
+Workers that crash are started anew from the last commit, up to parallelism.max_restarts times. What would fail the same way again (bad data,
+a NaN, a full disk) is not tried again, for which torch's own restarts have no word.
+
 Never sees Hydra: all it needs stands in the run directory."""
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import uuid
 from pathlib import Path
 
 from xtuner_hydra import run_dir as run_dirs
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED
 
 
 def main() -> int:
@@ -25,31 +29,43 @@ def main() -> int:
     return start_ranks(Path(directory), int(ranks))
 
 
+SHUTDOWN_SECONDS = 600
+"""What workers are given to save and end after a signal; a scheduler that has less patience kills them itself."""
+
+
 def start_ranks(directory: Path, ranks: int) -> int:
     """Train the run of `directory` on `ranks` ranks to its end; returns the exit code."""
-    _resolve_dtype(directory)
-    return train_here(directory) if ranks == 1 else _start_workers(directory, ranks)
+    restarts = _resolved(directory).parallelism.max_restarts
+    if ranks == 1 and restarts == 0:
+        return train_here(directory)
+    for left in range(restarts, -1, -1):
+        code, is_crash = _start_workers(directory, ranks, restarted=left < restarts)
+        if not is_crash or not left:
+            return code
+        print(f"starting the ranks again from the last checkpoint ({left} of {restarts} restarts left)", file=sys.stderr)
+    raise AssertionError
 
 
-def train_here(directory: Path) -> int:
+def train_here(directory: Path, *, restarted: bool = False) -> int:
     """Be one rank, the only one or one of a launcher's, in this process."""
     from xtuner_hydra.worker import train
 
-    return train(directory)
+    return train(directory, restarted=restarted)
 
 
-def _resolve_dtype(directory: Path) -> None:
-    """`param_dtype=auto` in the config of a job that was prepared on another machine: what it means on this one."""
+def _resolved(directory: Path) -> Config:
+    """The run's config; `param_dtype=auto` of a job that was prepared on another machine becomes what it means on this one."""
     config = run_dirs.read_config(directory)
     if config.parallelism.param_dtype == "auto":
         from xtuner_hydra.parallel.runtime import param_dtype
 
         config.parallelism.param_dtype = param_dtype("auto", config.trainer.device)
         run_dirs.write_config(directory, config)
+    return config
 
 
-def _start_workers(directory: Path, ranks: int) -> int:
-    """Run `ranks` workers to their end; the exit code, with the first failing rank's error on screen and in status.json."""
+def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int, bool]:
+    """Run `ranks` workers to their end; (exit code, whether they crashed), with the first failing rank's error on screen and in status.json."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -64,25 +80,36 @@ def _start_workers(directory: Path, ranks: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=SHUTDOWN_SECONDS,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says again, at length, what `_explain` says
     for stale in (directory / "logs").glob("*.error.json"):
         stale.unlink()
     try:
-        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory))
+        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory), *(["restarted"] if restarted else []))
     except ChildFailedError as error:
         return _explain(directory, {rank: failure.exitcode for rank, failure in error.failures.items()})
     except (SignalException, KeyboardInterrupt):
-        if run_dirs.read_status(directory).get("state") == "running":
-            run_dirs.write_status(directory, "interrupted", exit_code=EXIT_INTERRUPTED, error="interrupted (Ctrl-C or SIGTERM)")
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+        return _stopped(directory), False
+    return EXIT_DONE, False
 
 
-def _explain(directory: Path, codes: dict[int, int]) -> int:
-    """The first cause among the ranks that failed with `codes`: one that was killed, else the one that failed first."""
-    if EXIT_INTERRUPTED in codes.values():
+def _stopped(directory: Path) -> int:
+    """The exit code after a signal: what the ranks made of it, or 130 where they did not come to an end."""
+    status = run_dirs.read_status(directory)
+    if status.get("state") == "running":
+        run_dirs.write_status(directory, "interrupted", exit_code=EXIT_INTERRUPTED, error="stopped at once")
         return EXIT_INTERRUPTED
+    return int(status.get("exit_code", EXIT_INTERRUPTED))
+
+
+def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
+    """(exit code, whether it was a crash), and the first cause among the ranks that failed with `codes` on screen: one that was killed, else the
+    one that failed first."""
+    for code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
+        if code in codes.values():
+            return code, False
     causes = [json.loads(path.read_text(encoding="utf-8")) for path in (directory / "logs").glob("*.error.json")]
     # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace; only a rank that never wrote its error was struck itself
     told = {cause["rank"] for cause in causes}
@@ -99,10 +126,11 @@ def _explain(directory: Path, codes: dict[int, int]) -> int:
     text = text if struck else f"rank {rank}: {text}"
     print(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})", file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
+    is_crash = bool(struck or details or not causes)  # an error that stands on its own has no traceback
     before = run_dirs.read_status(directory)
     kept = {key: before[key] for key in ("step", "total_steps", "metrics") if key in before}
     run_dirs.write_status(directory, "failed", exit_code=code, error=text, **kept)
-    return code
+    return code, is_crash
 
 
 if __name__ == "__main__":

@@ -73,10 +73,15 @@ def read_overrides(directory: Path) -> list[str]:
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
+def read_environment(directory: Path) -> dict[str, Any]:
+    """environment.json of a run."""
+    environment: dict[str, Any] = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+    return environment
+
+
 def note(directory: Path, **entries: Any) -> None:
     """Add to environment.json what only the process that trains knows."""
-    path = directory / "environment.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+    write_json(directory / "environment.json", {**read_environment(directory), **entries})
 
 
 def write_status(directory: Path, state: str, **fields: Any) -> None:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing
+from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 
-from xtuner_hydra.checkpoint import export, state
-from xtuner_hydra.checkpoint.state import TrainState
+import torch.distributed as dist
+
+from xtuner_hydra.checkpoint import export, resume, state
+from xtuner_hydra.checkpoint.saver import Saver
+from xtuner_hydra.checkpoint.state import Snapshot, TrainState
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.loader import StepBatch, eval_batches, train_batches
-from xtuner_hydra.data.prepare import PreparedData
+from xtuner_hydra.data.prepare import PreparedData, changed_files
 from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.engine import Engine
-from xtuner_hydra.errors import TrainingError
+from xtuner_hydra.errors import Stopped, TrainingError
+from xtuner_hydra.files import sync_file
 from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.optim.schedules import learning_rate
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime
+from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.base import Sample, Trackers
 
 log = logging.getLogger("xtuner_hydra")
@@ -28,42 +35,95 @@ log = logging.getLogger("xtuner_hydra")
 class Trainer:
     """One run on one rank: data in, steps, metrics, evaluations and checkpoints out. `trackers` is empty on all ranks but the first."""
 
-    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, data: PreparedData, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        runtime: Runtime,
+        data: PreparedData,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        stopping: Stopping,
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.runtime = runtime
         self.data = data
         self.tokenizer = tokenizer
         self.engine = engine
+        self.stopping = stopping
         self.trackers = Trackers()
         self.total_steps = data.plan.total_steps
-        self.state = TrainState()
-        self.trajectory = state.trajectory(config, data.plan.fingerprint)
+        self.state = TrainState(schedule_steps=self.total_steps)
+        self.rng = state.rng_state()
+        self.trajectory = state.trajectory(config, data.train.cache.fingerprint)
+        self.saver = Saver(run_dir / "checkpoints", config.checkpoint, timedelta(seconds=config.parallelism.timeout))
         self.metrics: Row = {}
+        self.exported: int | None = None
+        self.told_of_changes = False
 
     def resume_if_possible(self) -> int | None:
         """Continue from the checkpoint that the config names; the step it was taken after, or None."""
-        checkpoint = state.find(self.config.checkpoint, self.run_dir)
+        found = [resume.find(self.config.checkpoint, self.run_dir) if self.runtime.rank == 0 else None]
+        dist.broadcast_object_list(found)  # one rank reads it all to see whether it is whole
+        checkpoint = found[0]
         if checkpoint is None:
             return None
         self.state = state.load(checkpoint, self.engine.model, self.engine.optimizer)
+        self.rng = state.rng_state()
+        exported = [export.exists(self.run_dir / "hf", self.state.step)]
+        dist.broadcast_object_list(exported)
+        self.saver.step = self.state.step
+        self.exported = self.state.step if exported[0] else None
         log.info(f"resumed from {checkpoint}: step {self.state.step}/{self.total_steps}, {self.state.tokens} tokens seen")
+        self.reconcile_schedule()
         return self.state.step
 
+    def reconcile_schedule(self) -> None:
+        """A run that is made longer keeps its schedule and then its last learning rate, which so never rises again; a shorter one decays sooner."""
+        before, now = self.state.schedule_steps, self.total_steps
+        if now > before:
+            rate = learning_rate(self.config.scheduler, before, before, self.config.optimizer.lr)
+            log.warning(
+                f"the run goes on to step {now}, its schedule was made for {before}: the learning rate stays at its end, {rate:.3g}"
+            )
+        elif now < before:
+            log.warning(
+                f"the run ends at step {now} now, its schedule was made for {before}: the learning rate goes down to its end sooner"
+            )
+            self.state.schedule_steps = now
+
     def fit(self) -> Row:
-        """Train to the end of the plan; returns the last metrics. Raises TrainingError when training cannot go on."""
+        """Train to the end of the plan; returns the last metrics.
+
+        Raises Stopped, after a save, where the run is asked to end before, and TrainingError when training cannot go on."""
         self.meter = Meter(self.runtime, self.config.model, DTYPES[self.config.parallelism.param_dtype])
-        for batch in self.batches():
-            self.train(batch)
-            if self.due(self.config.trainer.eval_interval):
-                self.evaluate()
-                self.sample()
-            if self.due(self.config.checkpoint.interval):
-                self.save()
-            if self.due(self.config.checkpoint.hf_interval):
-                self.export()
-            self.meter.restart_step()
+        self.engine.at_edge = self.stopping.check
+        self.stopping.reserve, self.stopping.save_failed = self.saver.expected_seconds, self.saver.failed
+        self.stopping.training = True
+        try:
+            if self.state.step > 0:
+                self.complete_step()  # what an earlier process may have left undone
+            for batch in self.batches():
+                self.train(batch)
+                self.complete_step()
+            self.saver.wait()
+        except Stopped as stop:
+            self.save_last_step(str(stop))
+            raise
+        self.warn_of_changed_data()
         return self.metrics
+
+    def complete_step(self) -> None:
+        """Whatever is due after the step just taken, and not done yet."""
+        if self.due(self.config.trainer.eval_interval) and not self.state.evaluation:
+            self.evaluate()
+            self.sample()
+        if self.due(self.config.checkpoint.interval) and self.saver.step != self.state.step:
+            self.save()
+        if self.due(self.config.checkpoint.hf_interval) and self.exported != self.state.step:
+            self.export()
+        self.meter.restart_step()
 
     def batches(self) -> Iterator[StepBatch]:
         """This rank's part of every step from the present one on, prefetched by a thread."""
@@ -75,18 +135,32 @@ class Trainer:
 
     def train(self, batch: StepBatch) -> None:
         """Take one step and report it."""
-        lr = learning_rate(self.config.scheduler, self.state.step, self.total_steps, self.config.optimizer.lr)
+        lr = learning_rate(self.config.scheduler, self.state.step, self.state.schedule_steps, self.config.optimizer.lr)
         micro_batches = [micro.to(self.runtime.device) for micro in batch.micro_batches]
         try:
             result = self.engine.train_step(micro_batches, batch.supervised_tokens, lr)
         except TrainingError as error:
-            raise TrainingError(f"step {self.state.step + 1}: {error} (samples of the step: {_some(batch.samples)})") from None
+            self.save_last_step("the step failed")
+            raise TrainingError(f"step {self.state.step + 1}: {error} (samples of the step: {self.places(batch.samples)})") from None
         self.state.advance(epoch=batch.epoch, tokens=batch.tokens, updated=result.updated)
+        self.rng = state.rng_state()  # what follows the step, or breaks off the next one, leaves it alone
         self.meter.count(batch)
-        if not result.updated:
-            log.warning(f"step {self.state.step}: gradient norm {result.grad_norm}; update left out ({self.state.skipped_updates} so far)")
         if self.state.step % self.config.trainer.log_interval == 0 or self.state.step == self.total_steps:
             self.report(self.meter.row(self.state, batch, result, lr, self.data.plan.epochs_after(self.state.step)))
+        if not result.updated:
+            self.skipped(result.grad_norm, batch.samples)
+
+    def skipped(self, grad_norm: float, samples: list[int]) -> None:
+        """Say that an update was left out; give up after optimizer.max_nonfinite in a row."""
+        in_a_row, most = self.state.skipped_in_a_row, self.config.optimizer.max_nonfinite
+        log.warning(f"step {self.state.step}: gradient norm {grad_norm}; update left out ({self.state.skipped_updates} so far)")
+        if in_a_row >= most:
+            self.save_last_step("too many updates were left out")
+            raise TrainingError(
+                f"step {self.state.step}: {in_a_row} updates in a row had a loss or gradient that is not finite, and "
+                f"optimizer.max_nonfinite={most}; the weights are those of step {self.state.step - in_a_row}. Lower optimizer.lr, or look at the "
+                f"data (samples of the step: {self.places(samples)})"
+            )
 
     def evaluate(self) -> None:
         """Mean loss over the held-out data, if there is any."""
@@ -96,7 +170,9 @@ class Trainer:
             self.data.eval.cache, self.data.eval.selection, self.config.data, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size
         )
         loss, tokens = self.engine.evaluate(batch.to(self.runtime.device) for batch in batches)
-        self.report({"train/step": self.state.step, "train/total_tokens": self.state.tokens, **evaluation(loss, tokens)})
+        values = evaluation(loss, tokens)
+        self.state.evaluation = values
+        self.report({"train/step": self.state.step, "train/total_tokens": self.state.tokens, **values})
 
     def sample(self) -> None:
         """Answer trainer.sample_prompts and show the answers. All ranks take part."""
@@ -108,14 +184,36 @@ class Trainer:
             self.trackers.show(samples)
 
     def save(self) -> None:
-        """Commit a checkpoint to resume from."""
-        directory = self.run_dir / "checkpoints"
-        state.save(directory, self.engine.model, self.engine.optimizer, self.state, self.trajectory, keep=self.config.checkpoint.keep)
-        log.info(f"checkpoint saved: {directory / f'step-{self.state.step}'}")
+        """Commit a checkpoint to resume from, or with checkpoint.asynchronous begin to."""
+        metrics = self.run_dir / "metrics.jsonl"
+        if self.runtime.rank == 0 and metrics.exists():
+            sync_file(metrics)  # a checkpoint must not outlive the rows that lead to it
+        tensors = state.trained_tensors(self.engine.model, self.engine.optimizer)
+        self.saver.save(Snapshot(tensors, deepcopy(self.state), self.trajectory, self.rng))
+        self.warn_of_changed_data()
+
+    def save_last_step(self, why: str) -> None:
+        """Before the run ends early: commit the last finished step, unless nothing is to be saved."""
+        self.saver.wait()
+        if self.config.checkpoint.interval is None:
+            log.warning(f"{why}; nothing is saved, as checkpoint.interval=null")
+        elif self.saver.step != self.state.step and self.state.step > 0:
+            log.info(f"{why}; step {self.state.step} is saved first")
+            self.save()
+            self.saver.wait()
+
+    def warn_of_changed_data(self) -> None:
+        """Say once which data files are not what was read from them; the run goes on with what it has read."""
+        if self.runtime.rank == 0 and not self.told_of_changes and (changed := changed_files(self.run_dir)):
+            log.warning(
+                f"data has changed since it was read: {', '.join(changed)}; this run trains on what it was, and can be resumed only on that"
+            )
+            self.told_of_changes = True
 
     def export(self) -> None:
         """Commit the weights as a Hugging Face directory: in the dtype of `pretrained`, fp32 for a model that started from random weights.
         Of an adapter, what checkpoint.hf_merge says."""
+        self.exported = self.state.step
         model, keep = self.config.model, self.config.checkpoint.hf_keep
         where = (self.run_dir / "hf", self.state.step, self.engine.model, model, self.tokenizer)
         if self.config.exports_adapter:
@@ -136,6 +234,8 @@ class Trainer:
         self.metrics |= row
         self.trackers.log(row)
 
-
-def _some(samples: list[int], most: int = 8) -> str:
-    return ", ".join(map(str, samples[:most])) + (f" and {len(samples) - most} more" if len(samples) > most else "")
+    def places(self, samples: list[int], most: int = 4) -> str:
+        """Where the first of `samples` come from, as FILE:LINE."""
+        places = [self.data.train.cache.locate(sample) for sample in samples[:most]]
+        more = f" and {len(samples) - most} more" if len(samples) > most else ""
+        return ", ".join(f"{file}:{line}" for file, line in places) + more

@@ -14,12 +14,13 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
+from xtuner_hydra.checkpoint.commit import numbered
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_dict
@@ -27,7 +28,7 @@ from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.show import first_sample
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.engine import Engine
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.metrics import Row
 from xtuner_hydra.model.adapters import blueprint
@@ -38,61 +39,75 @@ from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
-from xtuner_hydra.run_dir import note, read_config, read_overrides, write_status
+from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, write_status
+from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
 from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
 
-AGAIN_SECONDS = 5
-"""After which a SIGTERM that did not end the run is raised again."""
-
 
 def main() -> int:
-    """Entry of a worker process."""
+    """Entry of a worker process: RUN_DIR, and `resume` where it replaces one that failed."""
     die_with_parent()
-    return train(Path(sys.argv[1]), traceback_on_screen=False)
+    run_dir, *again = sys.argv[1:]
+    return train(Path(run_dir), traceback_on_screen=False, restarted=bool(again))
 
 
-def train(run_dir: Path, *, traceback_on_screen: bool = True) -> int:
-    """Train the run of `run_dir` on this rank; returns the exit code. The end, good or bad, is written to status.json by the first rank."""
+def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = False) -> int:
+    """Train the run of `run_dir` on this rank; returns the exit code. The end, good or bad, is written to status.json by the first rank.
+
+    restarted: go on from the run's own newest checkpoint, if it has one, whatever checkpoint.resume says."""
     rank = int(os.environ.get("RANK", 0))
     setup_logging(run_dir, rank, terminal=rank == 0)
     trainer: Trainer | None = None
     final: dict[str, Any] = {}
     code = EXIT_FAILED
-    try:
-        _interrupt_on_sigterm()
-        config = read_config(run_dir)
-        with runtime(config) as place:
-            trainer = build(config, run_dir, place)
-            with_trackers(trainer)
-            trainer.fit()
-        code, final = EXIT_DONE, {"state": "completed"}
-    except KeyboardInterrupt:
-        code, final = EXIT_INTERRUPTED, {"state": "interrupted", "error": "interrupted (Ctrl-C or SIGTERM)"}
-        log.warning("interrupted")
-    except RefusedError as error:
-        code, final = EXIT_REFUSED, {"state": "failed", "error": str(error)}
-        _report_failure(run_dir, rank, str(error), details="", on_screen=traceback_on_screen)
-    except Exception as error:
-        text = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-        final = {"state": "failed", "error": text}
-        details = "" if isinstance(error, TrainingError) else traceback.format_exc()
-        _report_failure(run_dir, rank, text, details, on_screen=traceback_on_screen)
-    finally:
-        _ignore_sigterm()
-        if rank == 0:
-            _finish(run_dir, trainer, {"exit_code": code, **(final or {"state": "failed", "error": "stopped"})})
+    stopping = Stopping()
+    with stopping.listening():
+        try:
+            config = read_config(run_dir)
+            if restarted and numbered(run_dir / "checkpoints"):
+                config.checkpoint.resume = "auto"
+            stopping.deadline = deadline(config, run_dir)
+            with runtime(config) as place:
+                trainer = build(config, run_dir, place, stopping)
+                with closing(trainer.saver):
+                    with_trackers(trainer)
+                    trainer.fit()
+            code, final = EXIT_DONE, {"state": "completed"}
+        except Stopped as stop:
+            code, final = stop.exit_code, {"state": "interrupted", "error": str(stop)}
+            log.warning(str(stop))
+        except KeyboardInterrupt:
+            code, final = EXIT_INTERRUPTED, {"state": "interrupted", "error": "interrupted twice (Ctrl-C): stopped at once"}
+            log.warning(final["error"])
+        except RefusedError as error:
+            code, final = EXIT_REFUSED, {"state": "failed", "error": str(error)}
+            _report_failure(run_dir, rank, str(error), details="", on_screen=traceback_on_screen)
+        except Exception as error:
+            text = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
+            final = {"state": "failed", "error": text}
+            details = "" if isinstance(error, TrainingError) else traceback.format_exc()
+            _report_failure(run_dir, rank, text, details, on_screen=traceback_on_screen)
+    if rank == 0:
+        _finish(run_dir, trainer, {"exit_code": code, **(final or {"state": "failed", "error": "stopped"})})
     return code
 
 
-def build(config: Config, run_dir: Path, place: Runtime) -> Trainer:
+def deadline(config: Config, run_dir: Path) -> float | None:
+    """When the run must have ended, in seconds since the epoch, by trainer.max_seconds after its command began; None: never."""
+    if config.trainer.max_seconds is None:
+        return None
+    return read_environment(run_dir)["started"] + config.trainer.max_seconds
+
+
+def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> Trainer:
     """Data, engine and trainer of this rank."""
     tokenizer = load_tokenizer(config.model)
     data = PreparedData.load(run_dir, config)
-    trainer = Trainer(config, run_dir, place, data, tokenizer, build_engine(config, place))
+    trainer = Trainer(config, run_dir, place, data, tokenizer, build_engine(config, place), stopping)
     _tell(trainer)
     return trainer
 
@@ -163,7 +178,6 @@ def _ranges(names: list[str]) -> list[str]:
 
 def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:
     """The cause first, then the traceback. Where other ranks fail in consequence, the launcher shows the first cause alone."""
-    _ignore_sigterm()
     if not on_screen:
         write_json(run_dir / "logs" / f"rank{rank}.error.json", {"rank": rank, "time": time.time(), "error": text, "traceback": details})
     extra = {} if on_screen else {"file_only": True}
@@ -178,7 +192,10 @@ def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> No
     step, total = (trainer.state.step, trainer.total_steps) if trainer else (0, None)
     if trainer:
         trainer.trackers.finish(final["state"], final["exit_code"])
-    write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
+    try:
+        write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
+    except OSError as error:  # a full disk: the exit code still tells
+        log.error(f"{error.filename}: {error.strerror}; status.json does not tell how the run ended")
     _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
 
@@ -190,25 +207,6 @@ def _report(run_dir: Path) -> None:
             write(run_dir)
         except Exception as error:
             log.warning(f"{write.__name__} failed, the run is not affected: {type(error).__name__}: {error}")
-
-
-def _interrupt_on_sigterm() -> None:
-    """SIGTERM ends a run as Ctrl-C does: trackers closed, status written."""
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Python drops an exception that is raised inside a destructor or a callback; if this one was, it comes again
-    signal.signal(signal.SIGALRM, _interrupt)
-    signal.alarm(AGAIN_SECONDS)
-    raise KeyboardInterrupt
-
-
-def _ignore_sigterm() -> None:
-    """The run has ended and says so: the launcher, which ends the ranks of a failed run with SIGTERM, must not cut that short."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGALRM) is _interrupt:
-        signal.alarm(0)
 
 
 def die_with_parent() -> None:

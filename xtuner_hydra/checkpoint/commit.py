@@ -1,8 +1,8 @@
-"""The commit protocol. A checkpoint exists once its directory has its final name, and not before:
+"""The commit protocol. A checkpoint or an export exists once its directory has its final name, and not before:
 
-    write into .step-N.tmp/ -> manifest.json (every file with its size) -> fsync everything -> rename to step-N/ -> fsync the parent
+    write into .step-N.tmp/ -> manifest.json (every file with its size and checksum) -> fsync everything -> rename to step-N/ -> fsync the parent
 
-A crash leaves a staging directory, which the next save of that name removes. Old ones go after the new one stands."""
+A crash leaves a staging directory, which the next save of that name removes. What a rank cannot write fails on all ranks, in words."""
 
 from __future__ import annotations
 
@@ -11,39 +11,65 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
-from xtuner_hydra.files import sync_directory, sync_tree, write_json
+from xtuner_hydra.errors import SaveError
+from xtuner_hydra.files import checksum, sync_directory, sync_tree, write_json
 
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 
 
-def commit(directory: Path, write: Callable[[Path], None], *, keep: int | None) -> Path:
-    """Let every rank `write` into a staging directory, then make it `directory`; it stays with the `keep` - 1 newest of its siblings
-    (None: with all).
+Checksums = dict[str, str]
+"""Names of files under a directory, each with its checksum."""
 
-    Collective: all ranks call it with the same arguments. `write` may itself be collective."""
+
+def commit(directory: Path, write: Callable[[Path], Checksums | None], *, group: dist.ProcessGroup | None = None) -> Path:
+    """Let every rank `write` into a staging directory, then make it `directory`. `write` returns the checksums that it knows already.
+
+    Collective over `group` (default: all ranks): all call it with the same arguments. `write` may itself be collective; it must then take
+    part to its end on every rank, whatever fails on one. Raises SaveError on all ranks where one of them fails."""
     staging = directory.with_name(f".{directory.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    write(staging)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _finish(staging, directory)
-        if keep is not None:
-            _remove_old(directory, keep)
-    dist.barrier()
+    on_first_rank(lambda: _begin(staging), directory, group)
+    known: Checksums = {}
+    for checksums in _together(lambda: write(staging), directory, group):
+        known |= checksums or {}
+    on_first_rank(lambda: _finish(staging, directory, known), directory, group)
     return directory
 
 
+def on_first_rank(action: Callable[[], object], directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Do `action`, which saves `directory` or belongs to it, on the first rank alone; SaveError on all where it fails. Collective."""
+    _together(action if dist.get_rank() == 0 else lambda: None, directory, group)
+
+
+def _together(action: Callable[[], Any], directory: Path, group: dist.ProcessGroup | None) -> list[Any]:
+    """Do `action` on every rank; all results by rank, or SaveError on all ranks where it failed on any. Collective."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as cause:
+        error = _in_words(cause)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, error), group)
+    for rank, (_, failed) in enumerate(outcomes):
+        if failed is not None:
+            raise SaveError(directory, rank if len(outcomes) > 1 else None, failed)
+    return [result for result, _ in outcomes]
+
+
 def committed(parent: Path) -> list[Path]:
-    """The committed step-N directories under `parent`, oldest first. Those whose files do not fit their manifest are left out."""
-    found = [path for path in parent.glob("step-*") if _NAME.fullmatch(path.name) and damage(path) is None]
-    return sorted(found, key=step_of)
+    """The committed step-N directories under `parent`, oldest first. Those whose files do not fit their manifest in size are left out."""
+    return [path for path in numbered(parent) if damage(path) is None]
+
+
+def numbered(parent: Path) -> list[Path]:
+    """All step-N directories under `parent`, whole or not, oldest first."""
+    return sorted((path for path in parent.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(directory: Path) -> int:
@@ -53,32 +79,70 @@ def step_of(directory: Path) -> int:
     return int(match[1])
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with a committed directory (a file that is missing or has another size), or None."""
+def damage(directory: Path, *, content: bool = False) -> str | None:
+    """What is wrong with a committed directory, or None: a manifest of another one, a file that is missing or has another size. `content`: or
+    another checksum, for which every file is read."""
     try:
-        sizes: dict[str, int] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "manifest.json is missing or cannot be read"
-    for name, size in sizes.items():
-        path = directory / name
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        files, name = manifest["files"], manifest["name"]
+        expected = {PurePosixPath(file): (entry["size"], entry["crc32"]) for file, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or cannot be read"
+    if name != directory.name and _NAME.fullmatch(directory.name):
+        return f"{MANIFEST} is that of {name}"
+    for file, (size, crc32) in expected.items():
+        if file.is_absolute() or ".." in file.parts:
+            return f"{MANIFEST} names {file}, which lies outside"
+        path = directory / file
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{file} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
+            return f"{file} has {path.stat().st_size} bytes, not {size}"
+        if content and checksum(path) != crc32:
+            return f"the content of {file} has changed since it was saved"
     return None
 
 
-def _remove_old(directory: Path, keep: int) -> None:
-    others = [path for path in committed(directory.parent) if path != directory]  # later ones too, of a run that went further
-    for old in others[: max(0, len(others) + 1 - keep)]:
+def remove(directory: Path) -> None:
+    """Delete a committed directory; a crash on the way leaves nothing that looks like one."""
+    shutil.rmtree(_set_aside(directory))
+
+
+def leftovers(parent: Path) -> list[Path]:
+    """What interrupted saves and removals left under `parent`."""
+    return [path for path in parent.glob(".step-*") if path.suffix in (".tmp", ".old") and path.is_dir()]
+
+
+def _begin(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _finish(staging: Path, directory: Path, known: Checksums) -> None:
+    names = [(path, str(path.relative_to(staging))) for path in sorted(staging.rglob("*")) if path.is_file()]
+    files = {name: {"size": path.stat().st_size, "crc32": known.get(name) or checksum(path)} for path, name in names}
+    write_json(staging / MANIFEST, {"name": directory.name, "files": files})
+    sync_tree(staging)
+    # the same step may be saved again, by a run that was resumed from before it
+    old = _set_aside(directory) if directory.exists() else None
+    os.rename(staging, directory)
+    sync_directory(directory.parent)
+    if old is not None:
         shutil.rmtree(old)
 
 
-def _finish(staging: Path, directory: Path) -> None:
-    files = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
-    write_json(staging / "manifest.json", {"files": files})
-    sync_tree(staging)
-    if directory.exists():  # the same step saved again, by a run that was resumed from before it
-        shutil.rmtree(directory)
-    os.rename(staging, directory)
-    sync_directory(directory.parent)
+def _set_aside(directory: Path) -> Path:
+    aside = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(directory, aside)
+    return aside
+
+
+def _in_words(error: Exception) -> str:
+    """The cause of a failure: of one that DCP has carried from rank to rank, the first rank's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {_in_words(cause)}" if isinstance(cause, Exception) else f"rank {rank}: {cause!r}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return f"{type(error).__name__}: {error}"

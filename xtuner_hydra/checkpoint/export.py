@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
 
-from xtuner_hydra.checkpoint.commit import commit
+from xtuner_hydra.checkpoint.commit import commit, damage, on_first_rank, remove
+from xtuner_hydra.checkpoint.retention import surplus
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
-from xtuner_hydra.files import sync_directory, umask, write_json
+from xtuner_hydra.files import readable_by_others, sync_directory, write_json
 from xtuner_hydra.model.adapters import ALL, adapted_names, is_adapter, merged, target_names, whole
 from xtuner_hydra.model.families import family_of, hf_config
 from xtuner_hydra.model.hub import published_name
 from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.parallel.sharding import reshard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights can be exported in."""
@@ -42,16 +43,20 @@ def export(
     the weights of its base, in fp32 before they are rounded to `dtype`.
 
     `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`."""
-    path = export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, keep=keep, shard_bytes=shard_bytes)
-    return _point_at(path)
+    return _publish(export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, shard_bytes=shard_bytes), keep)
+
+
+def exists(directory: Path, step: int) -> bool:
+    """Whether hf/step-N stands and is whole."""
+    return damage(directory / f"step-{step}") is None
 
 
 def export_adapter(directory: Path, step: int, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer, *, keep: int) -> Path:
     """Commit hf/step-N with the adapter alone, and point hf/latest at it. Collective."""
-    return _point_at(export_adapter_to(directory / f"step-{step}", model, config, tokenizer, keep=keep))
+    return _publish(export_adapter_to(directory / f"step-{step}", model, config, tokenizer), keep)
 
 
-def export_adapter_to(directory: Path, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer, *, keep: int | None = None) -> Path:
+def export_adapter_to(directory: Path, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer) -> Path:
     """Commit `directory` with the adapter alone in fp32, loadable by `PeftModel.from_pretrained` beside its base, `config.pretrained`. Collective."""
 
     def write(staging: Path) -> None:
@@ -61,7 +66,7 @@ def export_adapter_to(directory: Path, model: CausalLM, config: ModelConfig, tok
             write_json(staging / "adapter_config.json", peft_config(model, config))
             tokenizer.save(staging)
 
-    return commit(directory, write, keep=keep)
+    return commit(directory, write)
 
 
 def peft_config(model: CausalLM, config: ModelConfig) -> dict[str, Any]:
@@ -86,10 +91,15 @@ def peft_config(model: CausalLM, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _point_at(path: Path) -> Path:
-    if dist.get_rank() == 0:
+def _publish(path: Path, keep: int) -> Path:
+    """Point hf/latest at a committed export, and only then remove those that it follows."""
+
+    def publish() -> None:
         _point_latest(path)
-    dist.barrier()
+        for old in surplus(path.parent, keep, just_saved=path):
+            remove(old)
+
+    on_first_rank(publish, path)
     return path
 
 
@@ -100,10 +110,9 @@ def export_to(
     tokenizer: Tokenizer,
     *,
     dtype: str,
-    keep: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Commit `directory` itself as an export; `keep`: see `commit`. Collective."""
+    """Commit `directory` itself as an export. Collective."""
 
     def write(staging: Path) -> None:
         write_weights(staging, _full_tensors(model, DTYPES[dtype]), shard_bytes)
@@ -113,7 +122,7 @@ def export_to(
             write_json(staging / "generation_config.json", _generation(special, tokenizer.stop_token_ids))
             tokenizer.save(staging)
 
-    return commit(directory, write, keep=keep)
+    return commit(directory, write)
 
 
 def _generation(special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
@@ -125,22 +134,31 @@ def _generation(special: dict[str, int | None], stops: tuple[int, ...]) -> dict[
 
 def write_weights(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
     """Write named tensors (rank 0 does; the others take part in gathering them) into one file, or several with an index."""
+    if dist.get_rank() != 0:
+        for _ in tensors:
+            pass
+        return
+    try:
+        _write_shards(directory, tensors, shard_bytes)
+    finally:
+        for _ in tensors:  # a full disk must not leave the other ranks waiting for this one
+            pass
+
+
+def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
     shard: dict[str, torch.Tensor] = {}
     files: list[Path] = []
     index: dict[str, int] = {}
     total = size = 0
     for name, tensor in tensors:
-        if dist.get_rank() != 0:
-            continue
         if shard and size + tensor.nbytes > shard_bytes:
             files.append(_write_shard(directory, len(files), shard))
             shard, size = {}, 0
         shard[name] = tensor
         index[name] = len(files)
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    if dist.get_rank() == 0:
-        files.append(_write_shard(directory, len(files), shard))
-        _name_shards(files, index, total)
+    files.append(_write_shard(directory, len(files), shard))
+    _name_shards(files, index, total)
 
 
 def _write_shard(directory: Path, number: int, tensors: dict[str, torch.Tensor]) -> Path:
@@ -151,7 +169,7 @@ def _write_shard(directory: Path, number: int, tensors: dict[str, torch.Tensor])
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o666 & ~umask())  # safetensors writes 0600, which would shut out a colleague who may read the directory
+    readable_by_others(path)
 
 
 def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
@@ -169,9 +187,7 @@ def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
 def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once (a tied head is its embedding), under its name in the files, gathered from all ranks, on the CPU in `dtype`. Collective."""
     pieces = family_of(model.config).pieces
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass alone leaves weights gathered and in the compute dtype
+    reshard(model)  # a forward pass alone leaves weights gathered and in the compute dtype
     for name, value in merged(model):
         value = value.to("cpu", dtype)
         for piece, index in pieces(name, tuple(value.shape)):

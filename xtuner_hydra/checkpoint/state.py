@@ -1,10 +1,10 @@
-"""The training state that a checkpoint holds, and which checkpoint a run continues from.
+"""The training state that a checkpoint holds, and how it comes back.
 
-checkpoints/step-N/  *.distcp .metadata   weights and optimizer, sharded (torch.distributed.checkpoint); frozen weights are left out:
-                                          they come from where the run had them from, pretrained or the seed
-                     state.json           TrainState and what shaped the trajectory
-                     rng-R.json           rank R's random number generators
-"""
+checkpoints/step-N/  rank-R.safetensors tensors.json   weights and optimizer, sharded (storage.py); frozen weights are left out: they come
+                                                       from where the run had them from, pretrained or the seed
+                     state.json                        TrainState and what shaped the trajectory
+                     rng-R.json                        rank R's random number generators
+                     manifest.json                     every file with its size and checksum"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import base64
 import json
 import random
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,38 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from xtuner_hydra.checkpoint.commit import commit, committed, damage
-from xtuner_hydra.config.schema import CheckpointConfig, Config
+from xtuner_hydra.checkpoint.commit import Checksums
+from xtuner_hydra.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.errors import RefusedError
-from xtuner_hydra.files import write_json
+from xtuner_hydra.files import checksum, write_json
 from xtuner_hydra.model.pretrained import fingerprint
 
+Tensors = dict[str, torch.Tensor]
+
+_ORDER = ("sample_ratio", "max_length", "overlong", "pack_strategy", "pack_max_length", "shuffle", "eval_ratio")
+"""Keys of `data` that decide which samples form which step."""
+
 # frozen weights are missing; what a checkpoint lacks of the others, dcp.load refuses
-_PARTIAL = StateDictOptions(strict=False)
+_PARTIAL = StateDictOptions(strict=False, flatten_optimizer_state_dict=True)
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass
 class TrainState:
-    """Where a run stands after `step` optimizer steps. The data cursor is the step: the plan of packs is a pure function of config and data."""
+    """Where a run stands after `step` optimizer steps. The data cursor is the step: the plan of packs is a pure function of config and data.
+
+    skipped_in_a_row: updates left out since the last that was made. schedule_steps: length of the learning rate's schedule. evaluation: metrics
+    of the evaluation after this very step, if there was one."""
 
     step: int = 0
     epoch: int = 0
     tokens: int = 0
     skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    schedule_steps: int = 0
+    evaluation: dict[str, float | int | None] = field(default_factory=dict)
 
     def advance(self, *, epoch: int, tokens: int, updated: bool) -> None:
         """Count one finished step."""
@@ -54,32 +67,47 @@ class TrainState:
         self.epoch = epoch
         self.tokens += tokens
         self.skipped_updates += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        self.evaluation = {}
 
 
-def save(
-    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, trajectory: dict[str, Any], keep: int
-) -> None:
-    """Commit checkpoints/step-N. Collective."""
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, as of one moment. tensors: weights and optimizer state, this rank's shards, on the device or copied."""
 
-    def write(staging: Path) -> None:
-        weights, moments = _trained(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
-        write_json(staging / f"rng-{dist.get_rank()}.json", _rng_state())
+    tensors: Tensors
+    state: TrainState
+    trajectory: dict[str, Any]
+    rng: dict[str, Any]
+
+    def write(self, directory: Path, group: dist.ProcessGroup | None = None) -> Checksums:
+        """Write it into `directory`; the checksums of what this rank wrote. Collective over `group`."""
+        writer = SafetensorsWriter(directory)
+        dcp.save(self.tensors, storage_writer=writer, process_group=group)
+        rng = directory / f"rng-{dist.get_rank()}.json"
+        write_json(rng, self.rng)
         if dist.get_rank() == 0:
-            write_json(staging / "state.json", {"state": asdict(state), "trajectory": trajectory})
+            write_json(directory / "state.json", {"state": asdict(self.state), "trajectory": self.trajectory})
+        return writer.checksums | {rng.name: checksum(rng)}
 
-    commit(directory / f"step-{state.step}", write, keep=keep)
+
+def trained_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights that are trained and the optimizer's state, under flat names; they share the memory of model and optimizer. Collective."""
+    weights, moments = _trained(model, optimizer)
+    return _tensors("model", weights) | _tensors("optimizer", moments)
 
 
 def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Read a checkpoint of ours into `model` and `optimizer`, whatever number of ranks wrote it. Collective."""
+    """Read a checkpoint of ours into `model` and `optimizer`, whatever number of ranks wrote it. Collective.
+
+    Raises RefusedError where it does not fit them."""
     weights, moments = _trained(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
+    _read(checkpoint, _tensors("model", weights) | _tensors("optimizer", moments))
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_PARTIAL)
     rng = checkpoint / f"rng-{dist.get_rank()}.json"
     if rng.exists():  # a rank that the earlier run did not have starts from its seed
-        _set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
-    return TrainState(**_state_file(checkpoint)["state"])
+        set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
+    return TrainState(**state_file(checkpoint)["state"])
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -88,19 +116,28 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
     Raises RefusedError where they do not fit the model."""
     weights = _without_frozen(model, get_model_state_dict(model))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
-            dcp.load({"model": weights}, checkpoint_id=checkpoint)
-    except (dcp.CheckpointException, ValueError, RuntimeError) as error:
-        raise RefusedError(f"{checkpoint}: its weights do not fit the model of config.yaml ({_last_line(error)})") from None
+    _read(checkpoint, _tensors("model", weights))
     set_model_state_dict(model, weights, options=_PARTIAL)
 
 
 def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights that are trained, and the optimizer's state. Collective."""
-    weights, moments = get_state_dict(model, optimizer)
+    """Weights that are trained, and the optimizer's state under flat names, its hyperparameters among them. Collective."""
+    weights, moments = get_state_dict(model, optimizer, options=_FLAT)
     return _without_frozen(model, weights), moments
+
+
+def _read(checkpoint: Path, tensors: Tensors) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+            dcp.load(tensors, storage_reader=SafetensorsReader(checkpoint))
+    except (dcp.CheckpointException, ValueError, RuntimeError, OSError) as error:
+        raise RefusedError(f"{checkpoint}: its tensors do not fit the model of config.yaml ({_last_line(error)})") from None
+
+
+def _tensors(prefix: str, values: dict[str, Any]) -> Tensors:
+    """The tensors of `values`. The rest are hyperparameters, which come from the config."""
+    return {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _without_frozen(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
@@ -109,62 +146,27 @@ def _without_frozen(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str
     return {name: value for name, value in weights.items() if name not in frozen}
 
 
-def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
-    """The checkpoint that checkpoint.resume names, None to start at step 0. Raises RefusedError for a path that holds none."""
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        return newest(run_dir / "checkpoints")
-    path = Path(config.resume).resolve()
-    if not path.exists():
-        raise RefusedError(f"checkpoint.resume={config.resume}: no such file or directory")
-    if path.name.startswith("step-"):
-        if problem := damage(path):
-            raise RefusedError(f"checkpoint.resume={config.resume}: not a whole checkpoint: {problem}")
-        return path
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
-        raise RefusedError(f"checkpoint.resume={config.resume}: holds no checkpoint (checkpoints/step-N)")
-    return found
-
-
-def newest(parent: Path) -> Path | None:
-    """The newest committed checkpoint under `parent`."""
-    found = committed(parent)
-    return found[-1] if found else None
-
-
-def trajectory(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What a resumed run must share with the run it continues, or its steps would not follow on."""
+def trajectory(config: Config, content: str) -> dict[str, Any]:
+    """What a resumed run must share with the run it continues, or its steps would not follow on. `content`: fingerprint of the training data."""
     plain = to_dict(config)
     aside = {"pretrained", "strict", "tokenizer", "chat_template"} | ({"lora"} if config.model.adapter is None else set())
     model = {key: value for key, value in plain["model"].items() if key not in aside}
     base = config.model.pretrained if config.has_frozen else None  # or the checkpoint holds every weight
     return {
-        "data": data_fingerprint,
+        "data.path": content,
+        **{f"data.{key}": plain["data"][key] for key in _ORDER},
+        "data.sources": [source["sample_ratio"] for source in plain["data"]["sources"] or []],
         **{f"model.{key}": value for key, value in model.items()},
-        "model.pretrained (a hash of its weights)": base and fingerprint(base),
+        "model.pretrained": base and fingerprint(base),
         "optimizer.name": plain["optimizer"]["name"],
         "trainer.global_batch_size": plain["trainer"]["global_batch_size"],
         "trainer.seed": plain["trainer"]["seed"],
-        "trainer.freeze": plain["trainer"]["freeze"] or None,  # as in checkpoints from before the key
+        "trainer.freeze": plain["trainer"]["freeze"],
     }
 
 
-def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any]) -> None:
-    """RefusedError that lists what differs between the checkpoint's run and this one, where that changes the trajectory."""
-    before = _state_file(checkpoint)["trajectory"]
-    differences = [
-        f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-    ]
-    if differences:
-        raise RefusedError(
-            f"checkpoint.resume: {checkpoint} belongs to a run with another {', '.join(differences)}. "
-            "Give the same values, or start anew with checkpoint.resume=never"
-        )
-
-
-def _state_file(checkpoint: Path) -> dict[str, Any]:
+def state_file(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: `state` (TrainState's fields), `trajectory`."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
@@ -172,7 +174,7 @@ def _last_line(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """This rank's generators: torch on the CPU and, where it is used, on the GPU; NumPy's and Python's for user code."""
     state: dict[str, Any] = {"torch": _encode(torch.get_rng_state()), "python": random.getstate()}
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -182,7 +184,8 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put this rank's generators where `rng_state` found them."""
     torch.set_rng_state(_decode(state["torch"]))
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))

@@ -290,6 +290,10 @@ class ParallelismConfig:
     """Share of the decoder layers whose activations are recomputed in the backward pass instead of kept."""
     reshard_after_forward: bool = False
     """Free a layer's gathered weights after its forward pass: less memory, one more gather."""
+    max_restarts: int = 0
+    """Times that the ranks are started again, from the last checkpoint, after one of them crashed; under torchrun its own number counts."""
+    timeout: float = 1800.0
+    """Seconds that ranks wait for one that hangs before all of them end."""
 
     def __post_init__(self) -> None:
         if self.nproc_per_node is not None:
@@ -297,6 +301,8 @@ class ParallelismConfig:
         if self.dp_shard != -1:
             _at_least(1, "parallelism.dp_shard", self.dp_shard, "-1 (all), or a number of ranks")
         _at_least(1, "parallelism.dp_replicate", self.dp_replicate)
+        _at_least(0, "parallelism.max_restarts", self.max_restarts)
+        _positive("parallelism.timeout", self.timeout)
         _one_of("parallelism.param_dtype", self.param_dtype, ("auto", "bfloat16", "float32"))
         _one_of("parallelism.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
         _between(0, 1, "parallelism.recompute_ratio", self.recompute_ratio)
@@ -320,10 +326,13 @@ class OptimizerConfig:
     """Gradients longer than this (global norm) are scaled down to it."""
     nonfinite: str = "error"
     """On a NaN or infinite loss or gradient: `error` stops before the update, `skip` leaves that update out and counts it."""
+    max_nonfinite: int = 10
+    """`skip` gives up after so many updates in a row."""
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, ("adamw",))
         _one_of("optimizer.nonfinite", self.nonfinite, ("error", "skip"))
+        _at_least(1, "optimizer.max_nonfinite", self.max_nonfinite)
         _not_negative("optimizer.lr", self.lr)
         _not_negative("optimizer.weight_decay", self.weight_decay)
         _positive("optimizer.eps", self.eps)
@@ -360,6 +369,8 @@ class TrainerConfig:
     """Passes over the data."""
     total_tokens: int | None = None
     """Stop with the step that reaches this many tokens."""
+    max_seconds: float | None = None
+    """Save and stop (exit code 75) so that the run ends within so many seconds of its start, as a job's time limit asks; null = no limit."""
     global_batch_size: int | None = 1
     """Packs per optimizer step over all ranks; null = one a data-parallel rank."""
     seed: int = 42
@@ -383,6 +394,8 @@ class TrainerConfig:
         for name in ("total_steps", "epochs", "total_tokens", "global_batch_size"):
             if (value := getattr(self, name)) is not None:
                 _at_least(1, f"trainer.{name}", value)
+        if self.max_seconds is not None:
+            _positive("trainer.max_seconds", self.max_seconds)
         _at_least(1, "trainer.log_interval", self.log_interval)
         _interval("trainer.eval_interval", self.eval_interval)
         _at_least(1, "trainer.sample_tokens", self.sample_tokens)
@@ -408,8 +421,16 @@ class CheckpointConfig:
     """Steps between checkpoints to resume from; -1 = at the end only, null = never. Every interval saves at the end too."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep every checkpoint at a multiple of so many steps too, for good."""
+    keep_best: str | None = None
+    """Keep the checkpoint with the smallest value of this metric of an evaluation after its step too (`eval/loss`)."""
+    asynchronous: bool = False
+    """Save behind training, from a copy (as much memory as the weights and the optimizer's state take)."""
     resume: str = "never"
     """`never`, `auto` (the newest checkpoint of this run directory, else step 0), or a checkpoint or run directory to continue from in a new one."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys that may differ from those of the run that is resumed though they alter its trajectory (`data`, `trainer.seed`)."""
     hf_interval: int | None = -1
     """Steps between Hugging Face exports, like `interval`."""
     hf_keep: int = 1
@@ -421,6 +442,10 @@ class CheckpointConfig:
         _interval("checkpoint.interval", self.interval)
         _interval("checkpoint.hf_interval", self.hf_interval)
         _at_least(1, "checkpoint.keep", self.keep)
+        if self.keep_every is not None:
+            _at_least(1, "checkpoint.keep_every", self.keep_every)
+        if self.keep_best is not None:
+            _one_of("checkpoint.keep_best", self.keep_best, ("eval/loss", "eval/perplexity"))
         _at_least(1, "checkpoint.hf_keep", self.hf_keep)
 
 

@@ -256,3 +256,7 @@ def _cache_dir(configured: str | None) -> Path:
     if configured is not None:
         return Path(configured).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xtuner_hydra"
+
+
+def changed_files(run_dir: Path) -> list[str]:
+    return []

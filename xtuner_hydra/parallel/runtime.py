@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
     _seed(config, rank)
     # gloo beside NCCL: checkpoints and small agreements travel between CPUs
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, **_rendezvous())
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.parallelism.timeout), **_rendezvous())
     try:
         world = dist.get_world_size()
         replicate = config.parallelism.dp_replicate

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -47,3 +47,10 @@ def shard(model: CausalLM, mesh: DeviceMesh, config: ParallelismConfig, *, show_
         reshard = config.reshard_after_forward and module is not model.lm_head
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Free the weights that a forward pass has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

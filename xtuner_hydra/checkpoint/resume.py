@@ -1,0 +1,69 @@
+"""Which checkpoint a run continues from, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from xtuner_hydra.checkpoint.commit import damage, numbered
+from xtuner_hydra.checkpoint.state import state_file
+from xtuner_hydra.config.schema import CheckpointConfig
+from xtuner_hydra.errors import RefusedError
+
+log = logging.getLogger("xtuner_hydra")
+
+
+def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
+    """The checkpoint that checkpoint.resume names, read whole and found undamaged; None to start at step 0.
+
+    Raises RefusedError for a path that holds none, and where there are checkpoints but not one that is whole."""
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return _newest(run_dir / "checkpoints")
+    path = Path(config.resume).resolve()
+    if not path.exists():
+        raise RefusedError(f"checkpoint.resume={config.resume}: no such file or directory")
+    if path.name.startswith("step-"):
+        if problem := damage(path, content=True):
+            raise RefusedError(f"checkpoint.resume={config.resume}: not a whole checkpoint: {problem}")
+        return path
+    found = _newest(path / "checkpoints") or _newest(path)
+    if found is None:
+        raise RefusedError(f"checkpoint.resume={config.resume}: holds no checkpoint (checkpoints/step-N)")
+    return found
+
+
+def _newest(parent: Path) -> Path | None:
+    """The newest whole checkpoint under `parent`; damaged ones are passed over with a warning."""
+    problem = None
+    for path in reversed(numbered(parent)):
+        problem = damage(path, content=True)
+        if problem is None:
+            return path
+        log.warning(f"{path} is passed over: {problem}")
+    if problem is not None:
+        raise RefusedError(
+            f"{parent}: none of its checkpoints is whole (the oldest: {problem}), and starting over would overwrite what the run has left. "
+            "Start a new run in another directory, or remove them"
+        )
+    return None
+
+
+def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> None:
+    """RefusedError that lists what differs between the checkpoint's run and this one, where that changes the trajectory and is not `allowed`.
+
+    `allowed` holds keys, or groups of them (`model`)."""
+    before = state_file(checkpoint)["trajectory"]
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    refused = [key for key in differing if not {key, key.partition(".")[0]} & set(allowed)]
+    if not refused:
+        for key in differing:
+            log.warning(f"checkpoint.allow_change: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there")
+        return
+    differences = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in refused)
+    raise RefusedError(
+        f"checkpoint.resume: {checkpoint} belongs to a run with another {differences}. Give the same values, start anew with "
+        f"checkpoint.resume=never, or accept another trajectory with 'checkpoint.allow_change=[{','.join(refused)}]'"
+    )

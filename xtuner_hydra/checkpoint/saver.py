@@ -1,0 +1,78 @@
+"""Saves a run's checkpoints: at once, or behind training from a copy (checkpoint.asynchronous)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from xtuner_hydra.checkpoint import retention
+from xtuner_hydra.checkpoint.commit import commit, on_first_rank
+from xtuner_hydra.checkpoint.state import Snapshot
+from xtuner_hydra.config.schema import CheckpointConfig
+
+FIRST_SECONDS = 15.0
+"""What is set aside for a save before there has been one."""
+
+log = logging.getLogger("xtuner_hydra")
+
+
+class Saver:
+    """One at a time: a save waits for the one before it. `save` and `wait` are collective.
+
+    step: of the last checkpoint that was saved or begun. seconds: what the last one took."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, timeout: timedelta) -> None:
+        self.directory = directory
+        self.config = config
+        self.step: int | None = None
+        self.seconds = 0.0
+        self._pending: Future[None] | None = None
+        if config.asynchronous:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
+            # ranks agree on a save while training goes on, so not over its channel
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._stager = DefaultStager(StagingOptions(False, False, False, False))
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Commit checkpoints/step-N; with checkpoint.asynchronous begin to. Raises SaveError for this one, or for the one before it."""
+        self.wait()
+        self.step = snapshot.state.step
+        if not self.config.asynchronous:
+            return self._commit(snapshot, None)
+        copied = self._stager.stage(snapshot.tensors)
+        assert isinstance(copied, dict)
+        self._pending = self._thread.submit(self._commit, replace(snapshot, tensors=copied), self._group)
+
+    def wait(self) -> None:
+        """Until nothing is being saved. Raises SaveError where that failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def expected_seconds(self) -> float:
+        """What a save may take, with some room: from the last one, before that a guess."""
+        return 2 * (self.seconds or FIRST_SECONDS)
+
+    def failed(self) -> bool:
+        """Whether a save behind training has ended badly; `wait` raises why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def close(self) -> None:
+        """Let a save that is under way end, well or badly, without a word."""
+        if self.config.asynchronous:
+            self._thread.shutdown(wait=True)
+            self._stager.close()
+
+    def _commit(self, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
+        began = time.monotonic()
+        path = commit(self.directory / f"step-{snapshot.state.step}", lambda staging: snapshot.write(staging, group), group=group)
+        on_first_rank(lambda: retention.tidy(self.directory, self.config, path), path, group)
+        self.seconds = time.monotonic() - began
+        log.info(f"checkpoint saved: {path} ({self.seconds:.1f} s)")

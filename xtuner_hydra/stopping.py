@@ -1,0 +1,93 @@
+"""Stopping before the plan's end: signals, the time limit, a save that failed. All ranks agree before any of them stops.
+
+SIGTERM and SIGUSR1 (SLURM's warning) ask for a save and exit code 75, Ctrl-C for a save and 130; a second Ctrl-C stops at once. A signal's
+handler only notes it. The ranks compare notes at the edges of steps, micro-batches and evaluation batches, over a channel between CPUs."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from xtuner_hydra.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Stopped
+
+
+class Wish(IntEnum):
+    """Why to stop; where ranks differ, the greatest counts."""
+
+    NONE = 0
+    OUT_OF_TIME = 1
+    PREEMPTED = 2
+    INTERRUPTED = 3
+    SAVE_FAILED = 4
+
+
+SIGNALS = {signal.SIGTERM: Wish.PREEMPTED, signal.SIGUSR1: Wish.PREEMPTED, signal.SIGINT: Wish.INTERRUPTED}
+REASONS = {
+    Wish.OUT_OF_TIME: "trainer.max_seconds is near",
+    Wish.PREEMPTED: "asked to stop (SIGTERM or SIGUSR1)",
+    Wish.INTERRUPTED: "interrupted (Ctrl-C)",
+    Wish.SAVE_FAILED: "a checkpoint could not be saved",  # which says itself why
+}
+
+
+class Stopping:
+    """What this rank knows of wishes to stop.
+
+    deadline: seconds since the epoch by which the run must have ended, or None. reserve(): seconds that a last save needs."""
+
+    def __init__(self) -> None:
+        self.wish = Wish.NONE
+        self.training = False
+        self.deadline: float | None = None
+        self.reserve: Callable[[], float] = lambda: 0.0
+        self.save_failed: Callable[[], bool] = lambda: False
+        self._longest = 0.0
+        self._last = time.monotonic()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals. Once the block has ended they are ignored: what is left to do must not be cut short."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+    def check(self) -> None:
+        """At an edge: raise Stopped, on all ranks or on none, where any rank wishes to stop. Collective."""
+        self._longest = max(self._longest, time.monotonic() - self._last)
+        wish = torch.tensor(self._own_wish(), dtype=torch.int32)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(wish, dist.ReduceOp.MAX)
+        self._last = time.monotonic()
+        agreed = Wish(int(wish))
+        if agreed != Wish.NONE:
+            raise _stopped(agreed)
+
+    def _own_wish(self) -> Wish:
+        if self.save_failed():
+            return Wish.SAVE_FAILED
+        if self.wish == Wish.NONE and self.deadline is not None and time.time() + self._longest + self.reserve() > self.deadline:
+            return Wish.OUT_OF_TIME
+        return self.wish
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        wish, before = SIGNALS[signal.Signals(number)], self.wish
+        self.wish = max(wish, before)
+        if before == Wish.INTERRUPTED:  # a second one, or the launcher that dies after the first
+            raise KeyboardInterrupt
+        if not self.training:  # there is nothing to save yet; if Python drops this exception, the first edge finds the wish
+            raise _stopped(wish)
+
+
+def _stopped(wish: Wish) -> Stopped:
+    return Stopped(REASONS[wish], EXIT_INTERRUPTED if wish == Wish.INTERRUPTED else EXIT_PREEMPTED)
