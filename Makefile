@@ -1,16 +1,20 @@
-# make train [ARGS="optimizer.lr=1e-4"]   make test [ARGS="-k packing"]   make check
+# make train [ARGS="optimizer.lr=1e-4"]   make test [ARGS="-k packing"]   make test-faults   make check
 PYTHON ?= python3.11
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check format
+.PHONY: train test test-faults check format
 
 train: $(VENV)/.installed
 	$(BIN)/python -m xtuner_hydra model=qwen3_tiny data=openai_sft $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+# Processes killed at random moments, full disks, ranks that hang: half an hour.
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m faults --timeout 3600 $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -6,12 +6,14 @@ without them it is the only rank and needs no port."""
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -109,7 +111,10 @@ def _share_cores() -> None:
 
 
 def _seed(config: Config, rank: int) -> None:
-    torch.manual_seed(config.trainer.seed + rank)  # dropout: each rank leaves out others
+    seed = config.trainer.seed + rank  # dropout: each rank leaves out others
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         torch.use_deterministic_algorithms(True)
