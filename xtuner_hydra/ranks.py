@@ -84,7 +84,7 @@ def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says again, at length, what `_explain` says
-    for stale in (directory / "logs").glob("*.error.json"):
+    for stale in [*(directory / "logs").glob("*.error.json"), *(directory / "logs").glob("*.stuck.json")]:
         stale.unlink()
     try:
         elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory), *(["restarted"] if restarted else []))

@@ -40,11 +40,12 @@ REASONS = {
 class Stopping:
     """What this rank knows of wishes to stop.
 
-    deadline: seconds since the epoch by which the run must have ended, or None. reserve(): seconds that a last save needs."""
+    edges: passed so far. deadline: seconds since the epoch by which the run must have ended, or None. reserve(): seconds that a last save needs."""
 
     def __init__(self) -> None:
         self.wish = Wish.NONE
         self.training = False
+        self.edges = 0
         self.deadline: float | None = None
         self.reserve: Callable[[], float] = lambda: 0.0
         self.save_failed: Callable[[], bool] = lambda: False
@@ -64,6 +65,7 @@ class Stopping:
 
     def check(self) -> None:
         """At an edge: raise Stopped, on all ranks or on none, where any rank wishes to stop. Collective."""
+        self.edges += 1
         self._longest = max(self._longest, time.monotonic() - self._last)
         wish = torch.tensor(self._own_wish(), dtype=torch.int32)
         if dist.get_world_size() > 1:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from xtuner_hydra.files import sync_file
 from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.optim.schedules import learning_rate
-from xtuner_hydra.parallel.runtime import DTYPES, Runtime
+from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.base import Sample, Trackers
 
@@ -57,7 +56,7 @@ class Trainer:
         self.state = TrainState(schedule_steps=self.total_steps)
         self.rng = state.rng_state()
         self.trajectory = state.trajectory(config, data.train.cache.fingerprint)
-        self.saver = Saver(run_dir / "checkpoints", config.checkpoint, timedelta(seconds=config.parallelism.timeout))
+        self.saver = Saver(run_dir / "checkpoints", config.checkpoint, patience(config.parallelism))
         self.metrics: Row = {}
         self.exported: int | None = None
         self.told_of_changes = False

@@ -37,9 +37,10 @@ from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizer
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
+from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
-from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, write_status
+from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, read_status, write_status
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
@@ -75,7 +76,8 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
                 trainer = build(config, run_dir, place, stopping)
                 with closing(trainer.saver):
                     with_trackers(trainer)
-                    trainer.fit()
+                    with watchdog(config, run_dir, place, stopping):
+                        trainer.fit()
             code, final = EXIT_DONE, {"state": "completed"}
         except Stopped as stop:
             code, final = stop.exit_code, {"state": "interrupted", "error": str(stop)}
@@ -94,6 +96,21 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
     if rank == 0:
         _finish(run_dir, trainer, {"exit_code": code, **(final or {"state": "failed", "error": "stopped"})})
     return code
+
+
+def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> Watchdog:
+    """Ends all ranks where one hangs."""
+
+    def tell(rank: int, error: str, stack: str) -> None:
+        _report_failure(run_dir, rank, error, stack, on_screen=False)
+        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=f"rank {rank}: {error}", **_progress(run_dir))
+
+    return Watchdog(run_dir / "logs", place.rank, place.world_size, config.parallelism.timeout, lambda: stopping.edges, tell)
+
+
+def _progress(run_dir: Path) -> dict[str, Any]:
+    status = read_status(run_dir)
+    return {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
 
 
 def deadline(config: Config, run_dir: Path) -> float | None:

@@ -89,7 +89,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
     _seed(config, rank)
     # gloo beside NCCL: checkpoints and small agreements travel between CPUs
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.parallelism.timeout), **_rendezvous())
+    dist.init_process_group(backend, timeout=patience(config.parallelism), **_rendezvous())
     try:
         world = dist.get_world_size()
         replicate = config.parallelism.dp_replicate
@@ -97,6 +97,11 @@ def runtime(config: Config) -> Iterator[Runtime]:
         yield Runtime(rank, world, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def patience(parallelism: ParallelismConfig) -> timedelta:
+    """How long a collective operation may take: longer than the watchdog, which knows who is late and not only that someone is."""
+    return timedelta(seconds=1.5 * parallelism.timeout + 60)
 
 
 def _rendezvous() -> dict[str, Any]:
