@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, TrainingError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RefusedError, TrainingError) as error:
         print(f"xtuner_hydra: {error}", file=sys.stderr)
         code = error.exit_code
+    except Stopped as stop:
+        print(f"xtuner_hydra: {stop}", file=sys.stderr)
+        code = stop.exit_code
     except KeyboardInterrupt:
         print("xtuner_hydra: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -91,6 +91,10 @@ class Engine:
         with self._not_training():
             return list(generate(self.model, prompt, most=most, stop=stop, choose=_agreed))
 
+    def state_bytes(self) -> int:
+        """Bytes that this rank's part of the trained weights and of AdamW's two moments takes."""
+        return 3 * sum(_local(parameter).nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+
     @contextmanager
     def _not_training(self) -> Iterator[None]:
         """No dropout; afterwards free the gathered weights. After a step the backward pass does; where there was none, who reads the parameters

@@ -35,6 +35,7 @@ from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained
 from xtuner_hydra.parallel.runtime import param_dtype, ranks_here, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
+from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
 
@@ -119,8 +120,10 @@ def _absolute(path: Any) -> Any:
 
 
 def run(composition: Composition) -> int:
-    """Prepare and train; returns the exit code."""
-    return start(prepare(composition))
+    """Prepare and train; returns the exit code. Raises Stopped for a signal that comes while data is prepared."""
+    with Stopping().listening():
+        prepared = prepare(composition)
+    return start(prepared)
 
 
 def start(prepared: Prepared) -> int:

@@ -54,14 +54,13 @@ class Stopping:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals. Once the block has ended they are ignored: what is left to do must not be cut short."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        """Handle the signals in this block."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
         finally:
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
         """At an edge: raise Stopped, on all ranks or on none, where any rank wishes to stop. Collective."""
@@ -89,6 +88,12 @@ class Stopping:
             raise KeyboardInterrupt
         if not self.training:  # there is nothing to save yet; if Python drops this exception, the first edge finds the wish
             raise _stopped(wish)
+
+
+def ignore_signals() -> None:
+    """The run has ended: what is left to do, and to say, must not be cut short, say by a launcher that ends the ranks of a failed run."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stopped(wish: Wish) -> Stopped:

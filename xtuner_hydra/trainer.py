@@ -28,6 +28,11 @@ from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.base import Sample, Trackers
 
+SLOW_DISK = 100e6
+"""Bytes a second that a rank can surely save."""
+ENDING_SECONDS = 5.0
+"""What is set aside for closing the trackers and writing the report."""
+
 log = logging.getLogger("xtuner_hydra")
 
 
@@ -56,7 +61,8 @@ class Trainer:
         self.state = TrainState(schedule_steps=self.total_steps)
         self.rng = state.rng_state()
         self.trajectory = state.trajectory(config, data.train.cache.fingerprint)
-        self.saver = Saver(run_dir / "checkpoints", config.checkpoint, patience(config.parallelism))
+        guess = engine.state_bytes() / SLOW_DISK
+        self.saver = Saver(run_dir / "checkpoints", config.checkpoint, patience(config.parallelism), guess)
         self.metrics: Row = {}
         self.exported: int | None = None
         self.told_of_changes = False
@@ -98,7 +104,8 @@ class Trainer:
         Raises Stopped, after a save, where the run is asked to end before, and TrainingError when training cannot go on."""
         self.meter = Meter(self.runtime, self.config.model, DTYPES[self.config.parallelism.param_dtype])
         self.engine.at_edge = self.stopping.check
-        self.stopping.reserve, self.stopping.save_failed = self.saver.expected_seconds, self.saver.failed
+        self.stopping.reserve = lambda: self.saver.expected_seconds() + ENDING_SECONDS
+        self.stopping.save_failed = self.saver.failed
         self.stopping.training = True
         try:
             if self.state.step > 0:

@@ -41,7 +41,7 @@ from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, read_status, write_status
-from xtuner_hydra.stopping import Stopping
+from xtuner_hydra.stopping import Stopping, ignore_signals
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
 from xtuner_hydra.trainer import Trainer
@@ -81,20 +81,23 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
             code, final = EXIT_DONE, {"state": "completed"}
         except Stopped as stop:
             code, final = stop.exit_code, {"state": "interrupted", "error": str(stop)}
-            log.warning(str(stop))
+            log.warning(f"{stop}; go on with checkpoint.resume=auto hydra.run.dir={run_dir}")
         except KeyboardInterrupt:
             code, final = EXIT_INTERRUPTED, {"state": "interrupted", "error": "interrupted twice (Ctrl-C): stopped at once"}
             log.warning(final["error"])
         except RefusedError as error:
+            ignore_signals()
             code, final = EXIT_REFUSED, {"state": "failed", "error": str(error)}
             _report_failure(run_dir, rank, str(error), details="", on_screen=traceback_on_screen)
         except Exception as error:
+            ignore_signals()
             text = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
             final = {"state": "failed", "error": text}
             details = "" if isinstance(error, TrainingError) else traceback.format_exc()
             _report_failure(run_dir, rank, text, details, on_screen=traceback_on_screen)
-    if rank == 0:
-        _finish(run_dir, trainer, {"exit_code": code, **(final or {"state": "failed", "error": "stopped"})})
+        ignore_signals()
+        if rank == 0:
+            _finish(run_dir, trainer, {"exit_code": code, **final})
     return code
 
 

@@ -17,9 +17,6 @@ from xtuner_hydra.checkpoint.commit import commit, on_first_rank
 from xtuner_hydra.checkpoint.state import Snapshot
 from xtuner_hydra.config.schema import CheckpointConfig
 
-FIRST_SECONDS = 15.0
-"""What is set aside for a save before there has been one."""
-
 log = logging.getLogger("xtuner_hydra")
 
 
@@ -28,11 +25,12 @@ class Saver:
 
     step: of the last checkpoint that was saved or begun. seconds: what the last one took."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig, timeout: timedelta) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig, timeout: timedelta, first_guess: float) -> None:
+        """first_guess: seconds that a save may take, as long as there has been none."""
         self.directory = directory
         self.config = config
         self.step: int | None = None
-        self.seconds = 0.0
+        self.seconds = first_guess
         self._pending: Future[None] | None = None
         if config.asynchronous:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
@@ -57,8 +55,8 @@ class Saver:
             pending.result()
 
     def expected_seconds(self) -> float:
-        """What a save may take, with some room: from the last one, before that a guess."""
-        return 2 * (self.seconds or FIRST_SECONDS)
+        """What a save may take, with some room."""
+        return 2 * self.seconds
 
     def failed(self) -> bool:
         """Whether a save behind training has ended badly; `wait` raises why."""

@@ -20,7 +20,7 @@ from typing import Protocol
 from xtuner_hydra import launch, run_dir
 from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, TrainingError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, TrainingError
 from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, job_result, read_sweep
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
@@ -116,7 +116,7 @@ class Driver:
         self.seconds_before = plan.seconds
 
     def run(self) -> int:
-        """All jobs to their ends; returns the sweep's exit code. Ctrl-C and SIGTERM stop every job, and the report is written all the same.
+        """All jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM and SIGUSR1 stop every job, and the report is written all the same.
 
         Raises TrainingError where the sweep's directory cannot be written any more; its jobs are stopped then."""
         self.waiting = [job for job in self.plan.jobs if self._state(job) not in SETTLED]
@@ -129,20 +129,20 @@ class Driver:
             ) from None
 
     def _run(self) -> int:
-        interrupted = False
+        interrupted: int | None = None
         self._save("running")
-        with self.screen, _sigterm_interrupts():
+        with self.screen, _signals_interrupt():
             try:
                 self._go_on()
-            except KeyboardInterrupt:
-                interrupted = True
+            except KeyboardInterrupt as interrupt:
+                interrupted = EXIT_PREEMPTED if interrupt.args else EXIT_INTERRUPTED
                 self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
                 self._stop_all()
             with _without_interrupts():
                 completed = read_sweep(self.directory).count(*SETTLED) == self.plan.total and not interrupted
                 self._save("interrupted" if interrupted else "completed" if completed else "failed")
                 self._report()
-        return EXIT_INTERRUPTED if interrupted else EXIT_DONE if completed else EXIT_FAILED
+        return interrupted or (EXIT_DONE if completed else EXIT_FAILED)
 
     def _go_on(self) -> None:
         """Start and follow until nothing runs and nothing is left to start."""
@@ -344,7 +344,7 @@ def _without_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
@@ -353,17 +353,18 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does."""
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; the exception names the signal."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

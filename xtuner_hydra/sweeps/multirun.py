@@ -18,7 +18,7 @@ from xtuner_hydra import run_dir
 from xtuner_hydra.app import App, Composition
 from xtuner_hydra.config.names import job_name
 from xtuner_hydra.config.schema import SweepConfig
-from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, RefusedError
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
 from xtuner_hydra.reports.sweep import text, write_sweep
 from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
@@ -121,14 +121,14 @@ def _under_plugin(app: App, options: SweepConfig) -> int:
         plan.jobs += [one.job for one in draft.jobs]
         plan.total = len(plan.jobs)
         codes.append(_driver(app, draft, plan, Listed(), _launcher(app, draft)).run())
-        if codes[-1] == EXIT_INTERRUPTED:
+        if codes[-1] in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
             raise KeyboardInterrupt
         return read_sweep(directory).jobs[first:]
 
     try:
         app.multirun(batch)
     except KeyboardInterrupt:
-        codes.append(EXIT_INTERRUPTED)
+        codes.append(EXIT_INTERRUPTED if codes[-1] != EXIT_PREEMPTED else EXIT_PREEMPTED)
     _show(directory)
     return max(codes)
 
