@@ -33,7 +33,7 @@ log = logging.getLogger("xtuner_hydra")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
 _ROWS = 4096  # of embedding and head compared at a time
@@ -276,7 +276,7 @@ def _weight_files(directory: Path) -> list[Path]:
     else:
         files = [directory / _SINGLE]
     if missing := [file.name for file in files if not file.is_file()]:
-        if pickled := [path.name for path in sorted(directory.glob("*")) if path.suffix in _PICKLED]:
+        if pickled := sorted({path.suffix for path in directory.glob("*")} & _PICKLED):
             raise ConfigError(
                 KEY,
                 directory,
