@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError
+from xtuner_hydra.safe_text import printable, redact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verb(argv)(argv)
     except (RefusedError, TrainingError) as error:
-        print(f"xtuner_hydra: {error}", file=sys.stderr)
+        print(f"xtuner_hydra: {printable(redact(str(error)))}", file=sys.stderr)
         code = error.exit_code
     except Stopped as stop:
         print(f"xtuner_hydra: {stop}", file=sys.stderr)

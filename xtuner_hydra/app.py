@@ -29,14 +29,18 @@ from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
-from xtuner_hydra.config.names import job_name, run_name
+from xtuner_hydra.config.names import is_plain, job_name, run_name
 from xtuner_hydra.config.schema import Config, MoEConfig, RopeScaling, SweepConfig
-from xtuner_hydra.config.strict import did_you_mean, flatten, known_keys, to_config, to_group, unknown_key
+from xtuner_hydra.config.strict import did_you_mean, flatten, known_keys, targets, to_config, to_group, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
+from xtuner_hydra.safe_text import is_secret, redact, redacted
 
 PACKAGE = Path(__file__).parent
 CHECKOUT_CONF = PACKAGE.parent / "conf"
+_PLUGINS = ("hydra.launcher._target_", "hydra.sweeper._target_")  # Hydra takes installed plug-ins alone
+_SAMPLERS = "optuna.samplers."  # parts of the sweeper plug-in for Optuna
 DURATIONS = ("trainer.total_steps", "trainer.epochs", "trainer.total_tokens")
 
 
@@ -57,9 +61,11 @@ class Composition:
 class App:
     """Hydra, set up for one command line. Use as a context manager: Hydra keeps global state."""
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    def __init__(self, argv: Sequence[str], typed: Sequence[str] | None = None) -> None:
+        """typed: the words that the user has typed in this very command, where `argv` are others, which a directory has recorded."""
         self.args = self._parse_args(argv)
         self.overrides: list[str] = self.args.overrides
+        self.typed = self.overrides if typed is None else typed
         _register_resolvers()
 
     def __enter__(self) -> App:
@@ -114,7 +120,7 @@ class App:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
         parsed = self.check_overrides(overrides)
         with _readable_errors():
-            cfg = self.hydra.compose_config(self.config_name, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False)
+            cfg = self._composed(overrides)
         HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
@@ -123,12 +129,12 @@ class App:
         parsed = self.check_overrides([*overrides, *swept])
         with _readable_errors():
             texts = [*overrides, *swept, *self.hydra_overrides()]
-            cfg = self.hydra.compose_config(self.config_name, texts, run_mode=RunMode.RUN, with_log_configuration=False)
+            cfg = self._composed(texts)
             with read_write(cfg), open_dict(cfg):
                 cfg.hydra.job.num = number
                 cfg.hydra.overrides.task = swept
             HydraConfig.instance().set_config(cfg)
-            directory = sweep_dir / str(cfg.hydra.sweep.subdir)
+            directory = sweep_dir / _plain("hydra.sweep.subdir", cfg.hydra.sweep.subdir)
         return self._typed(cfg, [override.input_line or "" for override in parsed], directory)
 
     def hydra_overrides(self) -> list[str]:
@@ -186,7 +192,7 @@ class App:
     def _multirun_config(self) -> DictConfig:
         with _readable_errors():
             self.check_overrides(self.overrides)
-            cfg = self.hydra.compose_config(self.config_name, list(self.overrides), run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+            cfg = self._composed(self.overrides, RunMode.MULTIRUN)
         HydraConfig.instance().set_config(cfg)
         return cfg
 
@@ -194,12 +200,49 @@ class App:
     def defaults(self) -> Config:
         """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
         with _readable_errors():
-            cfg = self.hydra.compose_config(self.config_name, [], run_mode=RunMode.RUN, with_log_configuration=False)
+            cfg = self._composed([])
         HydraConfig.instance().set_config(cfg)
         try:
             return self._typed(cfg, []).config
         except RefusedError:
             return Config()
+
+    def _composed(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN, *, name: str | None = None) -> DictConfig:
+        """Hydra's composition of the file `name` (None: the main one). Raises RefusedError where a file names code to run."""
+        name = name or self.config_name
+        main = self.hydra.config_loader.repository.load_config(name)  # type: ignore[attr-defined]
+        for path in (OmegaConf.select(main.config, "hydra.searchpath") or []) if main else []:
+            if str(path).startswith("pkg://"):  # Hydra would import the package
+                raise RefusedError(
+                    f"hydra.searchpath: {path} (set in {name}.yaml) runs a package's code; say hydra.searchpath=[{path}] yourself"
+                )
+        cfg = self.hydra.compose_config(name, list(overrides), run_mode=mode, with_log_configuration=False)
+        plain = OmegaConf.to_container(cfg, resolve=False)
+        for key in targets(plain):
+            if key not in _PLUGINS and not str(OmegaConf.select(cfg, key)).startswith(_SAMPLERS):
+                raise unknown_key(key)
+        return cfg
+
+    def _refuse_unsafe(self, config: Config, where: Callable[[str], str]) -> None:
+        """RefusedError for a value that holds a secret, and for code of others that nobody has asked for in this command."""
+        for key, value in flatten(asdict(config)).items():
+            if redacted(value) != value:
+                raise RefusedError(
+                    f"{key}: holds a secret (of an environment variable, or what looks like a key), and a run writes its config down; "
+                    f"leave it in the environment (set in {redact(where(key))})"
+                )
+        sources = enumerate(config.data.sources or [])
+        formats = {"data.format": config.data.format, **{f"data.sources[{number}].format": one.format for number, one in sources}}
+        for key, name in formats.items():
+            if name is not None and ":" in name and not self.may_run(name):
+                raise RefusedError(
+                    f"{key}={name}: runs the function {name}, which a file names and not this command (set in {where(key)}); "
+                    "read it, then add --trust"
+                )
+
+    def may_run(self, name: str) -> bool:
+        """Whether the user has typed `name`, the name of some code, in this very command, or said --trust."""
+        return self.args.trust or any(name in word for word in self.typed)
 
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
         """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""
@@ -210,6 +253,8 @@ class App:
         with _readable_errors():
             where = functools.partial(self._where_set, overrides, choices)
             config = to_config(job, where)
+            self._refuse_unsafe(config, where)
+            _plain("hydra.job.name", hydra.job.name)
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
         return Composition(
             config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices, lambda: self.defaults
@@ -279,7 +324,9 @@ class App:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
         fill_from_pretrained(cfg)
         with _readable_errors():
-            again = to_config(cfg, functools.partial(self._where_set, task, dict(chosen)))
+            where = functools.partial(self._where_set, task, dict(chosen))
+            again = to_config(cfg, where)
+            self._refuse_unsafe(again, where)
             run_dir = Path(str(composed.hydra.run.dir)).resolve()
         return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
 
@@ -287,9 +334,7 @@ class App:
         """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
         groups = [f"{group}={option}" for group, option in chosen.items()]
         with _readable_errors():
-            cfg = self.hydra.compose_config(
-                self.config_name, [*groups, *self.hydra_overrides()], run_mode=RunMode.RUN, with_log_configuration=False
-            )
+            cfg = self._composed([*groups, *self.hydra_overrides()])
         with read_write(cfg), open_dict(cfg):
             cfg.hydra.runtime.choices.rerun = name
             cfg.hydra.overrides.task = task
@@ -301,7 +346,7 @@ class App:
 
     def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
         with _readable_errors():
-            alone = self.hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
+            alone = self._composed([], name=f"{group}/{option}")
         if group in cfg:
             cfg[group] = asdict(Config())[group]
         cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
@@ -332,6 +377,9 @@ class App:
     def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser = get_args_parser()
         parser.prog = "python -m xtuner_hydra"
+        parser.add_argument(
+            "--trust", action="store_true", help="Run code that a config or a run names (data.format=package.module:function)"
+        )
         return parser.parse_intermixed_args(list(argv))  # exits with 2, our code for a refusal too
 
 
@@ -387,12 +435,27 @@ def _conf_dir() -> str:
     return str(CHECKOUT_CONF) if (CHECKOUT_CONF / "config.yaml").is_file() else "pkg://xtuner_hydra.conf"
 
 
+def _plain(key: str, value: Any) -> str:
+    """`value` as the name that it must be."""
+    if not is_plain(str(value)):
+        raise ConfigError(key, value, "is a path; give a name")
+    return str(value)
+
+
+def _env(name: str, *default: Any) -> str | None:
+    """OmegaConf's `oc.env`, but a secret stays in the environment: what a config holds is written to disk, logged and tracked."""
+    if is_secret(name):
+        raise ValueError(f"${{oc.env:{name}}} would write a secret into the config; leave it in the environment, where it is found")
+    return oc.env(name, *default)
+
+
 @functools.cache
 def _register_resolvers() -> None:
     """The resolvers that conf/ uses; idempotent."""
     OmegaConf.register_new_resolver("example", lambda name: str(PACKAGE / "examples" / name))
     OmegaConf.register_new_resolver("run_name", lambda choices, overrides: run_name(choices, overrides))
     OmegaConf.register_new_resolver("job_name", lambda number, overrides: job_name(number, overrides))
+    OmegaConf.register_new_resolver("oc.env", _env, replace=True)
     # Hydra's own `now` repeats within a second only for one job; ours adds microseconds, so that runs started together differ
     OmegaConf.register_new_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
 

@@ -81,6 +81,9 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = resume.find(config.checkpoint, composition.run_dir)
+    if checkpoint is not None:
+        run_dirs.refuse_stray(checkpoint, home=checkpoint.parent.parent)
+        run_dirs.refuse_stray(checkpoint, trees=(".",))
     resolve(config, ranks)
     if not elsewhere:
         config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)

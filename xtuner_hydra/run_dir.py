@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,42 @@ from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import from_yaml, to_yaml
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import finite, write_json, write_text
+from xtuner_hydra.safe_text import redact, redacted
 
 QUIET_SECONDS = 15 * 60
 """A run on another host that has written nothing for so long is taken for dead."""
+
+
+_TREES = ("checkpoints", "hf", "logs")
+
+
+def refuse_stray(directory: Path, home: Path | None = None, trees: Sequence[str] = _TREES) -> None:
+    """RefusedError where something in a run directory leads out of it: `metrics.jsonl -> /etc/passwd` must be neither read nor written.
+
+    Looks at `directory` and what is directly in it, and at all of `trees`; what W&B and TensorBoard keep for themselves is not ours to read.
+    home: what must not be left, None for `directory`, which may be a link itself then."""
+    top = os.path.realpath(home or directory)
+    for path in _entries(directory, trees, itself=home is not None):
+        real = os.path.realpath(path)
+        if not Path(real).is_relative_to(top):
+            raise RefusedError(
+                f"{path}: a link that leads out of {top} (to {real}), which is not followed; "
+                "put its target there, or link the whole directory"
+            )
+        if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+            raise RefusedError(f"{path}: neither a file nor a directory; a run leaves nothing of that kind")
+
+
+def _entries(directory: Path, trees: Sequence[str], *, itself: bool) -> Iterator[Path]:
+    if itself:
+        yield directory
+    try:
+        yield from (directory / name for name in sorted(os.listdir(directory)))
+    except OSError:  # not there yet, or shut: whoever opens it says so
+        return
+    for tree in trees:
+        for root, directories, files in os.walk(directory / tree):
+            yield from (Path(root, name) for name in (*directories, *files))
 
 
 def holds_run(directory: Path) -> bool:
@@ -34,6 +68,8 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
         raise RefusedError(
             f"{key}={directory}: holds a run already. Choose another directory, or continue that run with checkpoint.resume=auto"
         )
+    if resuming:
+        refuse_stray(directory)
     existing = next(parent for parent in (directory, *directory.parents) if os.path.exists(parent))
     if not existing.is_dir():
         raise RefusedError(f"{key}={directory}: {existing} is a file, not a directory")
@@ -47,7 +83,8 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         write_config(directory, config)
         write_text(
-            directory / "overrides.yaml", "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
+            directory / "overrides.yaml",
+            "".join(f"- {json.dumps(redact(override), ensure_ascii=False)}\n" for override in overrides) or "[]\n",
         )
         write_json(directory / "environment.json", environment)
         write_status(directory, "running", step=0, total_steps=total_steps)
@@ -90,7 +127,7 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
         fields["metrics"] = finite(fields["metrics"])
     write_json(
         directory / "status.json",
-        {"state": state, "exit_code": None, "error": None, **fields, "time": time.time(), "process": this_process()},
+        {"state": state, "exit_code": None, "error": None, **redacted(fields), "time": time.time(), "process": this_process()},
     )
 
 

@@ -29,6 +29,11 @@ def job_name(number: int, overrides: Sequence[str]) -> str:
     return _safe(f"{number}_" + "-".join(parts)).rstrip("_")
 
 
+def is_plain(name: str) -> bool:
+    """Whether `name` is one part of a path, so that it cannot lead out of the directory in which it stands."""
+    return name not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f]", name)
+
+
 def _values(overrides: Sequence[str]) -> str:
     """`-lr1e-4` for every key that is overridden; paths and directories say little and are left out."""
     text = ""

@@ -471,6 +471,8 @@ class WandbConfig:
     def __post_init__(self) -> None:
         _one_of("tracking.wandb.mode", self.mode, ("auto", "online", "offline"))
         _one_of("tracking.wandb.artifacts", self.artifacts, ("none", "export", "checkpoint", "all"))
+        for name in ("project", "entity", "group", "name"):
+            _wandb_name(f"tracking.wandb.{name}", getattr(self, name), strict=name in ("project", "entity"))
 
 
 @dataclass
@@ -548,6 +550,18 @@ class Config:
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(key, value, f"must be one of {', '.join(choices)}")
+
+
+def _wandb_name(key: str, value: str | None, *, strict: bool) -> None:
+    """Names that W&B takes (`strict`: as parts of an address), and none that could be taken for a path to somewhere else."""
+    if value is None:
+        return
+    if re.search(r"[\x00-\x1f\x7f]", value) or not value.strip() or len(value) > 128:
+        raise ConfigError(key, repr(value), "must be 1 to 128 characters, without control characters")
+    if strict and re.search(r"[/\\#?%:]", value):
+        raise ConfigError(key, value, "must not hold any of / \\ # ? % :, as it becomes part of an address")
+    if value.startswith(("/", "~")) or ".." in re.split(r"[/\\]", value):
+        raise ConfigError(key, value, "is a path; give a name")
 
 
 def _format(key: str, value: str) -> None:

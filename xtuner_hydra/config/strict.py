@@ -6,10 +6,11 @@ dataclasses of schema.py. Nothing here imports Hydra."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
@@ -17,6 +18,10 @@ from xtuner_hydra.config.schema import Config, SourceConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 
 T = TypeVar("T")
+
+TARGET = "_target_"
+"""The key by which Hydra names a class or function to call."""
+_SCANNER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> dict[str, bool]:
@@ -43,6 +48,8 @@ def did_you_mean(word: str, candidates: list[str]) -> str:
 
 def unknown_key(key: str, where: str = "") -> RefusedError:
     """The error for a key that the schema does not have."""
+    if key.rpartition(".")[2] == TARGET:
+        return RefusedError(f"{key}: names code to call{f' (set in {where})' if where else ''}; a config holds values only")
     parent, keys = key.rpartition(".")[0], known_keys()
     hint = did_you_mean(key, [known for known, is_group in keys.items() if not is_group])
     if not hint and keys.get(parent):
@@ -59,6 +66,8 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
     Raises RefusedError (unknown key, wrong type, missing value, bad interpolation) or ConfigError (a value out of range)."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
+        for key in targets(plain):
+            raise unknown_key(key, where(key))
         _refuse_bad_sources(plain, where)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
@@ -91,11 +100,27 @@ def to_group(name: str, schema: type[T], cfg: DictConfig) -> T:
 
 
 def from_yaml(text: str) -> Config:
-    """The Config of a run's config.yaml. Raises RefusedError, or yaml.YAMLError for what is no YAML."""
+    """The Config of a run's config.yaml, which is plain data: a run directory may be a stranger's.
+
+    Raises RefusedError, for tags, anchors and interpolations too, or yaml.YAMLError for what is no YAML."""
+    refuse_what_is_no_data(text)
     cfg = OmegaConf.create(text)
     if not isinstance(cfg, DictConfig):
         raise RefusedError("config.yaml: holds a list, not groups of keys")
     return to_config(cfg, lambda key: "config.yaml")
+
+
+def targets(nested: Any, prefix: str = "") -> Iterator[str]:
+    """The full key of every `_target_` in nested dicts and lists."""
+    if isinstance(nested, dict):
+        for key, value in nested.items():
+            full = f"{prefix}.{key}" if prefix else str(key)
+            if key == TARGET:
+                yield full
+            yield from targets(value, full)
+    elif isinstance(nested, list):
+        for number, value in enumerate(nested):
+            yield from targets(value, f"{prefix}[{number}]")
 
 
 def to_yaml(config: Config) -> str:
@@ -126,6 +151,19 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def refuse_what_is_no_data(text: str) -> None:
+    """RefusedError for a config.yaml that no run has written: a run's values are resolved and plain, so a tag, an anchor (of which a few lines
+    can make gigabytes) or `${...}` is damage or an attack."""
+    for token in yaml.scan(text, Loader=_SCANNER):
+        where = f"config.yaml line {token.start_mark.line + 1}"
+        if isinstance(token, yaml.TagToken):
+            raise RefusedError(f"{where}: the YAML tag {''.join(map(str, filter(None, token.value)))} has no place in a run's config")
+        if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+            raise RefusedError(f"{where}: the YAML anchor {token.value} has no place in a run's config")
+        if isinstance(token, yaml.ScalarToken) and "${" in token.value:
+            raise RefusedError(f"{where}: {token.value[:80]!r} is an interpolation; a run's config is resolved, so this one was changed")
 
 
 def _refuse_bad_sources(plain: Any, where: Callable[[str], str]) -> None:

@@ -238,8 +238,10 @@ class ChatTemplate:
             )
         except TemplateSyntaxError as error:
             raise ConfigError(_KEY, self.name, f"line {error.lineno} is no Jinja ({error.message})") from None
-        except (TemplateError, TypeError, KeyError) as error:
+        except TemplateError as error:  # also where it reaches for what the sandbox forbids
             raise ValueError(f"the chat template refuses this conversation ({error})") from None
+        except Exception as error:  # a template is a program of others: it may divide by zero, or ask for too long a range
+            raise ValueError(f"the chat template fails on this conversation ({type(error).__name__}: {error})") from None
         return texts[0], [(int(start), int(stop)) for start, stop in marked[0]] if marked else []
 
     def _of(self, conversation: Conversation) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtuner_hydra.data.prepare import PreparedData, Source
 from xtuner_hydra.data.tokenizers import Tokenizer
+from xtuner_hydra.safe_text import printable
 
 LEFT, RIGHT = "⟦", "⟧"
 """Around supervised text where there are no colours."""
@@ -29,7 +29,7 @@ def pieces(tokenizer: Tokenizer, ids: NDArray[Any], supervised: NDArray[np.bool_
 def marked(parts: list[Piece], *, colours: bool) -> str:
     """The text with supervised pieces in colour, or in brackets. Control characters are written out: a file must not steer the terminal."""
     left, right = (_GREEN, _PLAIN) if colours else (LEFT, RIGHT)
-    return "".join(f"{left}{_visible(text)}{right}" if supervised else _visible(text) for text, supervised in parts)
+    return "".join(f"{left}{printable(text)}{right}" if supervised else printable(text) for text, supervised in parts)
 
 
 def sample_pieces(source: Source, tokenizer: Tokenizer, place: int) -> list[Piece]:
@@ -47,7 +47,3 @@ def first_sample(data: PreparedData, tokenizer: Tokenizer, width: int = 60, most
 
 def _shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
-
-
-def _visible(text: str) -> str:
-    return "".join(one if one in "\n\t" or category(one) != "Cc" else ascii(one)[1:-1] for one in text)

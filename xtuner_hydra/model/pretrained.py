@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from xtuner_hydra.config.names import is_plain
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.model.adapters import is_adapter
@@ -32,6 +33,7 @@ log = logging.getLogger("xtuner_hydra")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
 _ROWS = 4096  # of embedding and head compared at a time
@@ -84,7 +86,8 @@ def check_pretrained(config: ModelConfig) -> None:
     if config.pretrained is None:
         return
     directory = Path(config.pretrained)
-    HFConfig.read(directory)
+    if "auto_map" in HFConfig.read(directory).values:
+        log.warning(f"{directory}: config.json names code of its own (auto_map), which is never run; the decoder here is used")
     with torch.device("meta"):
         model = CausalLM(config)
     stored = _headers(directory)
@@ -267,15 +270,17 @@ def _weight_files(directory: Path) -> list[Path]:
         names = read_json(directory, _INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map")
+        if strange := [name for name in names.values() if not isinstance(name, str) or not is_plain(name)]:
+            raise ConfigError(KEY, directory, f"{_INDEX} names {strange[0]!r}; weights are files in the directory itself")
         files = [directory / name for name in sorted(set(names.values()))]
     else:
         files = [directory / _SINGLE]
     if missing := [file.name for file in files if not file.is_file()]:
-        if any(directory.glob("*.bin")):
+        if pickled := sorted({path.suffix for path in directory.glob("*")} & _PICKLED):
             raise ConfigError(
                 KEY,
                 directory,
-                "its weights are pickled (.bin), which are not read; convert them with transformers: "
+                f"its weights are pickled ({pickled[0]}), which can run code and are not read; convert them with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
         raise ConfigError(KEY, directory, f"it lacks {_some(missing, _FEW)}; is the download complete?")

@@ -12,7 +12,8 @@ import yaml
 from yaml import YAMLError
 
 from xtuner_hydra import run_dir
-from xtuner_hydra.config.strict import flatten
+from xtuner_hydra.config.strict import flatten, refuse_what_is_no_data
+from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking.base import Row
 
 _TAIL = 1 << 18
@@ -43,11 +44,12 @@ def glance(directory: Path) -> Glance:
     """Look at a run directory. Raises nothing for a damaged one."""
     try:
         return _glance(directory)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (RefusedError, OSError, ValueError, TypeError, AttributeError) as error:
         return _damaged(directory, " ".join(str(error).split()) or type(error).__name__)
 
 
 def _glance(directory: Path) -> Glance:
+    run_dir.refuse_stray(directory)
     status = run_dir.read_status(directory)
     if not status.get("state"):
         return _damaged(directory, "status.json is missing or cannot be read")
@@ -74,8 +76,9 @@ def _damaged(directory: Path, why: str) -> Glance:
 
 def _config(directory: Path) -> dict[str, Any]:
     try:
-        with (directory / "config.yaml").open(encoding="utf-8") as file:
-            config = yaml.load(file, _LOADER)
+        text = (directory / "config.yaml").read_text(encoding="utf-8")
+        refuse_what_is_no_data(text)
+        config = yaml.load(text, _LOADER)
     except (OSError, YAMLError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):

@@ -103,6 +103,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     if not (path / "config.yaml").is_file():
         sweep = "; it is a sweep, and its runs are the directories in it" if (path / "sweep.json").is_file() else ""
         raise RefusedError(f"{directory}: not a run directory (it has no config.yaml){sweep}")
+    run_dir.refuse_stray(path)
     return Run(
         path,
         _read("config.yaml", path, lambda path: copy.deepcopy(_config((path / "config.yaml").read_text(encoding="utf-8")))),

@@ -24,6 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from xtuner_hydra import run_dir
+from xtuner_hydra.config.names import is_plain
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.results.run import Run, load_run
@@ -74,10 +75,16 @@ class SweepPlan:
     @classmethod
     def load(cls, directory: Path) -> SweepPlan:
         """Read it. Raises RefusedError where there is none."""
+        run_dir.refuse_stray(directory / FILE_NAME, home=directory)
         try:
             plan = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             raise RefusedError(f"{directory}: not a sweep's directory (it has no readable {FILE_NAME})") from None
+        for job in plan["jobs"]:
+            if not is_plain(str(job["name"])):  # it is where files are written, and removed
+                raise RefusedError(
+                    f"{directory}: {FILE_NAME} calls a job {job['name']!r}, which is a path; a job's directory stands in the sweep's"
+                )
         return cls(**{**plan, "jobs": [Job(**job) for job in plan["jobs"]]})
 
 
@@ -253,6 +260,10 @@ def read_sweep(directory: Path) -> SweepResult:
 def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
     """A job as it stands in its directory."""
     directory = sweep_dir / job.name
+    try:
+        run_dir.refuse_stray(directory, home=sweep_dir)
+    except RefusedError as error:  # one job must not cost the others their report
+        return JobResult(job, None, None, "damaged", str(error))
     status = run_dir.read_status(directory)
     # status.json comes last of the files that a run begins with, so a run that has it can be read
     run = load_run(directory) if status and (directory / "config.yaml").is_file() else None

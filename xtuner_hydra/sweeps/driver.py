@@ -293,8 +293,10 @@ class Driver:
             return
         for job in self.plan.jobs:
             if self._state(job) in SETTLED and not (self.options.keep == "best" and job.number == best):
-                for name in ("checkpoints", "hf"):
-                    shutil.rmtree(self.directory / job.name / name, ignore_errors=True)
+                with suppress(RefusedError):  # what is elsewhere stays
+                    run_dir.refuse_stray(self.directory / job.name, home=self.directory)
+                    for name in ("checkpoints", "hf"):
+                        shutil.rmtree(self.directory / job.name / name, ignore_errors=True)
 
     def _stop_all(self) -> None:
         """End every running job: ask, wait, and after a while (or a second Ctrl-C) insist."""

@@ -22,6 +22,7 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, Ref
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
 from xtuner_hydra.reports.sweep import text, write_sweep
 from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
+from xtuner_hydra.safe_text import printable, redact
 from xtuner_hydra.sweeps import draft as drafts
 from xtuner_hydra.sweeps import space
 from xtuner_hydra.sweeps.draft import Draft
@@ -43,6 +44,8 @@ def sweep(app: App) -> int:
     if started_by_torchrun():
         raise RefusedError("-m: a sweep starts workers of its own; run it without torchrun, with parallelism.nproc_per_node=N")
     options = app.sweep_config()
+    if secret := [override for override in app.overrides if redact(override) != override]:
+        raise RefusedError(f"{redact(secret[0])}: holds a secret, and sweep.json keeps the command; leave it in the environment")
     if app.sweeper != "basic":
         return _under_plugin(app, options)
     if options.resume is None:
@@ -67,7 +70,7 @@ def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
         raise RefusedError(
             f"sweep.resume={directory}: was started in {plan.directory}, which cannot be entered ({error.strerror})"
         ) from None
-    with App(arguments) as recorded:
+    with App(arguments, typed=app.typed) as recorded:
         draft = drafts.draft(recorded, directory)
         if strange := {job.data for job in draft.jobs} - set(plan.data):
             raise RefusedError(
@@ -149,7 +152,7 @@ def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: L
 
 
 def _show(directory: Path) -> None:
-    print(f"\n{text(read_sweep(directory))}", flush=True)
+    print(printable(f"\n{text(read_sweep(directory))}"), flush=True)
     print(f"report: {directory / 'sweep.html'}", flush=True)
 
 
@@ -185,6 +188,7 @@ def _launcher(app: App, draft: Draft) -> Launcher:
     """The launcher that hydra/launcher names, fitted to the jobs. Raises RefusedError for one that is unknown or cannot be had."""
     name, options = app.launcher()
     target = options.pop("_target_", None)
+    _refuse_unsaid_commands(app, options)
     ranks = max(job.ranks for job in draft.jobs)
     if target == SUBMITIT:
         return Submitit(options, draft.directory, ranks=ranks, jobs=draft.total)
@@ -195,6 +199,15 @@ def _launcher(app: App, draft: Draft) -> Launcher:
     slots = Slots(**options)
     slots.fit(ranks, gpu_count(draft.jobs[0].config.trainer.device), max(job.memory_gb for job in draft.jobs), draft.total)
     return slots
+
+
+def _refuse_unsaid_commands(app: App, options: dict[str, Any]) -> None:
+    """RefusedError for shell commands and sbatch lines that stand in a file and not in this command."""
+    for key, value in options.items():
+        if value and (key in ("setup", "additional_parameters") or "\n" in str(value)) and not app.may_run(f"hydra.launcher.{key}"):
+            raise RefusedError(
+                f"hydra.launcher.{key}={value}: goes into the script of every job, but this command does not say so; add --trust"
+            )
 
 
 def _search(draft: Draft, plan: SweepPlan) -> Search:
@@ -234,7 +247,7 @@ def _recorded_arguments(app: App, plan: SweepPlan) -> list[str]:
         ["--config-dir", plan.config_dir] if plan.config_dir else [],
         ["--config-name", plan.config_name] if plan.config_name else [],
     ]
-    return ["-m", *(word for option in options for word in option), *before, *now]
+    return ["-m", *(["--trust"] if app.args.trust else []), *(word for option in options for word in option), *before, *now]
 
 
 def _refuse_taken(directory: Path) -> None:

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from xtuner_hydra.results.sweep import Job, SweepPlan
+from xtuner_hydra.safe_text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +47,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(f"[{_clock(time.monotonic() - self.started_at)}] {text}", markup=False)
+        self.console.print(f"[{_clock(time.monotonic() - self.started_at)}] {printable(text)}", markup=False)
 
     def started(self, job: Job, remark: str) -> None:
         """A job has started."""
@@ -74,7 +75,7 @@ def _table(running: Sequence[Followed], plan: SweepPlan) -> Table:
     for name in ("step", "loss", "tokens/s", "left"):
         table.add_column(name, justify="right", no_wrap=True)
     for followed in running:
-        table.add_row(str(followed.job.number), " ".join(followed.job.overrides), *_progress(followed))
+        table.add_row(str(followed.job.number), printable(" ".join(followed.job.overrides)), *_progress(followed))
     return table
 
 

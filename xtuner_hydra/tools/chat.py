@@ -15,6 +15,7 @@ from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.model.generation import Choose, generate, greedy, sampler
 from xtuner_hydra.model.transformer import CausalLM
+from xtuner_hydra.safe_text import printable
 from xtuner_hydra.trained import find, refuse_several_ranks
 
 _UNFINISHED = "\ufffd"  # how a decoder shows bytes that are no character yet
@@ -76,7 +77,7 @@ def talk(speaker: Speaker, opening: list[Message]) -> None:
         except KeyboardInterrupt:  # while typing, or before the answer has begun
             print()
         except RefusedError as error:
-            print(f"{error}; the conversation starts anew", file=sys.stderr)
+            print(f"{printable(str(error))}; the conversation starts anew", file=sys.stderr)
             messages = list(opening)
 
 
@@ -106,7 +107,7 @@ def _say(pieces: Iterator[str], said: list[str]) -> None:
     """Print an answer as it comes, and collect it in `said`."""
     for piece in pieces:
         said.append(piece)
-        print(piece, end="", flush=sys.stdout.isatty())
+        print(printable(piece), end="", flush=sys.stdout.isatty())
     print(flush=True)
 
 

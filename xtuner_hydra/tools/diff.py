@@ -12,6 +12,7 @@ from typing import Any
 from xtuner_hydra.config.strict import changed
 from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.results.run import Run, load_run
+from xtuner_hydra.safe_text import printable
 
 SHORT = 60
 """Lines of a difference between two uncommitted changes that are still shown."""
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("runs", metavar="RUN", nargs=2, help="a run directory")
     first, second = (load_run(directory) for directory in parser.parse_args(argv).runs)
-    print("\n".join(compare(first, second)), flush=True)
+    print(printable("\n".join(compare(first, second))), flush=True)
     return EXIT_DONE
 
 

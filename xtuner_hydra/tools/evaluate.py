@@ -19,14 +19,15 @@ from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.files import finite
 from xtuner_hydra.metrics import evaluation
 from xtuner_hydra.parallel.runtime import param_dtype, runtime
+from xtuner_hydra.safe_text import printable
 from xtuner_hydra.tools.rerun import again
 from xtuner_hydra.trained import Trained, find, on_one_rank, refuse_several_ranks
 from xtuner_hydra.worker import build_engine
 
-HELP = """usage: xtuner-hydra evaluate RUN_OR_DIR [KEY=VALUE]... [GROUP=OPTION]... [--json]
+HELP = """usage: xtuner-hydra evaluate RUN_OR_DIR [KEY=VALUE]... [GROUP=OPTION]... [--json] [--trust]
 
 Evaluate the newest checkpoint (or export) of the run RUN, or the model of a Hugging Face directory or Hub id, on data.eval_path.
---json prints one JSON object.
+--json prints one JSON object. --trust runs the function that RUN names in data.format=package.module:function, where it does.
 
   xtuner-hydra evaluate outputs/mine
   xtuner-hydra evaluate outputs/mine data.eval_path=other.jsonl
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         raise RefusedError("evaluate: there is no held-out data; give some with data.eval_path=FILE")
     refuse_ids_without_a_row([held_out], config.model.vocab_size, tokenizer)
     result = evaluate(trained, config, held_out)
-    print(json.dumps(finite(result)) if "--json" in argv else _sentence(result))
+    print(json.dumps(finite(result)) if "--json" in argv else printable(_sentence(result)))
     return EXIT_DONE
 
 

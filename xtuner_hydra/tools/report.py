@@ -13,6 +13,7 @@ from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.reports.sweep import FILES, text, write_sweep
 from xtuner_hydra.results.run import Run, find_runs, load_run
 from xtuner_hydra.results.sweep import FILE_NAME
+from xtuner_hydra.safe_text import printable
 
 DEFAULT = Path("comparison.html")
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
             raise RefusedError(f"report: {directory} is not a directory; give run directories, sweeps, or directories that hold some")
     first = arguments.directories[0] if len(arguments.directories) == 1 and arguments.to is None else None
     if first and (first / FILE_NAME).is_file():
-        print(text(write_sweep(first)))
+        print(printable(text(write_sweep(first))))
         written = [first / name for name in FILES]
     elif first and (first / "config.yaml").is_file():
         written = [write_run(first)]
@@ -52,7 +53,7 @@ def _readable(directories: Iterable[Path]) -> list[Run]:
         try:
             runs.append(load_run(directory))
         except RefusedError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {printable(str(error))}", file=sys.stderr)
     return runs
 
 

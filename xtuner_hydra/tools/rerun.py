@@ -21,15 +21,17 @@ from xtuner_hydra.app import App, Composition
 from xtuner_hydra.config.schema import Config, SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, DataError, RefusedError
 from xtuner_hydra.results.run import Run, load_run
+from xtuner_hydra.safe_text import printable
 from xtuner_hydra.tracking.environment import environment
 
 DECIDING = ("xtuner_hydra", "python", "torch", "numpy", "transformers", "safetensors")
 """Packages that the numbers depend on."""
 
-HELP = """usage: xtuner-hydra rerun RUN [KEY=VALUE]... [GROUP=OPTION]... [--config-dir DIR]
+HELP = """usage: xtuner-hydra rerun RUN [KEY=VALUE]... [GROUP=OPTION]... [--config-dir DIR] [--trust]
 
 Repeat the run of the directory RUN, exactly or with changes. GROUP=OPTION replaces the whole group by that option.
 hydra.run.dir=DIR chooses the directory; else it is outputs/<date>/<time>_<name of RUN>.
+--trust runs the function that RUN names in data.format=package.module:function, where it does; read it first.
 
   xtuner-hydra rerun outputs/mine
   xtuner-hydra rerun outputs/mine optimizer.lr=1e-4 trainer.total_steps=200
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     data = prepared.data.describe()
     refuse_other_data(run, data, composition.config, given)
     for line in differences(run, data, prepared.ranks):
-        print(f"not exactly the same: {line}", file=sys.stderr)
+        print(f"not exactly the same: {printable(line)}", file=sys.stderr)
     return launch.start(prepared)
 
 

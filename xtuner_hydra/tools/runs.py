@@ -20,6 +20,7 @@ from xtuner_hydra.config.strict import did_you_mean, known_keys, unknown_key
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.results.glance import Glance, glance
 from xtuner_hydra.results.run import find_runs
+from xtuner_hydra.safe_text import printable
 
 COLUMNS = ("run", "state", "steps", "train/loss", "eval/loss", "tokens/s", "overrides")
 STATUS = ("state", "step", "total_steps")  # what --where and --sort know beside keys of the config and metrics
@@ -125,7 +126,8 @@ def _cells(run: Glance) -> list[str]:
     """Texts in the order of COLUMNS."""
     numbers = [_number(run.metrics.get(name), digits) for name, digits in (("train/loss", 4), ("eval/loss", 4), ("throughput/e2e_tgs", 1))]
     steps = f"{run.step}/{run.total_steps or '?'}" if run.damage is None else ""
-    return [_path(run), run.state, steps, *numbers, run.damage or " ".join(map(_short, run.overrides))]
+    texts = [_path(run), run.state, steps, *numbers, run.damage or " ".join(map(_short, run.overrides))]
+    return [printable(text).replace("\n", "\\n") for text in texts]
 
 
 def _as_json(run: Glance) -> dict[str, Any]:

@@ -211,7 +211,10 @@ def runs(directory: Path) -> Iterator[Path]:
     if run_dir.holds_run(directory):
         yield directory
     elif (directory / sweep.FILE_NAME).exists():
-        yield from (path for job in sweep.SweepPlan.load(directory).jobs if run_dir.holds_run(path := directory / job.name))
+        for job in sweep.SweepPlan.load(directory).jobs:
+            run_dir.refuse_stray(directory / job.name, home=directory)
+            if run_dir.holds_run(directory / job.name):
+                yield directory / job.name
     else:
         raise RefusedError(f"{directory}: neither a run's directory (config.yaml) nor a sweep's ({sweep.FILE_NAME})")
 
@@ -219,6 +222,9 @@ def runs(directory: Path) -> Iterator[Path]:
 def offline(directory: Path) -> Offline:
     """What run directory `directory` has to push. W&B marks what it has pushed with a file `.synced`."""
     parts = sorted(directory.glob("wandb/offline-run-*/*.wandb"))  # their names begin with their time
+    run_dir.refuse_stray(directory)
+    for part in parts:
+        run_dir.refuse_stray(part.parent, home=directory, trees=("files",))  # W&B would push what a link there points to
     running = run_dir.state_of(directory, run_dir.read_status(directory)) == "running"
     return Offline(directory, [part.parent for part in parts if not _is_pushed(part)], running)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from xtuner_hydra.safe_text import LineFormatter
 from xtuner_hydra.tracking.base import Row, Sample
 
 log = logging.getLogger("xtuner_hydra")
@@ -69,7 +70,7 @@ def setup_logging(run_dir: Path, rank: int, *, terminal: bool) -> None:
         handlers.append(_Screen())
         handlers[-1].addFilter(lambda record: not getattr(record, "file_only", False))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(f"[xtuner_hydra][RANK {rank}][%(asctime)s][%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(LineFormatter(f"[xtuner_hydra][RANK {rank}][%(asctime)s][%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
 
 

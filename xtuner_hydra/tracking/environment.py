@@ -1,4 +1,5 @@
-"""environment.json: what a run was made with. Environment variables are left out, because they hold secrets."""
+"""environment.json: what a run was made with. Environment variables are left out, because they hold secrets; where the command line or the
+diff holds one of their values, it is hidden."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra.safe_text import redact
+
 PACKAGES = ("torch", "hydra-core", "omegaconf", "safetensors", "numpy", "transformers", "tensorboard", "wandb", "matplotlib")
 DIFF_BYTES = 1 << 20
 """A longer diff is cut here: a generated file must not swell every run directory."""
@@ -23,7 +26,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
     """Versions, hardware, git state of the caller's repository (of the working directory), command line, time."""
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": _command(argv),
+        "command": redact(_command(argv)),
         "directory": os.getcwd(),
         "versions": {"xtuner_hydra": _own_version(), "python": platform.python_version(), **_versions()},
         "git": _git(),
@@ -60,7 +63,7 @@ def _git() -> dict[str, Any] | None:
     if commit is None:
         return None
     diff = _output("git", "diff", "HEAD") or ""
-    return {"commit": commit, "dirty": bool(diff), "diff": diff[:DIFF_BYTES]}
+    return {"commit": commit, "dirty": bool(diff), "diff": redact(diff)[:DIFF_BYTES]}
 
 
 def _cpu() -> dict[str, Any]:

@@ -14,15 +14,19 @@ import math
 import netrc
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from xtuner_hydra.config.names import is_plain
 from xtuner_hydra.config.schema import WandbConfig
-from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.files import write_text
+from xtuner_hydra.safe_text import redact, redacted
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row, Sample
 
@@ -58,21 +62,25 @@ class WandbTracker:
             "name": config.name or _TIME.sub("", run_dir.name, count=1),
             "tags": _tags(config.tags, run_dir),
             "job_type": "train",
-            "config": {**resolved, **_origin(run_dir, overrides)},
+            "config": redacted({**resolved, **_origin(run_dir, overrides)}),
             "dir": str(run_dir),
             "id": self.id,
             "resume": "allow" if known else None,
             "reinit": "finish_previous",
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=ONLINE_SECONDS),
+            # git, code: W&B would take the diff, the remote's address and the program as they are; environment.json has them redacted
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=ONLINE_SECONDS, disable_git=True, save_code=False),
         }
-        try:
-            self.run = wandb.init(mode=mode, **arguments)
-        except wandb.Error as error:
-            if mode != "online" or config.mode == "online":
-                raise
-            log.warning(f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {run_dir}` uploads it later")
-            wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
-            self.run = wandb.init(mode="offline", **arguments)
+        with _redacted_command():
+            try:
+                self.run = wandb.init(mode=mode, **arguments)
+            except wandb.Error as error:
+                if mode != "online" or config.mode == "online":
+                    raise
+                log.warning(
+                    f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {run_dir}` uploads it later"
+                )
+                wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
+                self.run = wandb.init(mode="offline", **arguments)
         self.known_step = int(self.run.summary.get("_step") or 0)  # the server's; a run that is new or offline starts from none
         self.run.define_metric("train/step")
         self.run.define_metric("*", step_metric="train/step")
@@ -200,6 +208,17 @@ def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return nested
 
 
+@contextmanager
+def _redacted_command() -> Iterator[None]:
+    """W&B keeps the command line as it finds it in sys.argv."""
+    before = sys.argv
+    sys.argv = [redact(word) for word in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def _origin(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """How the run came about, for W&B's config. It stands beside the config's own groups, none of which has such a name."""
     environment = _environment(run_dir)
@@ -266,6 +285,8 @@ def _run_id(path: Path) -> tuple[str, bool]:
     """(id of the W&B run, whether this run directory has had it before): an agent's, else the one kept in `path`, else a new one, kept there."""
     kept = path.read_text(encoding="utf-8") if path.exists() else None
     wanted = os.environ.get("WANDB_RUN_ID") or kept or uuid.uuid4().hex[:12]
+    if not re.fullmatch(r"[\w.-]{1,128}", wanted) or not is_plain(wanted):  # W&B makes it part of the name of a directory
+        raise RefusedError(f"{wanted!r} is no id of a W&B run (from {'WANDB_RUN_ID' if wanted != kept else path})")
     if wanted != kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, wanted)
