@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections import Counter, deque
@@ -35,13 +36,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtuner_hydra.data.formats import Format, Sample, find_format, format_identity
+from xtuner_hydra.data.bad_lines import BadLine, Kind
+from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, find_format, format_identity, holds_nul
 from xtuner_hydra.data.readers import Part, records, split, unit
-from xtuner_hydra.data.tokenizers import Tokenizer
+from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync_directory, sync_tree, write_json
 
-VERSION = 3
+VERSION = 4
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")
@@ -57,7 +59,7 @@ log = logging.getLogger("xtuner_hydra")
 
 @dataclass(frozen=True)
 class Skipped:
-    """A line (or row) that was left out (data.bad_lines=skip). `kind`: `UTF-8`, `JSON` or `conversation`."""
+    """A line (or row) that was left out (data.bad_lines=skip). `kind`: a value of bad_lines.Kind."""
 
     file: str
     line: int
@@ -73,13 +75,15 @@ class TokenCache:
     """An open cache. lengths, supervised_lengths, lines: int64 (samples,).
 
     `supervised_lengths` counts the labels of a whole sample. `lines` are line numbers, from 1. `sample_counts`: samples of each file.
-    `largest_id`: of all tokens. `built`: made just now, not found. `file_hashes`: SHA-256 of each file, known to build_cache, which read them."""
+    `largest_id`: of all tokens. `built`: made just now, not found. Known to build_cache, which read the files: `file_hashes`, the SHA-256 of
+    each file, and `file_stamps`, its size and time of change (ns)."""
 
     def __init__(self, directory: Path, files: list[Path], meta: dict[str, Any]) -> None:
         self.directory = directory
         self.files = files
         self.built = False
         self.file_hashes: list[str] = []
+        self.file_stamps: list[tuple[int, int]] = []
         self.fingerprint: str = meta["fingerprint"]
         self.sample_counts: list[int] = meta["sample_counts"]
         self.largest_id: int = meta["largest_id"]
@@ -124,15 +128,15 @@ def build_cache(
     num_workers: processes that tokenise (None: one a core). progress: show a bar where stderr is a terminal. key: starts the messages.
     Raises DataError for a line that cannot be used (unless bad_lines is `skip`) and where none can; ConfigError where `cache_dir` cannot be
     written. Nothing is left behind then."""
-    before = _stamps(files)
+    stamps = _stamps(files)
     recipe = _Recipe(format, tokenizer, skip=bad_lines == "skip")
-    hashes = [_hash_file(file) for file in files]
+    hashes = [hash_file(file) for file in files]
     fingerprint = _fingerprint(hashes, recipe)
     directory = cache_dir / fingerprint
     if directory.exists():
         try:
             cache = open_cache(directory, files, verify=True)
-            cache.file_hashes = hashes
+            cache.file_hashes, cache.file_stamps = hashes, stamps
             return cache
         except CacheError as error:
             log.warning(f"token cache {directory} is broken ({error}); building it again")
@@ -140,12 +144,12 @@ def build_cache(
         writer = _Writer(staging, files, recipe, key)
         with closing(_parts(files, recipe, num_workers, progress)) as parts:
             writer.write(parts)
-        if _stamps(files) != before:
+        if _stamps(files) != stamps:
             raise DataError(f"{key}: {', '.join(map(str, files))}: changed while being read. Run again")
         writer.finish(fingerprint)
         _publish(staging, directory)
     cache = open_cache(directory, files)
-    cache.built, cache.file_hashes = True, hashes
+    cache.built, cache.file_hashes, cache.file_stamps = True, hashes, stamps
     return cache
 
 
@@ -194,7 +198,7 @@ def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:
             if (found := (directory / name).stat().st_size) != size:
                 raise CacheError(f"{name} has {found} bytes, not {size}")
         for name, digest in meta["hashes"].items() if verify else ():
-            if _hash_file(directory / name) != digest:
+            if hash_file(directory / name) != digest:
                 raise CacheError(f"the content of {name} has changed")
         return meta
     except FileNotFoundError as error:
@@ -236,12 +240,6 @@ class _Tokens:
     line_count: int
 
 
-class _BadLine(Exception):
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message.encode("utf-8", "backslashreplace").decode()  # a role may hold half a surrogate pair too
-
-
 def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     """Runs in a worker."""
     read = records(task.part)
@@ -249,7 +247,7 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     ids, supervised, index = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], []
     for number, encoded in zip(samples, recipe.tokenizer.encode_batch(list(samples.values())), strict=True):
         if isinstance(encoded, ValueError) or not len(encoded[0]):
-            error = _unusable(encoded) if isinstance(encoded, ValueError) else _BadLine("conversation", "the conversation is empty")
+            error = _unusable(encoded if isinstance(encoded, ValueError) else EmptyRecord("no token is left of it"))
             bad.append((number, error.kind, error.message))
             continue
         sample_ids, sample_supervised = encoded
@@ -275,7 +273,7 @@ def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[dict[int, Sam
     for number, record in pairs:
         try:
             samples[number] = _sample(record, parse)
-        except _BadLine as error:
+        except BadLine as error:
             bad.append((number, error.kind, error.message))
             if not recipe.skip:
                 break
@@ -283,29 +281,44 @@ def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[dict[int, Sam
 
 
 def _sample(record: Any, parse: Format) -> Sample:
+    """A record as records() has it -> a sample. Raises BadLine."""
+    if isinstance(record, BadLine):
+        raise record
+    value = _json(record) if isinstance(record, bytes) else record
     try:
-        return parse(_json(record) if isinstance(record, bytes) else record)
+        if value is None or value in ({}, [], ""):
+            raise EmptyRecord("there is nothing in it")
+        sample = parse(value)
     except (ValueError, RecursionError) as error:
         raise _unusable(error) from None
+    if holds_nul(sample):
+        raise BadLine(Kind.NUL, "the character U+0000 is in its text: bytes that some program took for text")
+    return sample
 
 
 def _json(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _BadLine("UTF-8", f"not valid UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})") from None
+        raise BadLine(Kind.UTF8, f"not valid UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})") from None
     except json.JSONDecodeError as error:
-        raise _BadLine("JSON", f"not valid JSON ({error.msg} at column {error.pos + 1}); a line holds one sample") from None
-    except (ValueError, RecursionError) as error:
-        raise _BadLine("JSON", f"not usable JSON ({error})") from None
+        raise BadLine(Kind.JSON, f"not valid JSON ({error.msg} at column {error.pos + 1}); a line holds one sample") from None
+    except ValueError as error:
+        raise BadLine(Kind.JSON, f"not usable JSON ({error})") from None
+    except RecursionError as error:
+        raise _unusable(error) from None
 
 
-def _unusable(error: ValueError | RecursionError) -> _BadLine:
+def _unusable(error: ValueError | RecursionError) -> BadLine:
+    """For what a format or a tokenizer refuses."""
+    if isinstance(error, EmptyRecord):
+        return BadLine(Kind.EMPTY, str(error))
+    if isinstance(error, RecursionError | TooDeep):
+        return BadLine(Kind.NESTING, "lists or objects are nested too deeply")
     if isinstance(error, UnicodeEncodeError):
-        return _BadLine(
-            "conversation", f"the text holds half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character"
-        )
-    return _BadLine("conversation", str(error))
+        half = ord(error.object[error.start])
+        return BadLine(Kind.CONVERSATION, f"the text holds half a surrogate pair (\\u{half:04x}), which is no character")
+    return BadLine(Kind.CONVERSATION, str(error))
 
 
 class _Writer:
@@ -357,7 +370,7 @@ class _Writer:
             "tokens": self.tokens,
             "largest_id": self.largest_id,
             "sizes": {name: (self.directory / name).stat().st_size for name in BINARIES},
-            "hashes": {name: _hash_file(self.directory / name) for name in BINARIES},
+            "hashes": {name: hash_file(self.directory / name) for name in BINARIES},
             "files": [str(file) for file in self.files],
             "sample_counts": self.sample_counts,
             "skipped": self.skipped,
@@ -390,27 +403,46 @@ def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress
 
 
 def _in_processes(tokenize: Callable[[_Task], _Tokens], tasks: Iterator[_Task], workers: int) -> Iterator[_Tokens]:
-    """`map(tokenize, tasks)` by processes, a few tasks ahead. ConfigError when one of them dies."""
+    """`map(tokenize, tasks)` by processes, a few tasks ahead. ConfigError when one of them dies, or none can be started.
+
+    One that hangs, as under SIGSTOP, is waited for; Ctrl-C ends the wait."""
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and locks in whatever state they are
     pool = ProcessPoolExecutor(workers, context, initializer=_start_process)
     running: deque[Future[_Tokens]] = deque()
     try:
         while True:
             while len(running) < 2 * workers and (task := next(tasks, None)) is not None:
-                running.append(pool.submit(tokenize, task))
+                running.append(_submit(pool, tokenize, task, workers))
             if not running:
                 return
             yield running.popleft().result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         why = "a process that tokenises died, perhaps for want of memory; set fewer, or 0 to tokenise in the main process"
         raise ConfigError("data.num_workers", workers, why) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, tokenize: Callable[[_Task], _Tokens], task: _Task, workers: int) -> Future[_Tokens]:
+    try:
+        return pool.submit(tokenize, task)
+    except OSError as error:  # the first tasks start the processes
+        why = f"a process that tokenises cannot be started ({error.strerror or error}); set fewer, or 0 to tokenise in the main process"
+        raise ConfigError("data.num_workers", workers, why) from None
+
+
 def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough; each would start a thread a core of its own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot tell its processes to end, and they would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
@@ -455,8 +487,10 @@ def _aside(directory: Path) -> Path:
 
 def _remove_stale(cache_dir: Path) -> None:
     for path in cache_dir.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # another process was faster
+            touched = max(one.stat().st_mtime for one in (path, *path.iterdir()))  # a file that grows does not touch its directory
+            if time.time() - touched > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _fingerprint(file_hashes: list[str], recipe: _Recipe) -> str:
@@ -473,7 +507,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _hash_file(file: Path) -> str:
+def hash_file(file: Path) -> str:
     """SHA-256 of a file's content. A sweep prepares many jobs on the same files, so one that has not changed is read once a process."""
     stat = file.stat()
     return _hash_content(file, stat.st_size, stat.st_mtime_ns)

@@ -1,4 +1,6 @@
-"""Shapes of a record: a decoded JSON value -> a Conversation or a Text, or a ValueError with a sentence that says what is wrong with it."""
+"""Shapes of a record: a decoded JSON value -> a Conversation or a Text, or a ValueError with a sentence that says what is wrong with it.
+
+EmptyRecord is the ValueError for a record in which nothing is said."""
 
 from __future__ import annotations
 
@@ -56,6 +58,10 @@ Sample = Conversation | Text
 Format = Callable[[object], Sample]
 
 
+class EmptyRecord(ValueError):
+    """A record without a character to learn from."""
+
+
 def parse_openai(record: object) -> Conversation:
     """OpenAI's chat shape, as XTuner reads it: a list of messages, or an object with `messages` or `dialogs` and perhaps `tools`.
 
@@ -90,7 +96,7 @@ def parse_alpaca(record: object) -> Conversation:
         raise ValueError(f"input must be text, got {_kind(context)}")
     question = f"{instruction}\n\n{context}" if context else instruction
     turns = [*_history(_get(record, "history")), (question, output)]
-    return Conversation(_system(record) + [message for turn in turns for message in _exchange(*turn)])
+    return _conversation(_system(record) + [message for turn in turns for message in _exchange(*turn)], None)
 
 
 def parse_prompt_completion(record: object) -> Sample:
@@ -99,7 +105,7 @@ def parse_prompt_completion(record: object) -> Sample:
         raise ValueError(f"expected an object with prompt and completion, got {_described(record)}")
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Text([(prompt, False), (completion, True)])
+        return _text([(prompt, False), (completion, True)])
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise ValueError(f"prompt and completion must both be text or both lists of messages, got {_kind(prompt)} and {_kind(completion)}")
     asked = [{**message, "loss": False} if isinstance(message, dict) else message for message in prompt]
@@ -123,6 +129,24 @@ FORMATS: dict[str, Format] = {
     "prompt_completion": parse_prompt_completion,
     "text": parse_text,
 }
+
+
+def holds_nul(sample: Sample) -> bool:
+    """Whether the character U+0000 is somewhere in the texts of a sample, its tool calls and tools included."""
+    if isinstance(sample, Text):
+        return any("\0" in text for text, _ in sample.pieces)
+    pending: list[object] = [*sample.tools]
+    for message in sample.messages:
+        pending += [message.content, message.thinking, *message.tool_calls]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and "\0" in value:
+            return True
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            pending += value
+    return False
 
 
 def find_format(name: str, key: str = "data.format") -> Format:
@@ -168,21 +192,34 @@ def _made_by(name: str, function: Callable[[object], object], record: object) ->
         raise
     except Exception as error:
         raise ValueError(f"{name} failed ({type(error).__name__}: {error})") from None
-    if isinstance(made, Conversation | Text):
+    if isinstance(made, Conversation):
+        _refuse_silence(made.messages)
         return made
+    if isinstance(made, Text):
+        return _text(made.pieces)
     return _document(made) if isinstance(made, str) else parse_openai(made)
 
 
 def _conversation(messages: list[Message], tools: object) -> Conversation:
+    _refuse_silence(messages)
     if not any(message.role in SUPERVISED_ROLES for message in messages):
         raise ValueError("a conversation without an assistant turn; there is nothing to learn from it")
     return Conversation(messages, _tools(tools))
 
 
+def _refuse_silence(messages: list[Message]) -> None:
+    if not any(message.content or message.tool_calls or message.thinking for message in messages):
+        raise EmptyRecord("no message says anything" if messages else "a conversation without a message")
+
+
 def _document(text: str) -> Text:
-    if not text:
-        raise ValueError("the text is empty")
-    return Text([(text, True)])
+    return _text([(text, True)])
+
+
+def _text(pieces: list[tuple[str, bool]]) -> Text:
+    if not any(text for text, _ in pieces):
+        raise EmptyRecord("the text is empty")
+    return Text(pieces)
 
 
 def _messages(record: object) -> list[Message]:

@@ -26,6 +26,7 @@ class Mixture:
         self.sample_counts = [count for part in parts for count in part.sample_counts]
         self.skipped = [line for part in parts for line in part.skipped]
         self.file_hashes = [digest for part in parts for digest in part.file_hashes]
+        self.file_stamps = [stamp for part in parts for stamp in part.file_stamps]
         self.largest_id = max(part.largest_id for part in parts)
         self.fingerprint = hashlib.sha256(json.dumps([part.fingerprint for part in parts]).encode()).hexdigest()[:32]
 

@@ -1,11 +1,13 @@
 """All that is done to data before training: find files, tokenise into caches, select, plan. Bad data is refused here, before anything starts.
 
-The Hydra process prepares once and leaves data.json in the run directory; workers open the same caches from there."""
+The Hydra process prepares once and leaves data.json in the run directory; workers open the same caches from there. Lines that were left out
+(data.bad_lines=skip) stand in bad_lines.jsonl beside it, an object with file, line, kind and message each."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +17,17 @@ from typing import Any
 import numpy as np
 
 from xtuner_hydra.config.schema import Config, DataConfig
-from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, describe_skipped, open_cache
+from xtuner_hydra.data.cache import CacheError, Skipped, TokenCache, all_or_nothing, build_cache, describe_skipped, hash_file, open_cache
 from xtuner_hydra.data.mixture import Mixture, Samples, held_out, parts_of
 from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, join, select_samples, training_limit
 from xtuner_hydra.data.readers import unit
 from xtuner_hydra.data.sources import resolve_files
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError
-from xtuner_hydra.files import write_json
+from xtuner_hydra.files import write_json, write_text
 
 FILE_NAME = "data.json"
+BAD_LINES = "bad_lines.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,25 @@ class PreparedData:
         return _assemble(config, _open(saved["train"]), held, tokenizer_name=saved["tokenizer"])
 
     def save(self, run_dir: Path) -> None:
-        """Write data.json: files with their hashes, caches, counts."""
+        """Write data.json: files with their hashes, caches, counts; and bad_lines.jsonl where lines were left out."""
+        if bad := self._bad_lines():
+            write_text(run_dir / BAD_LINES, "".join(json.dumps(vars(line), ensure_ascii=False) + "\n" for line in bad))
+        else:
+            (run_dir / BAD_LINES).unlink(missing_ok=True)  # of the run that is resumed here
         write_json(run_dir / FILE_NAME, self.describe())
 
     def describe(self) -> dict[str, Any]:
         """What data.json holds."""
-        return {"tokenizer": self.tokenizer_name, "train": _describe(self.train), "eval": _describe(self.eval) if self.eval else None}
+        return {
+            "tokenizer": self.tokenizer_name,
+            "train": _describe(self.train),
+            "eval": _describe(self.eval) if self.eval else None,
+            "bad_lines_file": BAD_LINES if self._bad_lines() else None,
+        }
+
+    def _bad_lines(self) -> list[Skipped]:
+        """Those of the training data, then of the held-out data; once where these are the same files."""
+        return list(dict.fromkeys([*self.train.cache.skipped, *(self.eval.cache.skipped if self.eval else [])]))
 
     def summary(self) -> list[str]:
         """The data as lines for people."""
@@ -150,6 +166,21 @@ def refuse_ids_without_a_row(sources: Sequence[Source | None], vocab_size: int, 
     )
 
 
+def changed_files(run_dir: Path) -> list[str]:
+    """A phrase for each data file of the run that is no longer what data.json notes: `FILE: gone`, `FILE: changed (...)`. Never raises.
+
+    The run can go on: it reads the token cache, not the files.
+
+    Costs a stat a file. One whose time of change differs at the same size is read and hashed, once in a process for each such time: a file
+    that was only touched has not changed. What is not known, as data.json of an older version lacks it, is not told."""
+    try:
+        saved = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
+        noted = dict(entry for part in ("train", "eval") for entry in _noted(saved[part] or {}))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return []
+    return [f"{file}: {change}" for file, (digest, stamp) in noted.items() if (change := _change(Path(file), digest, stamp))]
+
+
 def _held_out(config: Config, samples: Samples, apart: np.ndarray | None) -> Source:
     """`samples`, or those of the training data that are set `apart`, cut to their own limit."""
     data, key = config.data, "data.eval_path" if apart is None else "data.eval_ratio"
@@ -200,13 +231,14 @@ def _describe(source: Source) -> dict[str, Any]:
         "fingerprint": cache.fingerprint,
         "files": [str(file.resolve()) for file in cache.files],
         "hashes": cache.file_hashes,
+        "stamps": cache.file_stamps,
         "samples": len(cache),
         "tokens": int(cache.lengths.sum()),
         "selected": {"samples": len(selection), "tokens": selection.tokens},
         "truncated": selection.truncated,
         "dropped": selection.dropped,
         "unsupervised": selection.unsupervised,
-        "skipped_lines": [vars(line) for line in cache.skipped],
+        "bad_lines": dict(Counter(line.kind for line in cache.skipped).most_common()),
         "sources": [
             {
                 "cache": str(part.directory.resolve()),
@@ -218,6 +250,26 @@ def _describe(source: Source) -> dict[str, Any]:
             for part, place in parts_of(cache)
         ],
     }
+
+
+def _noted(part: dict[str, Any]) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    """(file, (hash, [size, time of change in ns])) of each file of a part of data.json."""
+    for file, digest, stamp in zip(part.get("files", []), part.get("hashes", []), part.get("stamps", []), strict=False):
+        yield file, (digest, stamp)
+
+
+def _change(file: Path, digest: str, stamp: list[int]) -> str | None:
+    try:
+        found = file.stat()
+        if [found.st_size, found.st_mtime_ns] == stamp:
+            return None
+        if found.st_size != stamp[0]:
+            return f"changed ({stamp[0]:,} bytes when the run was prepared, {found.st_size:,} now)"
+        return None if hash_file(file) == digest else "changed (other content of the same size)"
+    except (FileNotFoundError, NotADirectoryError):
+        return "gone"
+    except OSError as error:
+        return f"cannot be read any more ({error.strerror or error})"
 
 
 def _counts(selection: Selection, place: slice) -> tuple[int, int]:
@@ -256,7 +308,3 @@ def _cache_dir(configured: str | None) -> Path:
     if configured is not None:
         return Path(configured).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xtuner_hydra"
-
-
-def changed_files(run_dir: Path) -> list[str]:
-    return []

@@ -1,17 +1,21 @@
 """The records of a file, in parts that different processes can read: JSON Lines (plain, .gz, .zst), a JSON array (.json), Parquet.
 
-Parquet and .zst need pyarrow (the extra `data`). A record has a number by which people find it: its line, or its row in Parquet."""
+Parquet and .zst need pyarrow (the extra `data`). A record has a number by which people find it: its line, or its row in Parquet.
+A file of lines is never held as a whole, whatever its lines; a JSON array is, and so is a row group of Parquet."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from xtuner_hydra.data.sources import BYTE_ORDER_MARK, chunks, lines, read_chunk
+from xtuner_hydra.data.bad_lines import BadLine, Kind
+from xtuner_hydra.data.sources import BYTE_ORDER_MARK, LINE_BYTES, blocks, chunks, lines, read_chunk
 from xtuner_hydra.errors import DataError
 
 ROWS = 50_000
@@ -22,19 +26,22 @@ ROWS = 50_000
 class Part:
     """Bytes [start, stop) of a file, or rows [start, stop) of a Parquet file's row group.
 
-    size: bytes on the disk, about, for a progress bar. content: what stands there, where it cannot be read from the middle of the file."""
+    size: bytes on the disk, about, for a progress bar. content: what stands there, where it cannot be read from the middle of the file
+    (start and stop are 0 then); BadLine for a line that is too long to be kept."""
 
     file: Path
     start: int
     stop: int
     size: int
-    content: bytes | None = None
+    content: bytes | BadLine | None = None
     row_group: int = 0
 
 
 @dataclass(frozen=True)
 class Records:
-    """(number, record) pairs of a part; a record is a line's bytes, or decoded already. Numbers count from 1 at the part's start; count: how far."""
+    """(number, record) pairs of a part; a record is a line's bytes, or decoded already, or a BadLine.
+
+    Numbers count from 1 at the part's start; count: how far."""
 
     pairs: list[tuple[int, Any]]
     count: int
@@ -52,7 +59,7 @@ def split(file: Path, size: int) -> Iterator[Part]:
     elif file.suffix in (".gz", ".zst"):
         yield from _decompressed(file, size)
     elif file.suffix == ".json" and (array := _array(file)) is not None:
-        yield Part(file, 0, len(array), len(array), array)
+        yield Part(file, 0, 0, len(array), array)
     else:
         for start, stop in chunks(file, size):
             yield Part(file, start, stop, stop - start)
@@ -63,29 +70,31 @@ def records(part: Part) -> Records:
     if part.file.suffix == ".parquet":
         rows = _read_rows(part)
         return Records(list(enumerate(rows, 1)), len(rows))
-    content = part.content if part.content is not None else read_chunk(part.file, part.start, part.stop)
-    if part.file.suffix == ".json" and part.content is not None:
-        return Records(list(_items(content)), content.count(b"\n"))
-    return Records(list(lines(content)), content.count(b"\n"))
+    if part.file.suffix == ".json" and isinstance(part.content, bytes):
+        return Records(list(_items(part.content)), part.content.count(b"\n"))
+    pairs: list[tuple[int, Any]] = []
+    count = 0
+    for block in read_chunk(part.file, part.start, part.stop) if part.content is None else [part.content]:
+        if isinstance(block, BadLine):
+            pairs.append((count + 1, block))
+            count += 1
+        else:
+            pairs += [(count + number, line) for number, line in lines(block)]
+            count += block.count(b"\n")
+    return Records(pairs, count)
 
 
 def _decompressed(file: Path, size: int) -> Iterator[Part]:
     """Whole lines, decompressed one after the other: such a file has no middle to start from."""
-    rest, start, told = b"", 0, 0
-    on_disk = file.stat().st_size
+    told, on_disk = 0, file.stat().st_size
     try:
         with file.open("rb") as raw, _decompressor(file, raw) as stream:
-            while block := stream.read(size):
-                block = block.removeprefix(BYTE_ORDER_MARK) if not start and not rest else block
-                whole, newline, rest = (rest + block).rpartition(b"\n")
-                if content := whole + newline:
-                    read = min(raw.tell(), on_disk)
-                    yield Part(file, start, start + len(content), read - told, content)
-                    start, told = start + len(content), read
-    except (OSError, EOFError, ValueError) as error:
+            for block in blocks(stream.read, size, begins_file=True):
+                read = min(raw.tell(), on_disk)
+                yield Part(file, 0, 0, read - told, block)
+                told = read
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{file} cannot be decompressed: {error}") from None
-    if rest:
-        yield Part(file, start, start + len(rest), on_disk - told, rest)
 
 
 def _decompressor(file: Path, raw: Any) -> Any:
@@ -110,14 +119,26 @@ def _rows_of(file: Path) -> Iterator[Part]:
             yield Part(file, start, stop, size, row_group=number)
 
 
-def _read_rows(part: Part) -> list[dict[str, Any]]:
+def _read_rows(part: Part) -> list[Any]:
     import pyarrow.parquet
 
     try:
         group = pyarrow.parquet.ParquetFile(part.file).read_row_group(part.row_group)
     except (OSError, ValueError) as error:
         raise DataError(f"{part.file} cannot be read as Parquet: {error}") from None
-    return group.slice(part.start, part.stop - part.start).to_pylist()
+    rows = group.slice(part.start, part.stop - part.start)
+    if rows.nbytes <= LINE_BYTES:
+        return rows.to_pylist()
+    return [_row(rows.slice(number, 1)) for number in range(rows.num_rows)]
+
+
+def _row(table: Any) -> dict[str, Any] | BadLine:
+    """The one row of a table."""
+    return table.to_pylist()[0] if table.nbytes <= LINE_BYTES else _too_large("row", table.nbytes)
+
+
+def _too_large(what: str, size: int) -> BadLine:
+    return BadLine(Kind.TOO_LARGE, f"the {what} has {size:,} bytes, and {LINE_BYTES:,} are the most that can be used")
 
 
 def _pyarrow(file: Path) -> Any:
@@ -130,20 +151,27 @@ def _pyarrow(file: Path) -> Any:
 
 def _array(file: Path) -> bytes | None:
     """The content of a .json file that is one list of records; None for one that holds a record a line (each perhaps a list of messages)."""
-    first = _first_line(file)
-    if not first.startswith(b"[") or (first.endswith(b"]") and not _is_records(first)):
-        return None
-    content = read_chunk(file, 0, file.stat().st_size)
-    return content if not first.endswith(b"]") or sum(1 for _ in lines(content)) == 1 else None
-
-
-def _first_line(file: Path) -> bytes:
-    """The first line that is not blank."""
     try:
         with file.open("rb") as stream:
-            return next((line for one in stream if (line := one.removeprefix(BYTE_ORDER_MARK).strip())), b"")
+            if not _begins_list(stream):
+                return None
+            first = stream.readline().rstrip()
+            if first.endswith(b"]") and (not _is_records(first) or any(not line.isspace() for line in stream)):
+                return None
+            stream.seek(0)
+            return stream.read().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _begins_list(stream: BinaryIO) -> bool:
+    """Whether the first character that is not blank is a [; the stream stands before it then."""
+    if stream.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+        stream.seek(0)
+    while (character := stream.read(1)).isspace():
+        pass
+    stream.seek(-len(character), os.SEEK_CUR)
+    return character == b"["
 
 
 def _is_records(line: bytes) -> bool:
@@ -156,22 +184,39 @@ def _is_records(line: bytes) -> bool:
 
 
 def _items(content: bytes) -> Iterator[tuple[int, Any]]:
-    """(line, item) of each item of a JSON list; at what is no JSON the rest comes as it is, with the line where it starts."""
+    """(line, item) of each item of a JSON list; at what is no JSON, or no end, a BadLine is the last."""
     try:
         text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        yield 1, content
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield line, BadLine(Kind.UTF8, f"not valid UTF-8 (0x{content[error.start]:02x}), and so the whole list cannot be read")
         return
     decoder, position, line, counted = json.JSONDecoder(), _skip(text, text.index("[") + 1), 1, 0
     while position < len(text) and text[position] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
             item, stop = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            yield line, text[position:].encode()
+        except (ValueError, RecursionError) as error:
+            yield line, _broken(error, text)
             return
-        yield line, item
+        size = len(text[position:stop].encode()) if stop - position > LINE_BYTES // 4 else 0
+        yield line, item if size <= LINE_BYTES else _too_large("item", size)
         position = _skip(text, stop)
+    if (end := text[position:].strip()) != "]":
+        line += text.count("\n", counted, position)
+        yield line, BadLine(Kind.JSON, f"not valid JSON ({'something follows' if end else 'the file ends before'} the end of the list)")
+
+
+def _broken(error: ValueError | RecursionError, text: str) -> BadLine:
+    """For an item of the list in `text` that could not be decoded."""
+    rest = "; it and the rest of the list cannot be read"
+    if isinstance(error, RecursionError):
+        return BadLine(Kind.NESTING, f"nested too deeply{rest}")
+    if not isinstance(error, json.JSONDecodeError):
+        return BadLine(Kind.JSON, f"not usable JSON ({error}){rest}")
+    if text[error.pos : error.pos + 1] == "\0":
+        return BadLine(Kind.NUL, f"NUL bytes, which a crash or a full disk leaves{rest}")
+    return BadLine(Kind.JSON, f"not valid JSON ({error.msg} at line {error.lineno} column {error.colno}){rest}")
 
 
 def _skip(text: str, position: int) -> int:

@@ -1,16 +1,21 @@
-"""Files named by data.path, and their lines."""
+"""Files named by data.path, and their lines. However long a line is, little more than LINE_BYTES of it are ever held."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from xtuner_hydra.data.bad_lines import BadLine, Kind
 from xtuner_hydra.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+LINE_BYTES = 16 << 20
+"""The longest line that is used, its end apart: 16 MiB, some four million tokens. A longer one is bad (`too large`)."""
+BLOCK = 1 << 20
 
 
 def resolve_files(path: str | list[str], key: str) -> list[Path]:
@@ -34,29 +39,68 @@ def chunks(file: Path, size: int) -> Iterator[tuple[int, int]]:
             end, start = file.stat().st_size, 0
             while start < end:
                 stream.seek(min(start + size, end))
-                stream.readline()  # to the end of the line that the range ends in
+                while (piece := stream.readline(BLOCK)) and not piece.endswith(b"\n"):
+                    pass  # to the end of the line that the range ends in
                 yield start, stream.tell()
                 start = stream.tell()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def read_chunk(file: Path, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of `file`, without a byte order mark at its start. DataError where it cannot be read any more."""
+def read_chunk(file: Path, start: int, stop: int) -> Iterator[bytes | BadLine]:
+    """Bytes [start, stop) of `file`, which are whole lines, as `blocks` has them. DataError where it cannot be read any more."""
     try:
         with file.open("rb") as stream:
             stream.seek(start)
-            content = stream.read(stop - start)
+            yield from blocks(lambda size: stream.read(min(size, stop - stream.tell())), BLOCK, begins_file=start == 0)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    return content.removeprefix(BYTE_ORDER_MARK) if start == 0 else content
 
 
-def lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of each line that is not blank; numbers count from 1 and count blank lines too."""
+def blocks(read: Callable[[int], bytes], size: int, *, begins_file: bool) -> Iterator[bytes | BadLine]:
+    """What `read` gives, without a byte order mark, in blocks of whole lines of `size` bytes and a line more; BadLine for one that is too long."""
+    rest = read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK) if begins_file else b""
+    while block := read(size):
+        whole, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            yield whole + newline
+        if len(rest) > LINE_BYTES:
+            bad, rest = _pass_over(rest, read, size)
+            yield bad
+    if rest:
+        yield rest
+
+
+def lines(content: bytes) -> Iterator[tuple[int, bytes | BadLine]]:
+    """(number, line) of each line that is not blank, BadLine for one that cannot be text; numbers count from 1 and count blank lines too."""
     for number, line in enumerate(content.split(b"\n"), start=1):
-        if line := line.rstrip():
+        if len(line) > LINE_BYTES or b"\0" in line:
+            yield number, _no_text(len(line), line.count(0), line.find(0))
+        elif line := line.rstrip():
             yield number, line
+
+
+def _pass_over(begun: bytes, read: Callable[[int], bytes], size: int) -> tuple[BadLine, bytes]:
+    """Read on to the end of the line that `begun` begins: (what is wrong with it, what was read after its end)."""
+    length, zeros, first, rest = len(begun), begun.count(0), begun.find(0), b""
+    while block := read(size):
+        more, newline, rest = block.partition(b"\n")
+        if first < 0 and (place := more.find(0)) >= 0:
+            first = length + place
+        length, zeros = length + len(more), zeros + more.count(0)
+        if newline:
+            break
+    return _no_text(length, zeros, first), rest
+
+
+def _no_text(length: int, zeros: int, first: int) -> BadLine:
+    """For a line of `length` bytes, of which `zeros` are 0, the first at `first`."""
+    if zeros:
+        where = f"byte {first + 1:,}" if zeros == 1 else f"{zeros:,} bytes, the first byte {first + 1:,},"
+        return BadLine(
+            Kind.NUL, f"{where} of the line's {length:,} {'is' if zeros == 1 else 'are'} NUL: damage by a crash or a full disk, or UTF-16"
+        )
+    return BadLine(Kind.TOO_LARGE, f"the line has {length:,} bytes, and {LINE_BYTES:,} are the most that can be used")
 
 
 def _resolve(path: str, key: str) -> list[Path]:

@@ -207,14 +207,18 @@ def _own_template(directory: Path) -> str | None:
     return str(own["chat_template"]) if own.get("tokenizer") == "byte" else None
 
 
+class TooDeep(ValueError):
+    """Tools or calls that are nested more deeply than Python follows them."""
+
+
 def or_error(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` gives, or the ValueError that it raises; too deep a nesting is one too."""
+    """What `function` gives, or the ValueError that it raises; TooDeep for a RecursionError."""
     try:
         return function(*args)
     except ValueError as error:
         return error
     except RecursionError as error:
-        return ValueError(str(error))
+        return TooDeep(str(error))
 
 
 class _Pieces:

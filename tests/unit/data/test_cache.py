@@ -8,8 +8,10 @@ import pytest
 from chats import build, cache_of, chat, write_lines
 
 from xtuner_hydra.data import cache as cache_module
+from xtuner_hydra.data.bad_lines import LONGEST_MESSAGE
 from xtuner_hydra.data.cache import STALE_SECONDS, CacheError, build_cache, describe_skipped, open_cache
 from xtuner_hydra.data.formats import FORMATS, parse_openai
+from xtuner_hydra.data.sources import LINE_BYTES
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.errors import ConfigError, DataError
 
@@ -199,17 +201,38 @@ def test_what_a_killed_process_left_is_cleared_away_after_a_day_and_not_before(t
     assert sorted((tmp_path / "cache").iterdir()) == sorted([young, cache.directory])
 
 
+DEEP = [{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}]  # JSON in a string
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "words"),
     [
         (b"{broken", "JSON", "not valid JSON"),
+        (b"[1" + b"0" * 10_000 + b"]", "JSON", "not usable JSON"),
         (b'["\xff"]', "UTF-8", "byte 3 is 0xff"),
         (json.dumps([{"role": "robot", "content": ""}]).encode(), "conversation", "robot"),
         (rb'[{"role": "assistant", "content": "\ud800"}]', "conversation", "surrogate"),
-        (b"[" * 100_000, "JSON", "not usable JSON"),
         (rb'[{"role": "\ud800", "content": ""}]', "conversation", r"\ud800"),
-        (json.dumps([{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}]).encode(), "conversation", "recursion"),
+        (b'["' + b"x" * 10**6 + b'"]', "conversation", "expected an object"),
+        (b'{"' + b"x" * 10**6 + b'": 1}', "conversation", "xxx ..."),
+        (b"[" * 100_000, "nesting", "nested too deeply"),
+        (b'{"messages": ' * 5000 + b"1" + b"}" * 5000, "nesting", "nested too deeply"),
+        (json.dumps(DEEP).encode(), "nesting", "nested too deeply"),
+        (b"\0" * 100, "NUL bytes", "100 bytes, the first byte 1, of the line's 100 are NUL"),
+        (b"\xff\xfe[\0]\0", "NUL bytes", "2 bytes, the first byte 4,"),
+        (json.dumps(chat("x")).encode() + b"\0", "NUL bytes", "is NUL"),
+        (json.dumps(chat("a\0b")).encode(), "NUL bytes", "U+0000"),
+        (json.dumps({"messages": chat("x"), "tools": [{"name": ["\0"]}]}).encode(), "NUL bytes", "U+0000"),
+        (b"null", "empty", "nothing in it"),
+        (b"{}", "empty", "nothing in it"),
+        (b" [ ] ", "empty", "nothing in it"),
+        (b'""', "empty", "nothing in it"),
+        (b'{"messages": []}', "empty", "without a message"),
+        (json.dumps(chat("", "")).encode(), "empty", "no message says anything"),
+        (b"0", "conversation", "got a number"),
+        (b"[" + b" " * (LINE_BYTES - 1) + b"]", "too large", "16,777,217 bytes, and 16,777,216 are the most"),
     ],
+    ids=lambda value: repr(value)[:30],
 )
 def test_a_bad_line_stops_with_its_number_or_is_skipped_and_counted(tmp_path, line, kind, words):
     records = [*RECORDS[:2], line, RECORDS[2]]
@@ -221,6 +244,20 @@ def test_a_bad_line_stops_with_its_number_or_is_skipped_and_counted(tmp_path, li
     assert content(cache) == expected(RECORDS[:3])
     assert [(skipped.file, skipped.line, skipped.kind) for skipped in cache.skipped] == [(str(tmp_path / "data.jsonl"), 3, kind)]
     assert words in cache.skipped[0].message
+    assert len(cache.skipped[0].message) <= LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize("line", [json.dumps(chat("\\u0000")).encode(), json.dumps({"messages": chat("x"), "id": "\0"}).encode(), b"  \r"])
+def test_what_only_looks_bad_is_good(tmp_path, line):
+    """A backslash and u0000 as text, a NUL that is not trained on, a line of white space."""
+    assert cache_of(tmp_path, [line, RECORDS[0]]).skipped == []
+
+
+def test_a_line_that_is_as_long_as_may_be_is_read(tmp_path):
+    start, end = json.dumps(RECORDS[0]).encode().rsplit(b"}", 1)
+    line = start + b" " * (LINE_BYTES - len(start) - len(end) - 1) + b"}" + end
+    assert len(line) == LINE_BYTES
+    assert content(cache_of(tmp_path, [line, RECORDS[1]])) == expected(RECORDS[:2])
 
 
 def test_skipped_lines_are_counted_by_kind_and_the_first_are_listed(tmp_path):

@@ -1,12 +1,14 @@
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
 from chats import chat, write_lines
 
-from xtuner_hydra.config.schema import Config, DataConfig, TrainerConfig
-from xtuner_hydra.data.prepare import PreparedData, prepare
+from xtuner_hydra.config.schema import Config, DataConfig, SourceConfig, TrainerConfig
+from xtuner_hydra.data import prepare as prepare_module
+from xtuner_hydra.data.prepare import PreparedData, changed_files, prepare
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.errors import DataError
 
@@ -62,16 +64,74 @@ def test_another_pack_length_strategy_or_seed_uses_the_same_cache(config):
     assert second.train.cache.directory == first.train.cache.directory
 
 
-def test_skipped_lines_are_listed_in_the_run_directory_and_announced(config, tmp_path):
-    with (tmp_path / "train.jsonl").open("ab") as stream:
-        stream.write(b"{broken\n")
+def test_skipped_lines_are_listed_in_the_run_directory_counted_and_announced(config, tmp_path):
+    bad = {"train.jsonl": [b"{broken", b"{}", b"[1"], "held-out.jsonl": [b"\xff"]}
+    for name, lines in bad.items():
+        with (tmp_path / name).open("ab") as stream:
+            stream.write(b"\n".join(lines) + b"\n")
     config.data.bad_lines = "skip"
     prepared = prepare(config, ByteTokenizer(), progress=False)
     prepared.save(tmp_path)
-    (skipped,) = json.loads((tmp_path / "data.json").read_text())["train"]["skipped_lines"]
-    assert (skipped["file"], skipped["line"], skipped["kind"]) == (str(tmp_path / "train.jsonl"), 30, "JSON")
+    listed = [json.loads(line) for line in (tmp_path / "bad_lines.jsonl").read_text().splitlines()]
+    train, held = str(tmp_path / "train.jsonl"), str(tmp_path / "held-out.jsonl")
+    places = [(train, 30, "JSON"), (train, 31, "empty"), (train, 32, "JSON"), (held, 5, "UTF-8")]
+    assert [(line["file"], line["line"], line["kind"]) for line in listed] == places
+    assert all(line["message"] for line in listed)
+    saved = json.loads((tmp_path / "data.json").read_text())
+    assert saved["bad_lines_file"] == "bad_lines.jsonl"
+    assert (saved["train"]["bad_lines"], saved["eval"]["bad_lines"]) == ({"JSON": 2, "empty": 1}, {"UTF-8": 1})
     for data in (prepared, PreparedData.load(tmp_path, config)):
-        assert "1 lines skipped (1 JSON)" in "\n".join(data.summary())
+        assert "3 lines skipped (2 JSON, 1 empty)" in "\n".join(data.summary())
+
+
+def test_lines_of_a_file_that_is_both_trained_on_and_held_out_are_listed_once(config, tmp_path):
+    write_lines(tmp_path / "train.jsonl", [*(chat("x" * n) for n in range(1, 30)), b"{"])
+    config.data.bad_lines, config.data.eval_path, config.data.eval_ratio = "skip", None, 0.1
+    prepare(config, ByteTokenizer(), progress=False).save(tmp_path)
+    assert len((tmp_path / "bad_lines.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_is_resumed_with_mended_data_has_no_list_of_bad_lines(config, tmp_path):
+    (tmp_path / "bad_lines.jsonl").write_text("of the run before\n")
+    prepare(config, ByteTokenizer(), progress=False).save(tmp_path)
+    assert not (tmp_path / "bad_lines.jsonl").exists()
+    assert json.loads((tmp_path / "data.json").read_text())["bad_lines_file"] is None
+
+
+def test_files_that_change_during_a_run_are_told_apart_from_those_that_were_only_touched(config, tmp_path, monkeypatch):
+    prepare(config, ByteTokenizer(), progress=False).save(tmp_path)
+    train, held = tmp_path / "train.jsonl", tmp_path / "held-out.jsonl"
+    before = train.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "hash_file", lambda file: pytest.fail("a stat is enough"))
+        assert changed_files(tmp_path) == []
+        with train.open("ab") as stream:
+            stream.write(b"\n")
+        assert changed_files(tmp_path) == [f"{train}: changed ({len(before):,} bytes when the run was prepared, {len(before) + 1:,} now)"]
+    train.write_bytes(before)
+    os.utime(train, ns=(0, 0))
+    assert changed_files(tmp_path) == []
+    train.write_bytes(before.replace(b"x", b"z"))
+    held.unlink()
+    assert changed_files(tmp_path) == [f"{train}: changed (other content of the same size)", f"{held}: gone"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff", b"[]", b"{}", b'{"train": null, "eval": 3}', b'{"train": {"files": ["a"]}, "eval": null}']
+)
+def test_changes_are_not_told_where_nothing_is_known(tmp_path, content):
+    if content is not None:
+        (tmp_path / "data.json").write_bytes(content)
+    assert changed_files(tmp_path) == []
+
+
+def test_changes_of_each_file_of_a_mixture_are_told(config, tmp_path):
+    write_lines(tmp_path / "more.jsonl", [chat("z")])
+    config.data.path, config.data.sources = None, [SourceConfig(path=str(tmp_path / name)) for name in ("train.jsonl", "more.jsonl")]
+    prepare(config, ByteTokenizer(), progress=False).save(tmp_path)
+    (tmp_path / "more.jsonl").write_bytes(b"")
+    (change,) = changed_files(tmp_path)
+    assert change.startswith(f"{tmp_path}/more.jsonl: changed (")
 
 
 def test_a_refused_held_out_file_takes_the_training_cache_back(config, tmp_path):

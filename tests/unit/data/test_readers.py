@@ -5,8 +5,11 @@ import json
 
 import pytest
 from chats import build, chat, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from xtuner_hydra.data import readers
+from xtuner_hydra.data import readers, sources
+from xtuner_hydra.data.bad_lines import BadLine
 from xtuner_hydra.data.readers import records, split, unit
 from xtuner_hydra.errors import DataError
 
@@ -78,6 +81,76 @@ def test_one_conversation_in_a_json_file_is_no_array_of_records(tmp_path):
 def test_blank_lines_and_a_byte_order_mark_in_a_compressed_file(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf[1]\r\n\n[2]"))
     assert read(tmp_path / "a.jsonl.gz") == [(1, [1]), (3, [2])]
+
+
+ANYTHING = st.lists(st.one_of(st.sampled_from([b"\n", b"\r\n", b"\0", b"[1]\n", b"\xef\xbb\xbf"]), st.binary(max_size=20)), max_size=30)
+
+
+def raw(file, size):
+    """(number, the line or what is wrong with it) of each record of `file`, which is no JSON array."""
+    found, before = [], 0
+    for part in split(file, size):
+        assert part.content is None or isinstance(part.content, BadLine) or len(part.content) <= size + LIMIT
+        content = records(part)
+        found += [(before + number, (one.kind, one.message) if isinstance(one, BadLine) else one) for number, one in content.pairs]
+        before += content.count
+    return found
+
+
+LIMIT = 24
+
+
+@settings(deadline=None)
+@given(ANYTHING.map(b"".join), st.lists(st.integers(1, 64), min_size=3, max_size=3))
+def test_any_bytes_are_the_same_lines_compressed_or_not_whatever_the_size_of_the_parts(tmp_path_factory, content, sizes):
+    pyarrow = pytest.importorskip("pyarrow")
+    directory = tmp_path_factory.getbasetemp()
+    plain, gz, zst = (directory / name for name in ("any.jsonl", "any.jsonl.gz", "any.jsonl.zst"))
+    plain.write_bytes(content)
+    gz.write_bytes(gzip.compress(content))
+    with pyarrow.CompressedOutputStream(str(zst), "zstd") as stream:
+        stream.write(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "LINE_BYTES", LIMIT)
+        plainly, *others = (raw(file, size) for file, size in zip((plain, gz, zst), sizes, strict=True))
+    assert others == [plainly, plainly]
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        (b'[\n{"a": 1},\n{"a": 2}\n]\n[\n{"a": 3}\n]', (4, "JSON", "something follows the end")),
+        (b'[\n{"a": 1},\n{"a": 2}\n', (4, "JSON", "the file ends before")),
+        (b'[\n{"a": 1},\n{"a": 2},\n{"a" 3}\n]', (4, "JSON", "Expecting ':' delimiter at line 4 column 6")),
+        (b'[\n{"a": 1},\n{"a": 2},\n{"a": "\0"}\n]', (4, "NUL bytes", "the rest of the list")),
+        (b'[\n{"a": 1},\n{"a": 2},\n' + b"[" * 10**5 + b"\n]", (4, "nesting", "the rest of the list")),
+        (b'[\n{"a": 1},\n{"a": 2},\n{"a": "' + b"x" * 100 + b'"}\n]', (4, "too large", "the item has 109 bytes")),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_json_array_tells_where_it_cannot_be_read_and_that_the_rest_is_lost(tmp_path, monkeypatch, text, bad):
+    monkeypatch.setattr(readers, "LINE_BYTES", 50)
+    (tmp_path / "a.json").write_bytes(text)
+    (part,) = split(tmp_path / "a.json", 100)
+    *good, (line, one) = records(part).pairs
+    assert good == [(2, {"a": 1}), (3, {"a": 2})]
+    assert (line, one.kind, bad[2] in one.message) == (bad[0], bad[1], True), one.message
+
+
+def test_a_json_array_that_is_no_utf8_tells_the_line(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[\n{"a": 1},\n{"a": "\xff"}\n]')
+    (part,) = split(tmp_path / "a.json", 100)
+    ((line, bad),) = records(part).pairs
+    assert (line, bad.kind) == (3, "UTF-8")
+
+
+def test_a_row_of_parquet_that_is_too_large_is_bad_and_its_neighbours_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LINE_BYTES", 2000)
+    file = parquet(tmp_path / "a.parquet", [RECORDS[0], chat("x" * 3000), RECORDS[1]])
+    (part,) = split(file, 100)
+    (_, first), (number, bad), (_, last) = records(part).pairs
+    assert (first, last) == ({"messages": RECORDS[0]}, {"messages": RECORDS[1]})
+    assert (number, bad.kind) == (2, "too large")
 
 
 def test_the_same_samples_whatever_the_file(tmp_path):

@@ -1,10 +1,14 @@
 import os
+import re
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xtuner_hydra.data.sources import chunks, lines, read_chunk, resolve_files
+from xtuner_hydra.data import sources
+from xtuner_hydra.data.bad_lines import BadLine
+from xtuner_hydra.data.sources import blocks, chunks, lines, read_chunk, resolve_files
 from xtuner_hydra.errors import DataError
 
 
@@ -63,25 +67,88 @@ def test_a_file_that_goes_away_meanwhile_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jsonl cannot be read: No such file"):
         list(chunks(tmp_path / "gone.jsonl", 100))
     with pytest.raises(DataError, match=r"gone\.jsonl cannot be read: No such file"):
-        read_chunk(tmp_path / "gone.jsonl", 0, 100)
+        list(read_chunk(tmp_path / "gone.jsonl", 0, 100))
+
+
+ANYTHING = st.lists(st.one_of(st.sampled_from([b"\n", b"\r\n", b"\0", b"\xef\xbb\xbf", b" "]), st.binary(max_size=20)), max_size=30).map(
+    b"".join
+)
+LIMIT = 24
+
+
+def plainly(content):
+    """(number, line, or what is wrong with it) as the documentation says, the obvious way."""
+    found = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if b"\0" in line:
+            found.append((number, ("NUL bytes", str(line.index(0) + 1))))
+        elif len(line) > LIMIT:
+            found.append((number, ("too large", str(len(line)))))
+        elif line.rstrip():
+            found.append((number, line.rstrip()))
+    return found
+
+
+def matches(found, expected):
+    if isinstance(found, BadLine):
+        return (found.kind, True) == (expected[0], re.search(rf"\b{expected[1]}\b", found.message) is not None)
+    return found == expected
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b" ")), min_size=1, max_size=30), st.integers(1, 64))
-def test_chunks_cover_the_file_in_whole_lines(tmp_path_factory, content, size):
-    file = tmp_path_factory.mktemp("chunks") / "file"
-    file.write_bytes(b"\n".join(content))
-    pieces = [read_chunk(file, start, stop) for start, stop in chunks(file, size)]
-    assert b"".join(pieces) == file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
-    assert all(len(piece[:-1].rpartition(b"\n")[0]) < size for piece in pieces)  # cut at the first line end it could be
+@given(ANYTHING, st.integers(1, 64), st.integers(1, 64))
+def test_any_bytes_in_any_pieces_are_the_same_lines(tmp_path_factory, content, size, block):
+    """Cut into chunks for processes, and those read in blocks."""
+    file = tmp_path_factory.getbasetemp() / "any"
+    file.write_bytes(content)
+    found, before = [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "LINE_BYTES", LIMIT)
+        patch.setattr(sources, "BLOCK", block)
+        ranges = list(chunks(file, size))
+        for start, stop in ranges:
+            for piece in read_chunk(file, start, stop):
+                pairs = [(1, piece)] if isinstance(piece, BadLine) else list(lines(piece))
+                found += [(before + number, line) for number, line in pairs]
+                before += 1 if isinstance(piece, BadLine) else piece.count(b"\n")
+    expected = plainly(content)
+    assert [number for number, _ in found] == [number for number, _ in expected]
+    assert all(matches(line, plain) for (_, line), (_, plain) in zip(found, expected, strict=True)), (found, expected)
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges)][: len(ranges)]
+    assert all(content[stop - 1 : stop] == b"\n" for _, stop in ranges[:-1])
+    # cut at the first line end it could be
+    assert all(b"\n" not in content[start + size : stop - 1] for start, stop in ranges)
+
+
+class LongLine:
+    """A stream of one long line, made as it is read."""
+
+    def __init__(self, length, character):
+        self.left, self.character = length, character
+
+    def read(self, size):
+        taken = min(size, self.left)
+        self.left -= taken
+        return self.character * taken
+
+
+@pytest.mark.parametrize(("character", "kind"), [(b"x", "too large"), (b"\0", "NUL bytes")])
+def test_a_line_of_half_a_gigabyte_is_passed_over_and_never_held(character, kind):
+    stream = LongLine(1 << 29, character)
+    tracemalloc.start()
+    (bad,) = blocks(stream.read, 1 << 20, begins_file=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (bad.kind, "536,870,912" in bad.message) == (kind, True)
+    assert peak < 4 * sources.LINE_BYTES
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     file = tmp_path / "windows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf[1]\r\n[2]\r\n")
     ((start, stop),) = chunks(file, 100)
-    assert list(lines(read_chunk(file, start, stop))) == [(1, b"[1]"), (2, b"[2]")]
+    (content,) = read_chunk(file, start, stop)
+    assert list(lines(content)) == [(1, b"[1]"), (2, b"[2]")]
 
 
 def test_blank_lines_count_but_do_not_come():
