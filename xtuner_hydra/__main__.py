@@ -15,6 +15,10 @@ from xtuner_hydra.safe_text import printable, redact
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's); returns the exit code."""
+    if argv is None:
+        from xtuner_hydra.allocator import preload
+
+        preload()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _verb(argv)(argv)

@@ -36,13 +36,15 @@ class StepResult:
 
 
 class Engine:
-    """Trains `model` (after `parallelize`) with `optimizer` on `dp_size` data-parallel ranks.
+    """Trains `model` (after `parallelize`) with `optimizers` on `dp_size` data-parallel ranks.
 
     at_edge: called before every micro-batch and evaluation batch, on all ranks; what it raises leaves the weights as they are."""
 
-    def __init__(self, model: CausalLM, optimizer: torch.optim.Optimizer, *, dp_size: int, max_grad_norm: float, nonfinite: str) -> None:
+    def __init__(
+        self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer], *, dp_size: int, max_grad_norm: float, nonfinite: str
+    ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.dp_size = dp_size
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
@@ -64,11 +66,13 @@ class Engine:
                     "Lower optimizer.lr, look at the data of this step, or set optimizer.nonfinite=skip to leave such updates out"
                 )
             if updated:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                self.optimizer.step()
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    optimizer.step()
         finally:
-            self.optimizer.zero_grad()  # of a step that was broken off too
+            for optimizer in self.optimizers:  # of a step that was broken off too
+                optimizer.zero_grad()
         return StepResult(loss, norm, updated, more)
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.optim.schedules import learning_rate
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
+from xtuner_hydra.profiling import Profiler
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.base import Sample, Trackers
 
@@ -63,6 +64,7 @@ class Trainer:
         self.trajectory = state.trajectory(config, data.train.cache.fingerprint)
         guess = engine.state_bytes() / SLOW_DISK
         self.saver = Saver(run_dir / "checkpoints", config.checkpoint, patience(config.parallelism), guess)
+        self.profiler = Profiler(run_dir, config.trainer.profile_steps if runtime.rank == 0 else 0)
         self.metrics: Row = {}
         self.exported: int | None = None
         self.told_of_changes = False
@@ -74,7 +76,7 @@ class Trainer:
         checkpoint = found[0]
         if checkpoint is None:
             return None
-        self.state = state.load(checkpoint, self.engine.model, self.engine.optimizer)
+        self.state = state.load(checkpoint, self.engine.model, self.engine.optimizers)
         self.rng = state.rng_state()
         exported = [export.exists(self.run_dir / "hf", self.state.step)]
         dist.broadcast_object_list(exported)
@@ -111,7 +113,9 @@ class Trainer:
             if self.state.step > 0:
                 self.complete_step()  # what an earlier process may have left undone
             for batch in self.batches():
+                self.profiler.begin()
                 self.train(batch)
+                self.profiler.end()
                 self.complete_step()
             self.saver.wait()
         except Stopped as stop:
@@ -194,7 +198,7 @@ class Trainer:
         metrics = self.run_dir / "metrics.jsonl"
         if self.runtime.rank == 0 and metrics.exists():
             sync_file(metrics)  # a checkpoint must not outlive the rows that lead to it
-        tensors = state.trained_tensors(self.engine.model, self.engine.optimizer)
+        tensors = state.trained_tensors(self.engine.model, self.engine.optimizers)
         self.saver.save(Snapshot(tensors, deepcopy(self.state), self.trajectory, self.rng))
         self.warn_of_changed_data()
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from xtuner_hydra import allocator
 from xtuner_hydra.checkpoint.commit import numbered
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config
@@ -34,7 +35,7 @@ from xtuner_hydra.metrics import Row
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
-from xtuner_hydra.optim.optimizers import build_optimizer
+from xtuner_hydra.optim.optimizers import build_optimizers
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.parallel.watchdog import Watchdog
@@ -133,7 +134,7 @@ def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> 
 
 
 def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None) -> Engine:
-    """Model with its first weights, and over them those of `checkpoint` where one is given, sharded, and optimizer of those that are trained.
+    """Model with its first weights, and over them those of `checkpoint` where one is given, sharded, and optimizers of those that are trained.
     Nothing is allocated before it is sharded."""
     model = blueprint(config)
     if config.model.pretrained:
@@ -146,9 +147,9 @@ def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None)
         initialise(model, config.trainer.seed)
     if checkpoint is not None:
         load_weights(checkpoint, model)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizers = build_optimizers(model, config.optimizer)
     return Engine(
-        model, optimizer, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
+        model, optimizers, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
     )
 
 
@@ -180,6 +181,8 @@ def _tell(trainer: Trainer) -> None:
     count, trainable = (sum(map(torch.Tensor.numel, parameters)) for parameters in (model.parameters(), trained.values()))
     log.info(f"parameters: {count / 1e6:.2f} M, trainable: {trainable / 1e6:.2f} M")
     log.info("trainable: " + ", ".join(_ranges(list(trained))))
+    if trainer.runtime.device.type == "cpu":
+        log.info("malloc: " + (allocator.active() or f"of the system; {allocator.HOW_TO_GET_ONE}"))
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
         f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "

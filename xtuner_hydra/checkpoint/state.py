@@ -12,6 +12,7 @@ import base64
 import json
 import random
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from xtuner_hydra.files import checksum, write_json
 from xtuner_hydra.model.pretrained import fingerprint
 
 Tensors = dict[str, torch.Tensor]
+Optimizers = Sequence[torch.optim.Optimizer]
 
 _ORDER = ("sample_ratio", "max_length", "overlong", "pack_strategy", "pack_max_length", "shuffle", "eval_ratio")
 """Keys of `data` that decide which samples form which step."""
@@ -91,19 +93,19 @@ class Snapshot:
         return writer.checksums | {rng.name: checksum(rng)}
 
 
-def trained_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights that are trained and the optimizer's state, under flat names; they share the memory of model and optimizer. Collective."""
-    weights, moments = _trained(model, optimizer)
+def trained_tensors(model: torch.nn.Module, optimizers: Optimizers) -> Tensors:
+    """Weights that are trained and the optimizers' state, under flat names; they share the memory of these. Collective."""
+    weights, moments = _trained(model, optimizers)
     return _tensors("model", weights) | _tensors("optimizer", moments)
 
 
-def load(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Read a checkpoint of ours into `model` and `optimizer`, whatever number of ranks wrote it. Collective.
+def load(checkpoint: Path, model: torch.nn.Module, optimizers: Optimizers) -> TrainState:
+    """Read a checkpoint of ours into `model` and `optimizers`, whatever number of ranks wrote it. Collective.
 
     Raises RefusedError where it does not fit them."""
-    weights, moments = _trained(model, optimizer)
+    weights, moments = _trained(model, optimizers)
     _read(checkpoint, _tensors("model", weights) | _tensors("optimizer", moments))
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_PARTIAL)
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments, options=_PARTIAL)
     rng = checkpoint / f"rng-{dist.get_rank()}.json"
     if rng.exists():  # a rank that the earlier run did not have starts from its seed
         set_rng_state(json.loads(rng.read_text(encoding="utf-8")))
@@ -120,9 +122,9 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     set_model_state_dict(model, weights, options=_PARTIAL)
 
 
-def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _trained(model: torch.nn.Module, optimizers: Optimizers) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights that are trained, and the optimizer's state under flat names, its hyperparameters among them. Collective."""
-    weights, moments = get_state_dict(model, optimizer, options=_FLAT)
+    weights, moments = get_state_dict(model, optimizers, options=_FLAT)
     return _without_frozen(model, weights), moments
 
 

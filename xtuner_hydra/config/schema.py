@@ -311,7 +311,7 @@ class ParallelismConfig:
 @dataclass
 class OptimizerConfig:
     name: str = "adamw"
-    """`adamw`."""
+    """`adamw`, `muon` (for matrices between hidden states; AdamW for the rest), `sgd`."""
     lr: float = 6e-5
     """Peak learning rate."""
     weight_decay: float = 0.01
@@ -320,6 +320,8 @@ class OptimizerConfig:
     """Decay norms and biases too (XTuner does)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the first and second moment."""
+    momentum: float = 0.95
+    """Of `muon` and `sgd` (Nesterov's)."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
@@ -330,12 +332,14 @@ class OptimizerConfig:
     """`skip` gives up after so many updates in a row."""
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw",))
+        _one_of("optimizer.name", self.name, ("adamw", "muon", "sgd"))
         _one_of("optimizer.nonfinite", self.nonfinite, ("error", "skip"))
         _at_least(1, "optimizer.max_nonfinite", self.max_nonfinite)
         _not_negative("optimizer.lr", self.lr)
         _not_negative("optimizer.weight_decay", self.weight_decay)
         _positive("optimizer.eps", self.eps)
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("optimizer.momentum", self.momentum, "must be from 0 to below 1")
         _positive("optimizer.max_grad_norm", self.max_grad_norm)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("optimizer.betas", list(self.betas), "two numbers, each from 0 to below 1")
@@ -344,16 +348,19 @@ class OptimizerConfig:
 @dataclass
 class SchedulerConfig:
     name: str = "cosine"
-    """`cosine`, `linear` (both down to lr_min) or `constant`."""
+    """`cosine`, `linear` (both down to lr_min), `constant`, or `wsd` (constant, then a straight line down to lr_min)."""
     lr_min: float = 1e-6
     """Learning rate at the end."""
     warmup_ratio: float | None = 0.03
     """Share of the steps that warm up, rounded down, where warmup_steps is null."""
     warmup_steps: int | None = None
     """Steps that warm up: at 0-based step s the rate is lr * (s + 1) / warmup_steps."""
+    decay_ratio: float = 0.2
+    """`wsd`: share of the steps, at the end, that go down to lr_min."""
 
     def __post_init__(self) -> None:
-        _one_of("scheduler.name", self.name, ("cosine", "linear", "constant"))
+        _one_of("scheduler.name", self.name, ("cosine", "linear", "constant", "wsd"))
+        _between(0, 1, "scheduler.decay_ratio", self.decay_ratio)
         _not_negative("scheduler.lr_min", self.lr_min)
         if self.warmup_ratio is not None:
             _between(0, 1, "scheduler.warmup_ratio", self.warmup_ratio)
@@ -383,6 +390,8 @@ class TrainerConfig:
     """Steps between two rows of metrics."""
     eval_interval: int | None = -1
     """Steps between evaluations; -1 = at the end only, null = never. Every interval evaluates at the end too."""
+    profile_steps: int = 0
+    """Steps that are profiled, after the first two: profile/trace.json, operators.txt."""
     sample_prompts: list[str] = field(default_factory=list)
     """Questions that the model answers at each evaluation, greedily; samples.jsonl, the report and W&B show how the answers change."""
     sample_tokens: int = 64
@@ -398,6 +407,7 @@ class TrainerConfig:
             _positive("trainer.max_seconds", self.max_seconds)
         _at_least(1, "trainer.log_interval", self.log_interval)
         _interval("trainer.eval_interval", self.eval_interval)
+        _at_least(0, "trainer.profile_steps", self.profile_steps)
         _at_least(1, "trainer.sample_tokens", self.sample_tokens)
         if self.sample_prompts and self.eval_interval is None:
             raise ConfigError(

@@ -1,24 +1,47 @@
-"""The optimizer of a config: parameter groups and torch's own implementations."""
+"""The optimizers of a config: parameter groups and torch's own implementations."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from xtuner_hydra.config.schema import OptimizerConfig
 
 
-def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """One optimizer for all trained parameters, or with `muon` one for the hidden matrices and one for the rest.
+
+    `adamw` (Loshchilov & Hutter 2019): fused, one pass over weights, gradients and moments. `sgd`: with Nesterov's momentum where that is not 0.
+    `muon` (Jordan et al. 2024): the update of a hidden matrix is made orthogonal and scaled to AdamW's usual size (Liu et al. 2025, section
+    2.2), so that one learning rate and weight decay serve both; embeddings, head, norms and biases keep AdamW."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if config.name == "sgd":
+        nesterov = config.momentum > 0
+        return [torch.optim.SGD(_groups(trained, config), lr=config.lr, momentum=config.momentum, nesterov=nesterov, foreach=True)]
+    if config.name == "adamw":
+        return [_adamw(trained, config)]
+    hidden = {name: parameter for name, parameter in trained.items() if is_hidden_matrix(name, parameter)}
+    rest = {name: parameter for name, parameter in trained.items() if name not in hidden}
+    groups = _groups(hidden, config)
+    muon = torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw") if groups else None
+    return [optimizer for optimizer in (muon, _adamw(rest, config) if rest else None) if optimizer is not None]
+
+
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix between hidden states: not the embedding, the head, a norm, a bias."""
+    return parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+
+
+def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(_groups(parameters, config), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def _groups(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
     """Matrices and embeddings with weight decay; norms and biases (fewer than two dimensions) without, unless `decay_all`."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim >= 2 or config.decay_all]
-    kept = [parameter for parameter in trainable if parameter.ndim < 2 and not config.decay_all]
+    decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2 or config.decay_all]
+    kept = [parameter for parameter in parameters.values() if parameter.ndim < 2 and not config.decay_all]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused: one pass over weights, gradients and moments."""
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)

@@ -26,6 +26,11 @@ def constant(step: int, total: int, lr: float, lr_min: float) -> float:
 SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
+def wsd(step: int, total: int, lr: float, lr_min: float, decay: int) -> float:
+    """`lr`, then over the last `decay` of `total` steps a straight line towards `lr_min` (warm-up, stable, decay: Hu et al. 2024)."""
+    return lr if step < total - decay else linear(step - (total - decay), max(1, decay), lr, lr_min)
+
+
 def warmup_steps(config: SchedulerConfig, total: int) -> int:
     """Steps that warm up: warmup_steps, else warmup_ratio of `total` rounded down; at most all of them."""
     steps = config.warmup_steps if config.warmup_steps is not None else int((config.warmup_ratio or 0) * total)
@@ -39,4 +44,7 @@ def learning_rate(config: SchedulerConfig, step: int, total: int, lr: float) -> 
     warmup = warmup_steps(config, total)
     if step < warmup:
         return lr * (step + 1) / warmup
-    return SCHEDULES[config.name](min(step, total) - warmup, max(1, total - warmup), lr, config.lr_min)
+    after, rest = min(step, total) - warmup, max(1, total - warmup)
+    if config.name == "wsd":
+        return wsd(after, rest, lr, config.lr_min, min(rest, round(config.decay_ratio * total)))
+    return SCHEDULES[config.name](after, rest, lr, config.lr_min)

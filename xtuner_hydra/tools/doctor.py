@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
+from xtuner_hydra import allocator
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, RefusedError
 
 OLDEST_DRIVER = "550.127.08"
@@ -123,6 +124,13 @@ def bf16() -> Check:
     return Check("bf16", "ok" if fast else "note", "fast" if fast else "slow on this device; param_dtype=auto computes in float32")
 
 
+def malloc() -> Check:
+    """The memory allocator of runs on a CPU."""
+    if (name := allocator.active()) is not None:
+        return Check("malloc", "ok", name)
+    return Check("malloc", "note", f"the system's. {allocator.HOW_TO_GET_ONE}")
+
+
 def memory() -> Check:
     """Main memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -157,7 +165,7 @@ def optional() -> Check:
     return Check("optional", "note" if missing else "ok", text)
 
 
-CHECKS: list[Callable[[], Check]] = [python, packages, device, driver, communication, bf16, memory, disk, wandb_key, optional]
+CHECKS: list[Callable[[], Check]] = [python, packages, device, driver, communication, bf16, malloc, memory, disk, wandb_key, optional]
 
 
 def _torch():  # type: ignore[no-untyped-def]

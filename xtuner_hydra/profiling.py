@@ -1,0 +1,66 @@
+"""A few steps under torch's profiler (trainer.profile_steps), on the first rank: what they spent their time on.
+
+profile/trace.json      a timeline that opens in https://ui.perfetto.dev or chrome://tracing
+profile/operators.txt   the operators that took longest, as a table
+profile/memory.pickle   on a GPU: allocations, for https://pytorch.org/memory_viz"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+FOLDER = "profile"
+WARM_UP = 2
+"""Steps before the first that is profiled; the very first ones load and compile."""
+ROWS = 30
+
+log = logging.getLogger("xtuner_hydra")
+
+
+class Profiler:
+    """Profiles `steps` steps after WARM_UP others. Call `begin` before each step and `end` after it; 0 steps: does nothing."""
+
+    def __init__(self, run_dir: Path, steps: int) -> None:
+        self.directory = run_dir / FOLDER
+        self.left = steps
+        self.wait = WARM_UP
+        self.profile: profile | None = None
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self.left == 0 or self.profile is not None:
+            return
+        if self.wait > 0:
+            self.wait -= 1
+            return
+        on_gpu = torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        self.profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+        if on_gpu:
+            torch.cuda.memory._record_memory_history()
+        self.profile.start()
+
+    def end(self) -> None:
+        """A step has ended; after the last one, write what was seen."""
+        if self.profile is None:
+            return
+        self.left -= 1
+        if self.left > 0:
+            return
+        self.profile.stop()
+        self._write(self.profile)
+        self.profile = None
+
+    def _write(self, done: profile) -> None:
+        self.directory.mkdir(exist_ok=True)
+        done.export_chrome_trace(str(self.directory / "trace.json"))
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = done.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
+        (self.directory / "operators.txt").write_text(table, encoding="utf-8")
+        if torch.cuda.is_available():
+            torch.cuda.memory._dump_snapshot(str(self.directory / "memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        log.info(f"profile written: {self.directory} (trace.json opens in https://ui.perfetto.dev)")
