@@ -68,7 +68,7 @@ def train(checkpoint, place, kind, spread, dtype, ratio):
         norms=[step.grad_norm for step in steps],
         trained={name: whole(value) for name, value in parameters.items() if value.requires_grad},
         frozen={name: whole(value) for name, value in parameters.items() if not value.requires_grad},
-        moments=len(engine.optimizer.state),
+        moments=len(engine.optimizers[0].state),
         without_gradient=all(value.grad is None for value in parameters.values() if not value.requires_grad),
         merged=dict(merged(engine.model)),
     )

@@ -74,12 +74,12 @@ def step_on_a_rank(groups, silent):
     documents, packs = Documents(silent), packed(groups)
     with runtime(CONFIG) as place:
         engine = build_engine(CONFIG, place)
-        engine.optimizer = Recorder(engine.model)
+        engine.optimizers = [Recorder(engine.model)]
         mine = deal(packs.lengths, place.world_size)[place.rank]
         batches = [empty_batch() if pack is None else make_batch(documents, packs, pack) for pack in mine]
         result = engine.train_step(batches, supervised(documents), lr=0.1)
         sharded = all(isinstance(parameter, DTensor) for parameter in engine.model.parameters())
-        return SimpleNamespace(loss=float(result.loss), norm=result.grad_norm, gradients=engine.optimizer.gradients, sharded=sharded)
+        return SimpleNamespace(loss=float(result.loss), norm=result.grad_norm, gradients=engine.optimizers[0].gradients, sharded=sharded)
 
 
 def supervised(documents):

@@ -53,13 +53,13 @@ def steps_on_a_rank(checkpoint, names):
 def step(config, place, groups, pools, recompute):
     config.parallelism.recompute_ratio = recompute
     engine = build_engine(config, place)
-    engine.optimizer = Recorder(engine.model)
+    engine.optimizers = [Recorder(engine.model)]
     result = engine.train_step([batch(numbers) for numbers in groups[place.rank]], SUPERVISED, lr=0.1)
     experts = [parameter for name, parameter in engine.model.named_parameters() if "experts" in name]
     assert all(isinstance(parameter, DTensor) for parameter in experts)
     held = max(parameter.to_local().shape[0] for parameter in experts)
     more = {name: float(value) for name, value in result.more.items()}
-    return SimpleNamespace(loss=float(result.loss), more=more, gradients=engine.optimizer.gradients, held=held)
+    return SimpleNamespace(loss=float(result.loss), more=more, gradients=engine.optimizers[0].gradients, held=held)
 
 
 class Recorder:

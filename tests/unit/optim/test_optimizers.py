@@ -1,34 +1,85 @@
-"""Norms and biases are not decayed, unless asked for."""
+"""Norms and biases are not decayed, unless asked for; each optimizer gets the parameters that it is for."""
 
+import pytest
 import torch
 
 from xtuner_hydra.config.schema import OptimizerConfig
-from xtuner_hydra.optim.optimizers import build_optimizer, parameter_groups
+from xtuner_hydra.optim.optimizers import build_optimizers
 
 
 class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()
+        self.embed_tokens, self.lm_head = torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False)
         self.proj, self.norm = torch.nn.Linear(3, 3, bias=True), torch.nn.LayerNorm(3)
 
 
-def test_only_matrices_are_decayed():
+def names(model, parameters):
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {known[id(parameter)] for parameter in parameters}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_only_matrices_are_decayed(name):
     model = Small()
-    decayed, kept = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
-    assert (decayed["weight_decay"], [id(p) for p in decayed["params"]]) == (0.1, [id(model.proj.weight)])
-    assert (kept["weight_decay"], len(kept["params"])) == (0.0, 3)
+    (optimizer,) = build_optimizers(model, OptimizerConfig(name=name, weight_decay=0.1))
+    decayed, kept = optimizer.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert names(model, decayed["params"]) == {"embed_tokens.weight", "lm_head.weight", "proj.weight"}
+    assert names(model, kept["params"]) == {"proj.bias", "norm.weight", "norm.bias"}
 
 
 def test_decay_all_puts_everything_in_one_group():
-    (group,) = parameter_groups(Small(), OptimizerConfig(decay_all=True))
-    assert len(group["params"]) == 4
+    (optimizer,) = build_optimizers(Small(), OptimizerConfig(decay_all=True))
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == 6
+
+
+def test_frozen_parameters_have_no_optimizer():
+    model = Small().requires_grad_(False)
+    model.proj.weight.requires_grad_(True)
+    (optimizer,) = build_optimizers(model, OptimizerConfig(name="muon"))
+    assert isinstance(optimizer, torch.optim.Muon)
+    assert names(model, optimizer.param_groups[0]["params"]) == {"proj.weight"}
+
+
+def test_muon_takes_the_matrices_between_hidden_states_and_adamw_the_rest():
+    model = Small()
+    muon, adamw = build_optimizers(model, OptimizerConfig(name="muon"))
+    assert names(model, (one for group in muon.param_groups for one in group["params"])) == {"proj.weight"}
+    rest = {"embed_tokens.weight", "lm_head.weight", "proj.bias", "norm.weight", "norm.bias"}
+    assert names(model, (one for group in adamw.param_groups for one in group["params"])) == rest
+
+
+def first_step(**config):
+    """(weight before, its gradient, weight after) one step from zero state."""
+    torch.manual_seed(0)
+    model = Small()
+    before, gradient = model.proj.weight.detach().clone(), torch.randn(3, 3)
+    model.proj.weight.grad = gradient.clone()
+    for optimizer in build_optimizers(model, OptimizerConfig(**config)):
+        optimizer.step()
+    return before, gradient, model.proj.weight.detach()
 
 
 def test_a_step_is_adamws_formula():
     """First step from zero moments: w - lr * (g / (|g| + eps) + wd * w) (Loshchilov & Hutter 2019, algorithm 2)."""
-    model = Small()
-    before, gradient = model.proj.weight.detach().clone(), torch.randn(3, 3)
-    model.proj.weight.grad = gradient.clone()
-    build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5)).step()
-    expected = before - 0.1 * (gradient / (gradient.abs() + 1e-8) + 0.5 * before)
-    assert torch.allclose(model.proj.weight, expected, atol=1e-5)
+    before, gradient, after = first_step(lr=0.1, weight_decay=0.5)
+    assert torch.allclose(after, before - 0.1 * (gradient / (gradient.abs() + 1e-8) + 0.5 * before), atol=1e-5)
+
+
+def test_a_step_of_sgd_looks_ahead():
+    """First step of Nesterov's momentum: the buffer is the gradient, so the step is (1 + momentum) of it."""
+    before, gradient, after = first_step(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.0)
+    assert torch.allclose(after, before - 0.1 * 1.5 * gradient, atol=1e-6)
+
+
+def test_a_step_of_muon_is_nearly_orthogonal_and_of_adamws_size():
+    """Singular values of the update are near one another, as Newton-Schulz leaves them between about 0.7 and 1.2; its root mean square is
+    0.2 lr (Liu et al. 2025, section 2.2)."""
+    before, _, after = first_step(name="muon", lr=0.1, weight_decay=0.0)
+    update = (before - after) / 0.1
+    singular = torch.linalg.svdvals(update / (0.2 * 3**0.5))
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+    assert float(update.square().mean().sqrt()) == pytest.approx(0.2, rel=0.3)

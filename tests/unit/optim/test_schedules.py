@@ -46,3 +46,13 @@ def test_warm_up_ratio_is_rounded_down():
 
 def test_a_zero_learning_rate_stays_zero():
     assert rates(5, lr=0.0, name="constant", warmup_steps=2) == [0.0] * 5
+
+
+def test_wsd_is_constant_then_goes_down_in_a_straight_line():
+    seen = rates(10, name="wsd", lr_min=0.0, warmup_steps=2, decay_ratio=0.4)
+    assert seen == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(("decay_ratio", "expected"), [(0.0, [1.0] * 4), (1.0, [1.0, 0.75, 0.5, 0.25])])
+def test_wsd_at_its_limits(decay_ratio, expected):
+    assert rates(4, name="wsd", lr_min=0.0, warmup_ratio=0.0, decay_ratio=decay_ratio) == pytest.approx(expected)
