@@ -33,13 +33,15 @@ def preload() -> None:
 
 def find() -> tuple[str, Path] | None:
     """(name, file) of the best library on this machine, None where there is none."""
+    return next(iter(found().items()), None)
+
+
+def found() -> dict[str, Path]:
+    """The file of each library that this machine has, by name, the best one first."""
     usual = map(Path, ("/usr/local/lib", "/usr/lib64", "/usr/lib", "/lib64"))
     folders = [Path(sys.prefix) / "lib", *usual, *sorted(Path("/usr/lib").glob("*-linux-gnu"))]
-    for name, files in LIBRARIES.items():
-        for path in (folder / file for folder in folders for file in files):
-            if path.exists():
-                return name, path
-    return None
+    candidates = {name: [folder / file for folder in folders for file in files] for name, files in LIBRARIES.items()}
+    return {name: path for name, paths in candidates.items() if (path := next((one for one in paths if one.exists()), None))}
 
 
 def active() -> str | None:
