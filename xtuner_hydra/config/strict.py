@@ -195,4 +195,4 @@ def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
