@@ -27,7 +27,7 @@ def cli(tmp_path_factory):
     identity = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for command in (["init", "-q"], ["add", "settings.py"], ["commit", "-qm", "settings"]):
         subprocess.run(["git", *identity, *command], cwd=cli.directory, check=True)
-    remote = f"https://{HF_TOKEN}@example.org/repository.git"
+    remote = f"https://{HF_TOKEN}:x-oauth-basic@example.org/repository.git"
     subprocess.run(["git", "remote", "add", "origin", remote], cwd=cli.directory, check=True)
     settings.write_text(f'key = "{WANDB_KEY}"\ntoken = "{HF_TOKEN}"\npassword = "{PASSWORD}"\n')
     return cli
