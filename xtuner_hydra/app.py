@@ -217,8 +217,7 @@ class App:
                     f"hydra.searchpath: {path} (set in {name}.yaml) runs a package's code; say hydra.searchpath=[{path}] yourself"
                 )
         cfg = self.hydra.compose_config(name, list(overrides), run_mode=mode, with_log_configuration=False)
-        plain = OmegaConf.to_container(cfg, resolve=False)
-        for key in targets(plain):
+        for key in targets(OmegaConf.to_container(cfg.hydra, resolve=False), "hydra"):  # of the others `to_config` says where they were set
             if key not in _PLUGINS and not str(OmegaConf.select(cfg, key)).startswith(_SAMPLERS):
                 raise unknown_key(key)
         return cfg

@@ -83,7 +83,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     checkpoint = resume.find(config.checkpoint, composition.run_dir)
     if checkpoint is not None:
         run_dirs.refuse_stray(checkpoint, home=checkpoint.parent.parent)
-        run_dirs.refuse_stray(checkpoint, trees=(".",))
+        run_dirs.refuse_stray(checkpoint, trees=None)
     resolve(config, ranks)
     if not elsewhere:
         config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
