@@ -1,5 +1,6 @@
 """Data that is bad, big or cut short, and caches that are built where something goes wrong: the real command line, one clear outcome each."""
 
+import gzip
 import json
 import os
 import resource
@@ -133,8 +134,12 @@ def caches(directory):
     return sorted(path.name for path in (directory / "cache").glob("*")) if (directory / "cache").exists() else []
 
 
-def test_a_process_that_tokenises_and_is_killed_ends_the_run_with_a_message(slow):
-    process = slow.start(*PREPARE, "data.num_workers=2")
+@pytest.mark.parametrize(
+    "name", ["chats.jsonl", pytest.param("chats.jsonl.gz", marks=pytest.mark.faults)]
+)  # the latter is sent through pipes
+def test_a_process_that_tokenises_and_is_killed_ends_the_run_with_a_message(slow, name):
+    (slow.directory / "chats.jsonl.gz").write_bytes(gzip.compress((slow.directory / "chats.jsonl").read_bytes(), compresslevel=0))
+    process = slow.start(*PREPARE, f"data.path={name}", "data.num_workers=2")
     try:
         wait_for(lambda: len(at_work(slow.directory)) == 2, process)
         victim, other = at_work(slow.directory)
@@ -154,9 +159,9 @@ def test_a_run_that_is_killed_while_it_builds_a_cache_leaves_no_process_and_the_
     wait_for(lambda: len(at_work(slow.directory)) == 2, process)
     workers = at_work(slow.directory)
     assert stop(process, signal.SIGKILL) == -signal.SIGKILL
-    wait_for(lambda: not any(map(alive, workers)), seconds=10)
     (leftover,) = caches(slow.directory)
     (slow.directory / "go").touch()
+    wait_for(lambda: not any(map(alive, workers)), seconds=10)  # each after the part it was at
     done = slow(*PREPARE)
     assert (done.code, "10 samples" in done.out) == (0, True), done.text
     left = [name for name in caches(slow.directory) if name != leftover]
