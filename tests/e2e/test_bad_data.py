@@ -110,7 +110,7 @@ def slow(cli):
     """A command line with data of ten parts, for several processes, that is not tokenised before a file `go` is there."""
     (cli.directory / "slow.py").write_text(SLOW)
     line = json.dumps(chat("x")).encode()
-    (cli.directory / "chats.jsonl").write_bytes((line + b"\n" * (4 << 20)) * 10)
+    (cli.directory / "chats.jsonl").write_bytes((line + (b" " * 1023 + b"\n") * 4097) * 10)
     return cli
 
 
