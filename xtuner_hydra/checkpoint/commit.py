@@ -52,7 +52,7 @@ def _together(action: Callable[[], Any], directory: Path, group: dist.ProcessGro
     result, error = None, None
     try:
         result = action()
-    except Exception as cause:
+    except (Exception, CheckpointException) as cause:  # DCP's is no Exception
         error = _cause(cause)
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, error), group)
@@ -153,7 +153,7 @@ def _set_aside(directory: Path) -> Path:
     return aside
 
 
-def _cause(error: Exception) -> tuple[int | None, str]:
+def _cause(error: Exception | CheckpointException) -> tuple[int | None, str]:
     """What went wrong, in words; and on which rank, where DCP has carried it from there (None: on this one)."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
