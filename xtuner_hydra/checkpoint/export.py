@@ -95,7 +95,7 @@ def _publish(path: Path, keep: int) -> Path:
     """Point hf/latest at a committed export, and only then remove those that it follows."""
 
     def publish() -> None:
-        _point_latest(path)
+        point_latest(path)
         for old in surplus(path.parent, keep, just_saved=path):
             remove(old)
 
@@ -194,8 +194,8 @@ def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, to
             yield piece, value[index].contiguous()
 
 
-def _point_latest(path: Path) -> None:
-    """Switch hf/latest in one rename."""
+def point_latest(path: Path) -> None:
+    """Switch hf/latest to the export `path` in one rename."""
     temporary = path.parent / ".latest.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
