@@ -41,6 +41,7 @@ from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, read_status, write_status
+from xtuner_hydra.safe_text import redacted
 from xtuner_hydra.stopping import Stopping, ignore_signals
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
@@ -199,7 +200,8 @@ def _ranges(names: list[str]) -> list[str]:
 def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:
     """The cause first, then the traceback. Where other ranks fail in consequence, the launcher shows the first cause alone."""
     if not on_screen:
-        write_json(run_dir / "logs" / f"rank{rank}.error.json", {"rank": rank, "time": time.time(), "error": text, "traceback": details})
+        told = {"rank": rank, "time": time.time(), "error": text, "traceback": details}
+        write_json(run_dir / "logs" / f"rank{rank}.error.json", redacted(told))
     extra = {} if on_screen else {"file_only": True}
     log.error(f"training failed: {text}", extra=extra)
     if details:

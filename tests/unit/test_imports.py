@@ -74,7 +74,7 @@ def parts_used_by(part):
             {"app", "config", "cost", "errors", "files", "launch", "parallel", "reports", "results", "run_dir", "safe_text", "tracking"},
         ),
         ("cost", {"config", "model"}),
-        ("ranks", {"config", "errors", "parallel", "run_dir", "worker"}),
+        ("ranks", {"config", "errors", "parallel", "run_dir", "safe_text", "worker"}),
         ("app", {"config", "errors", "model", "safe_text"}),
     ],
 )

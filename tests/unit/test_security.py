@@ -35,6 +35,7 @@ TREES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in
 
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "pandas"}
 LOADERS = {"torch.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "np.fromstring", "torch.jit.load", "torch.hub.load"}
+LOADERS |= {"dcp.FileSystemReader", "FileSystemReader", "dcp.FileSystemWriter", "FileSystemWriter"}  # pickles
 NAMED = {
     ("results/glance.py", "yaml.load"),  # with the safe loader
     ("sweeps/submitit.py", "self.job.result"),  # what a job of this very sweep has written
