@@ -41,7 +41,7 @@ from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync_directory, sync_tree, write_json
 
-VERSION = 3
+VERSION = 4
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")
@@ -247,7 +247,7 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     read = records(task.part)
     samples, bad = _parse(read.pairs, recipe)
     ids, supervised, index = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], []
-    for number, encoded in zip(samples, recipe.tokenizer.encode_batch(list(samples.values())), strict=True):
+    for (number, _), encoded in zip(samples, recipe.tokenizer.encode_batch([sample for _, sample in samples]), strict=True):
         if isinstance(encoded, ValueError) or not len(encoded[0]):
             error = _unusable(encoded) if isinstance(encoded, ValueError) else _BadLine("conversation", "the conversation is empty")
             bad.append((number, error.kind, error.message))
@@ -267,14 +267,16 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     )
 
 
-def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[dict[int, Sample], list[tuple[int, str, str]]]:
-    """({number: sample}, bad lines) of a part; ends with the first bad one, unless such lines are skipped."""
+def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[list[tuple[int, Sample]], list[tuple[int, str, str]]]:
+    """((number, sample) pairs, bad lines) of a part; ends with the first bad one, unless such lines are skipped.
+
+    Several records may have one number: a JSON array can stand on one line."""
     parse = find_format(recipe.format)
-    samples: dict[int, Sample] = {}
+    samples: list[tuple[int, Sample]] = []
     bad: list[tuple[int, str, str]] = []
     for number, record in pairs:
         try:
-            samples[number] = _sample(record, parse)
+            samples.append((number, _sample(record, parse)))
         except _BadLine as error:
             bad.append((number, error.kind, error.message))
             if not recipe.skip:

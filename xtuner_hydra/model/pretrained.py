@@ -35,7 +35,8 @@ _SINGLE = "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
 _ROWS = 4096  # of embedding and head compared at a time
-_FEW = 5  # names of a kind in an error
+FEW = 5
+"""Names of a kind in an error."""
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file that is fingerprinted
 
 Region = list[tuple[int, int]]
@@ -75,7 +76,7 @@ class _Faults:
     def text(self, most: int) -> str:
         """The first `most` of each kind."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.misshapen}
-        return "; ".join(f"{kind}: {_some(names, most)}" for kind, names in kinds.items() if names)
+        return "; ".join(f"{kind}: {some_of(names, most)}" for kind, names in kinds.items() if names)
 
 
 def check_pretrained(config: ModelConfig) -> None:
@@ -197,7 +198,7 @@ def _refuse_faults(faults: _Faults, model: CausalLM, directory: Path) -> None:
     remedy = "model=hf takes every shape from the directory's config.json; model.strict=false starts what is missing from random values"
     if faults.missing == [_HEAD]:
         remedy = "set model.tie_word_embeddings=true if the embedding is meant to be the head too"
-    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults.text(_FEW)}); {remedy}")
+    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults.text(FEW)}); {remedy}")
 
 
 def _refuse_untied(directory: Path, stored: Mapping[str, _Stored]) -> None:
@@ -278,7 +279,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 "its weights are pickled (.bin), which are not read; convert them with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
-        raise ConfigError(KEY, directory, f"it lacks {_some(missing, _FEW)}; is the download complete?")
+        raise ConfigError(KEY, directory, f"it lacks {some_of(missing, FEW)}; is the download complete?")
     return files
 
 
@@ -289,5 +290,6 @@ def _open(file: Path) -> Any:
         raise ConfigError(KEY, file.parent, f"{file.name} cannot be read ({error}); is the download complete?") from None
 
 
-def _some(names: list[str], most: int) -> str:
+def some_of(names: list[str], most: int = FEW) -> str:
+    """The first `most` names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -88,6 +88,14 @@ def test_the_same_samples_whatever_the_file(tmp_path):
         assert cache.lines.tolist() == whole.lines.tolist()
 
 
+def test_every_record_of_an_array_on_one_line_is_a_sample(tmp_path):
+    whole = build([jsonl(tmp_path / "plain.jsonl")], tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": record} for record in RECORDS]))
+    cache = build([tmp_path / "a.json"], tmp_path)
+    assert [cache.ids(i).tolist() for i in range(len(cache))] == [whole.ids(i).tolist() for i in range(len(whole))]
+    assert set(cache.lines.tolist()) == {1}
+
+
 @pytest.mark.parametrize(("name", "place"), [("a.jsonl.gz", "line 3"), ("a.parquet", "row 3"), ("a.json", "line 3")])
 def test_what_is_wrong_is_told_with_its_place(tmp_path, name, place):
     rows = [*RECORDS[:2], [{"role": "robot", "content": "x"}], *RECORDS[3:]]
