@@ -22,7 +22,7 @@ from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_text
 
 _KEY = "model.tokenizer"
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same tokenizer and template would give other ids or labels."""
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
