@@ -274,7 +274,7 @@ class App:
         task = [override for override in self.overrides if override not in self.hydra_overrides()]
         composed = self._compose_choices(chosen, task, name)
         cfg = OmegaConf.create(asdict(config))
-        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
+        for group in reversed(list(composed.hydra.runtime.choices)):  # Hydra notes them last one first; a later one's values win
             if group in chosen:
                 self._replace_group(cfg, group, chosen[group])
         for override in parsed:

@@ -74,6 +74,16 @@ def test_an_option_sets_what_its_file_sets_in_other_groups_too(run):
     assert composition.config.optimizer.lr == 2e-4
 
 
+def test_options_win_over_each_other_as_in_a_composition(run):
+    """A debug option over a model, parallelism over trainer, whatever their order on the command line."""
+    overrides = ["debug=fast", "model=qwen3_tiny", "parallelism=fsdp", "trainer=default", "data.path=x"]
+    config = again(run, *overrides).config
+    with App(overrides) as app:
+        composed = app.compose(overrides).config
+    assert (config.model, config.trainer, config.parallelism) == (composed.model, composed.trainer, composed.parallelism)
+    assert (config.model.hidden_size, config.trainer.global_batch_size) == (64, None)
+
+
 def test_an_experiment_that_chooses_another_group_s_option_replaces_that_too(run, tmp_path):
     composition = again(run, "experiment=smollm2_sft", "model=smollm2_135m", "optimizer.eps=1e-7")
     config = composition.config
