@@ -116,6 +116,8 @@ def _choice(arguments: argparse.Namespace) -> Choose:
         raise RefusedError(f"chat: --temperature {temperature}: must be 0 (the likeliest token) or above")
     if not 0 < top_p <= 1:
         raise RefusedError(f"chat: --top-p {top_p}: must be above 0 and at most 1")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise RefusedError(f"chat: --seed {arguments.seed}: must be a whole number from 0 to 2^63 - 1")
     if temperature > 0:
         return sampler(temperature, top_p, arguments.seed)
     if top_p < 1 or arguments.seed is not None:

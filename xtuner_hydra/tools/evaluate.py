@@ -83,7 +83,8 @@ def _subject(app: App) -> str:
 def _config(app: App, trained: Trained) -> Config:
     """The config to evaluate with: the run's, or conf/'s, changed by the overrides."""
     if trained.run is None:
-        config = app.compose(["model=hf", f"model.pretrained={_quoted(trained.model.pretrained)}", *app.overrides]).config
+        given = ["model=hf", f"model.pretrained={_quoted(trained.model.pretrained)}", *app.overrides]
+        config = app.compose([*_no_training_data(app.overrides), *given]).config
         reference = replace(trained.model, adapter=None, lora=LoRAConfig())
     else:
         config = again(app, trained.run).config
@@ -96,6 +97,13 @@ def _config(app: App, trained: Trained) -> Config:
         config.model.tokenizer = config.model.tokenizer or trained.model.tokenizer
     config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     return config
+
+
+def _no_training_data(overrides: list[str]) -> list[str]:
+    """What closes the data.path that an option of `data` may leave open: held-out data in its place, which is all that is read."""
+    values = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    held_out = values.get("data.eval_path", "null")
+    return [] if held_out == "null" or "data.sources" in values else [f"data.path={held_out}"]
 
 
 def _quoted(value: str | None) -> str:
