@@ -441,6 +441,30 @@ def test_a_tokenizer_that_adds_spaces(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("prepend", [None, "always", "first"])
+def test_where_such_a_tokenizer_is_cut_it_adds_no_space(tmp_path, prepend):
+    """The ids of each turn alone, special tokens included, are those of the whole; what cannot be so is refused."""
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + 'Q: ' + message['content'] + ' A:' }}"
+        "{% else %}{{ message['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
+    )
+    made.sentencepiece_like(tmp_path, template)
+    if prepend:  # the newer way of the same
+        path = tmp_path / "tokenizer.json"
+        space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend, "split": False}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None, "pre_tokenizer": space}))
+    tokenizer = HFTokenizer(tmp_path, "here")
+    whole = tokenizer._backend.encode("<s>Q: b A: a</s>\n<s>Q: d A:  c</s>\n", add_special_tokens=False).ids
+    conversation = parse_openai([*chat(" a", "b"), *chat("  c", "d")])
+    rendered = tokenizer.template.spans(conversation)
+    ids, supervised = tokenizer._in_pieces(rendered)
+    assert ids.tolist() == whole
+    assert len(runs(supervised)) == 2
+    for answer in ("a", "\na"):
+        with pytest.raises(ValueError, match="cannot be cut there"):
+            tokenizer._in_pieces(tokenizer.template.spans(parse_openai(chat(answer))))
+
+
 def test_processes_that_tokenise_get_all_they_need(load):
     for name in ("chatml", "qwen3"):
         copy = pickle.loads(pickle.dumps(load(name)))
