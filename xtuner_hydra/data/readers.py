@@ -117,7 +117,16 @@ def _read_rows(part: Part) -> list[dict[str, Any]]:
         group = pyarrow.parquet.ParquetFile(part.file).read_row_group(part.row_group)
     except (OSError, ValueError) as error:
         raise DataError(f"{part.file} cannot be read as Parquet: {error}") from None
-    return group.slice(part.start, part.stop - part.start).to_pylist()
+    rows = group.slice(part.start, part.stop - part.start).to_pylist()
+    return [{key: _without_gaps(value) for key, value in row.items()} for row in rows]
+
+
+def _without_gaps(value: Any) -> Any:
+    """A column's value without the keys that are null: in Parquet all structs of a column have the same keys, and those that a record did
+    not have, such as the arguments of another tool, are filled up with null."""
+    if isinstance(value, list):
+        return [_without_gaps(item) for item in value]
+    return {key: _without_gaps(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _pyarrow(file: Path) -> Any:

@@ -195,7 +195,10 @@ def _faults(model: CausalLM, directory: Path, stored: Mapping[str, _Stored], slo
 def _refuse_faults(faults: _Faults, model: CausalLM, directory: Path) -> None:
     if not faults or not model.config.strict:
         return
-    remedy = "model=hf takes every shape from the directory's config.json; model.strict=false starts what is missing from random values"
+    remedy = (
+        "model=hf takes every shape that nothing else sets (an override, debug=fast) from the directory's config.json; "
+        "model.strict=false starts what is missing from random values"
+    )
     if faults.missing == [_HEAD]:
         remedy = "set model.tie_word_embeddings=true if the embedding is meant to be the head too"
     raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults.text(FEW)}); {remedy}")
@@ -266,8 +269,8 @@ def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files, by the index where there is one."""
     if (directory / _INDEX).is_file():
         names = read_json(directory, _INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map, from names of tensors to names of files")
         files = [directory / name for name in sorted(set(names.values()))]
     else:
         files = [directory / _SINGLE]
