@@ -241,7 +241,7 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     read = records(task.part)
     samples, bad = _parse(read.pairs, recipe)
     ids, supervised, index = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], []
-    for number, encoded in zip(samples, recipe.tokenizer.encode_batch(list(samples.values())), strict=True):
+    for (number, _), encoded in zip(samples, recipe.tokenizer.encode_batch([sample for _, sample in samples]), strict=True):
         if isinstance(encoded, ValueError) or not len(encoded[0]):
             error = _unusable(encoded if isinstance(encoded, ValueError) else EmptyRecord("no token is left of it"))
             bad.append((number, error.kind, error.message))
@@ -261,14 +261,16 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     )
 
 
-def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[dict[int, Sample], list[tuple[int, str, str]]]:
-    """({number: sample}, bad lines) of a part; ends with the first bad one, unless such lines are skipped."""
+def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[list[tuple[int, Sample]], list[tuple[int, str, str]]]:
+    """((number, sample) pairs, bad lines) of a part; ends with the first bad one, unless such lines are skipped.
+
+    Several records may have one number: a JSON array can stand on one line."""
     parse = find_format(recipe.format)
-    samples: dict[int, Sample] = {}
+    samples: list[tuple[int, Sample]] = []
     bad: list[tuple[int, str, str]] = []
     for number, record in pairs:
         try:
-            samples[number] = _sample(record, parse)
+            samples.append((number, _sample(record, parse)))
         except BadLine as error:
             bad.append((number, error.kind, error.message))
             if not recipe.skip:
