@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
 
 def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, total_steps: int | None = None) -> None:
     """Make the run directory and write what is known before training. A resumed run's files are replaced."""
-    try:
+    with writing(directory):
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         write_config(directory, config)
         write_text(
@@ -97,6 +98,13 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
         )
         write_json(directory / "environment.json", environment)
         write_status(directory, "running", step=0, total_steps=total_steps)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """RefusedError where the block cannot write into a run directory that is being made."""
+    try:
+        yield
     except OSError as error:
         raise RefusedError(
             f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"
