@@ -107,7 +107,7 @@ def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) 
 
     def tell(rank: int, error: str, stack: str) -> None:
         _report_failure(run_dir, rank, error, stack, on_screen=False)
-        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=f"rank {rank}: {error}", **_progress(run_dir))
+        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=error, **_progress(run_dir))
 
     return Watchdog(run_dir / "logs", place.rank, place.world_size, config.parallelism.timeout, lambda: stopping.edges, tell)
 

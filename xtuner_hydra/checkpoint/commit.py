@@ -34,11 +34,16 @@ def commit(directory: Path, write: Callable[[Path], Checksums | None], *, group:
     Collective over `group` (default: all ranks): all call it with the same arguments. `write` may itself be collective; it must then take
     part to its end on every rank, whatever fails on one. Raises SaveError on all ranks where one of them fails."""
     staging = directory.with_name(f".{directory.name}.tmp")
-    on_first_rank(lambda: _begin(staging), directory, group)
-    known: Checksums = {}
-    for checksums in _together(lambda: write(staging), directory, group):
-        known |= checksums or {}
-    on_first_rank(lambda: _finish(staging, directory, known), directory, group)
+    try:
+        on_first_rank(lambda: _begin(staging), directory, group)
+        known: Checksums = {}
+        for checksums in _together(lambda: write(staging), directory, group):
+            known |= checksums or {}
+        on_first_rank(lambda: _finish(staging, directory, known), directory, group)
+    except SaveError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk has room again
+        raise
     return directory
 
 
