@@ -23,6 +23,8 @@ _REMEDY = (
 )
 _MARKED = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 
+_PLACE = "\ue000"  # a private character, which no template writes by itself
+
 # Templates that ask for the date get this one: a run must be the same tomorrow. It is the date that Llama's templates fall back to.
 _DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24"}
 _FIXED_DATE = (
@@ -189,7 +191,11 @@ class ChatTemplate:
     def _other(self, conversation: Conversation, text: str, i: int) -> tuple[int, int]:
         """The span of a message that is not the assistant's and yet to be learnt (`loss`: true): its content to the end of its turn."""
         begin, stop = self._prefix(conversation, text, i), self._prefix(conversation, text, i + 1)
-        place = text.find(conversation.messages[i].content.strip(), begin, stop)
+        message = conversation.messages[i]
+        marked = replace(conversation, messages=[*conversation.messages[:i], replace(message, content=_PLACE)])
+        # from where the content stands: a short one may be found in the header of the turn too
+        header = self._render(marked)[0].find(_PLACE, begin)
+        place = text.find(message.content.strip(), header, stop) if header >= 0 else -1
         if place < 0:
             raise ValueError(f"message {i + 1}: the chat template changes its content, so its `loss` cannot be taken")
         return place, self._end_of_turn(text, place, stop)

@@ -286,7 +286,7 @@ def _call(number: int, call: object) -> dict[str, Any]:
     function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number}: a tool call needs a function with a name")
-    arguments = function.get("arguments", {})
+    arguments = {} if function.get("arguments") is None else function["arguments"]
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

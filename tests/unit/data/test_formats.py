@@ -60,6 +60,13 @@ def test_tool_calls_with_null_content(call):
     assert conversation.tools == tools
 
 
+@pytest.mark.parametrize("call", [{"name": "now"}, {"name": "now", "arguments": None}, {"function": {"name": "now", "arguments": {}}}])
+def test_a_call_without_arguments_has_an_empty_object(call):
+    assert parse_openai([USER, {"role": "assistant", "content": None, "tool_calls": [call]}]).messages[1].tool_calls == [
+        {"name": "now", "arguments": {}}
+    ]
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [

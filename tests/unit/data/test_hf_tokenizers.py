@@ -191,9 +191,12 @@ def test_loss_false_takes_the_whole_turn_out(load, name):
     assert "three" in text
 
 
-def test_loss_true_on_a_question_takes_its_content_in(load):
-    record = [{"role": "user", "content": "why", "loss": True}, chat("so")[1]]
-    assert supervised_text(load("chatml"), record) == "why<|im_end|>|so<|im_end|>"
+@pytest.mark.parametrize("question", ["why", "u", "user", "e\n"])  # some are in the header of the turn too
+def test_loss_true_on_a_question_takes_its_content_in(load, question):
+    record = [{"role": "user", "content": question, "loss": True}, chat("so")[1]]
+    for name in ("chatml", "qwen3"):
+        first, second = supervised_text(load(name), record).split("<|im_end|>|")
+        assert (first, second.rpartition("</think>")[2].strip()) == (question, "so<|im_end|>")
 
 
 CALLS = {
