@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 
 from xtuner_hydra.errors import Stopped
-from xtuner_hydra.stopping import SIGNALS, Stopping, Wish
+from xtuner_hydra.stopping import SIGNALS, Stopping, Wish, ignore_signals
 
 EDGE = 3
 
@@ -17,7 +17,9 @@ EDGE = 3
 def stop_on_a_rank(wishes):
     """For each case of `wishes` (rank -> signal) train until it stops; (edge, exit code) of each."""
     dist.init_process_group("gloo")
-    return [edges_until_stopped(case.get(dist.get_rank())) for case in wishes]
+    told = [edges_until_stopped(case.get(dist.get_rank())) for case in wishes]
+    dist.destroy_process_group()
+    return told
 
 
 def edges_until_stopped(number):
@@ -99,16 +101,18 @@ def test_a_scheduler_that_asks_twice_does_not_cut_the_save_short(stopping):
         stopping.check()
 
 
-def test_once_it_has_ended_signals_are_ignored():
+def test_afterwards_the_handlers_of_before_come_back():
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        with Stopping().listening():
-            pass
-        for number in SIGNALS:
-            os.kill(os.getpid(), number)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with Stopping().listening():
+        assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_once_a_run_has_ended_signals_are_ignored(stopping):
+    ignore_signals()
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+    assert stopping.wish == Wish.NONE
 
 
 def test_time_is_up_when_the_last_save_would_not_fit_any_more(stopping):
