@@ -13,6 +13,9 @@ import torch.distributed as dist
 from faults.injection import inject
 
 from xtuner_hydra.__main__ import main
+from xtuner_hydra.app import App
+from xtuner_hydra.launch import create
+from xtuner_hydra.launch import prepare as prepare_composed
 from xtuner_hydra.worker import train
 
 TESTS = Path(__file__).parent
@@ -48,6 +51,22 @@ def command(directory, *args, name="output", **environment):
     """`python -m xtuner_hydra ARGS` in `directory`."""
     _serve()
     return Fork(main, [*map(str, args)], directory=directory, output=directory / name, environment=_environment(directory) | environment)
+
+
+def prepare(directory, *args):
+    """A run directory `run` in `directory`, ready for its ranks, of what `python -m xtuner_hydra ARGS` would train."""
+    _serve()
+    fork = Fork(_prepare, [*args, "hydra.run.dir=run"], directory=directory, output=directory / "output", environment=_environment(directory))
+    assert fork.wait(120) == 0, fork.text
+    return directory / "run"
+
+
+def train_on(run_dir, number=1, *, seconds=120, **environment):
+    """Let the ranks of a prepared run directory come to their end: (exit codes, what the first one said now)."""
+    log = run_dir.parent / "output-0"
+    before = log.stat().st_size if log.exists() else 0
+    codes = [fork.wait(seconds) for fork in ranks(run_dir, number, **environment)]
+    return codes, log.read_bytes()[before:].decode()
 
 
 def ranks(run_dir, number=1, **environment):
@@ -90,6 +109,12 @@ def _serve():
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _prepare(args):
+    with App(args) as app:
+        composition = app.compose(app.overrides)
+    create(prepare_composed(composition))
 
 
 def _run(function, args, directory, output, environment):

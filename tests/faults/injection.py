@@ -4,12 +4,15 @@
                       raise, kill, hang, nan (a gradient), SIGTERM SIGUSR1 SIGINT (to this process, see FAULT_BATCH)
     FAULT_RANK=R      on that rank alone; without it on every one
     FAULT_BATCH=N     a signal comes with the N-th batch of the step (0-based), of the evaluation after it with FAULT_IN=eval
+    FAULT_TIMES=N     a signal comes N times in a row
     FAULT_ONCE=FILE   not where FILE is there already, which is written as the fault strikes
+    FILE_LIMIT=BYTES  no file can grow larger
     DOCUMENTS=DIR     no fault: DIR/rank-R.jsonl gets a line a step with every document that this rank trains on"""
 
 import hashlib
 import json
 import os
+import resource
 import signal
 import time
 from functools import wraps
@@ -18,6 +21,8 @@ from pathlib import Path
 
 def inject():
     """Arrange for what the environment asks."""
+    if "FILE_LIMIT" in os.environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_LIMIT"]), resource.RLIM_INFINITY))
     if "FAULT" in os.environ or "DOCUMENTS" in os.environ:
         from xtuner_hydra.trainer import Trainer
 
@@ -90,7 +95,7 @@ def _signal(trainer, kind):
     def with_batch(model, arguments):
         nonlocal left
         if model.training == is_training:
-            if left == 0:
+            for _ in range(int(os.environ.get("FAULT_TIMES", 1)) if left == 0 else 0):
                 os.kill(os.getpid(), signal.Signals[kind])
             left -= 1
 
@@ -102,7 +107,7 @@ FAULTS = {"raise": _raise, "kill": _kill, "hang": _hang, "nan": _nan}
 
 def _note(batch):
     documents = []
-    for micro in batch.micro_batches if batch.micro_batches else []:
+    for micro in batch.micro_batches:
         edges = micro.cu_seqlens.tolist() if micro.tokens else []
         for start, end in zip(edges, edges[1:], strict=False):
             documents.append(hashlib.sha256(micro.ids[start:end].numpy().tobytes()).hexdigest()[:16])
