@@ -2,8 +2,10 @@
 
 For tests that start very many. How a command starts is tested with conftest.CommandLine."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from multiprocessing import forkserver
@@ -24,7 +26,7 @@ _forks = multiprocessing.get_context("forkserver")
 
 
 class Fork:
-    """`function(*args)` in `directory`; `environment` over that of the tests. Its output goes to the file `output`.
+    """`function(*args)` in `directory`; `environment` over that of the tests. Its output goes to the file `output`, at SIGUSR2 its stacks too.
 
     started: by time.monotonic()."""
 
@@ -42,6 +44,8 @@ class Fork:
         """The exit code, negative for a signal; fails, and ends the process, when it takes longer."""
         self.process.join(seconds)
         if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGUSR2)
+            time.sleep(1)
             self.process.kill()
             raise AssertionError(f"still running after {seconds} s:\n{self.text}")
         return self.process.exitcode
@@ -126,5 +130,6 @@ def _run(function, args, directory, output, environment):
     for number in (1, 2):
         os.dup2(handle, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    faulthandler.register(signal.SIGUSR2)
     inject()
     sys.exit(function(*args))

@@ -1,6 +1,6 @@
 """Faults inside a process that trains, on purpose, steered by its environment. The package knows nothing of them.
 
-    FAULT=KIND@STEP   what strikes at the beginning of that step (1-based):
+    FAULT=KIND@STEP   what strikes at the beginning of that step (1-based; 0: before the ranks have all met):
                       raise, kill, hang, nan (a gradient), SIGTERM SIGUSR1 SIGINT (to this process, see FAULT_BATCH)
     FAULT_RANK=R      on that rank alone; without it on every one
     FAULT_BATCH=N     a signal comes with the N-th batch of the step (0-based), of the evaluation after it with FAULT_IN=eval
@@ -26,23 +26,30 @@ def inject():
     if "FAULT" in os.environ or "DOCUMENTS" in os.environ:
         from xtuner_hydra.trainer import Trainer
 
+        Trainer.__init__ = _before(Trainer.__init__, _at_start)
         Trainer.train = _before(Trainer.train, _at_step)
 
 
 def _before(function, first):
     @wraps(function)
-    def both(*args):
+    def both(*args, **more):
         first(*args)
-        return function(*args)
+        return function(*args, **more)
 
     return both
+
+
+def _at_start(trainer, *args):
+    kind, _, step = os.environ.get("FAULT", "none").partition("@")
+    if step == "0" and _is_meant():
+        FAULTS[kind](trainer, kind)
 
 
 def _at_step(trainer, batch):
     if "DOCUMENTS" in os.environ:
         _note(batch)
     kind, _, step = os.environ.get("FAULT", "none@0").partition("@")
-    if batch.step + 1 == int(step) and _is_meant():
+    if str(batch.step + 1) == step and _is_meant():
         FAULTS.get(kind, _signal)(trainer, kind)
 
 
@@ -75,18 +82,18 @@ def _hang(trainer, kind):
 
 
 def _nan(trainer, kind):
-    """One gradient, after the backward pass: where it is clipped, all are there."""
+    """The first parameter's gradient, this rank's part of it, once all gradients are there: before their norm is taken."""
     import torch
 
-    clip = torch.nn.utils.clip_grad_norm_
+    norm = torch.nn.utils.get_total_norm
 
-    def with_nan(parameters, *args):
-        parameters = list(parameters)
-        parameters[0].grad.fill_(float("nan"))
-        torch.nn.utils.clip_grad_norm_ = clip
-        return clip(parameters, *args)
+    def with_nan(gradients, *args):
+        gradients = list(gradients)
+        gradients[0].to_local().fill_(float("nan"))
+        torch.nn.utils.get_total_norm = norm
+        return norm(gradients, *args)
 
-    torch.nn.utils.clip_grad_norm_ = with_nan
+    torch.nn.utils.get_total_norm = with_nan
 
 
 def _signal(trainer, kind):

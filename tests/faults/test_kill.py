@@ -80,7 +80,7 @@ class KilledRun:
             victim.process.join(self.rng.uniform(0, self.patience))
         was_alive = victim.process.exitcode is None
         victim.process.kill()
-        codes = [process.wait(60) for process in processes]
+        codes = [self.ended(process) for process in processes]
         self.counts.update({"trials": 1, "aimed": is_aimed, "inside a save": bool(self.staging() - rest), "resumed": before > 0})
         if all(code == 0 for code in codes):
             return self.complete()
@@ -88,6 +88,15 @@ class KilledRun:
         # the others of a killed rank end by themselves, with one that ended well before it was seen
         assert set(codes) <= {-9, 0, 1}, codes
         self.assert_whole(before)
+
+    def ended(self, rank):
+        """The exit code of one of the ranks. One whose peer has died before all had met waits for it; a launcher ends such a one."""
+        rank.process.join(20)
+        if rank.process.exitcode is None:
+            assert "resumed from" not in rank.text.rpartition("first sample")[2], rank.text
+            rank.process.kill()
+            self.counts["ended by the launcher"] += 1
+        return rank.wait(10)
 
     def wait_for_saves(self, process, rest, number):
         """Until the `number`-th save from now on is under way, or the process is over."""
