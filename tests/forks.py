@@ -60,7 +60,9 @@ def command(directory, *args, name="output", **environment):
 def prepare(directory, *args):
     """A run directory `run` in `directory`, ready for its ranks, of what `python -m xtuner_hydra ARGS` would train."""
     _serve()
-    fork = Fork(_prepare, [*args, "hydra.run.dir=run"], directory=directory, output=directory / "output", environment=_environment(directory))
+    fork = Fork(
+        _prepare, [*args, "hydra.run.dir=run"], directory=directory, output=directory / "output", environment=_environment(directory)
+    )
     assert fork.wait(120) == 0, fork.text
     return directory / "run"
 

@@ -1,13 +1,13 @@
 """Faults inside a process that trains, on purpose, steered by its environment. The package knows nothing of them.
 
-    FAULT=KIND@STEP   what strikes at the beginning of that step (1-based; 0: before the ranks have all met):
-                      raise, kill, hang, nan (a gradient), SIGTERM SIGUSR1 SIGINT (to this process, see FAULT_BATCH)
-    FAULT_RANK=R      on that rank alone; without it on every one
-    FAULT_BATCH=N     a signal comes with the N-th batch of the step (0-based), of the evaluation after it with FAULT_IN=eval
-    FAULT_TIMES=N     a signal comes N times in a row
-    FAULT_ONCE=FILE   not where FILE is there already, which is written as the fault strikes
-    FILE_LIMIT=BYTES  no file can grow larger
-    DOCUMENTS=DIR     no fault: DIR/rank-R.jsonl gets a line a step with every document that this rank trains on"""
+FAULT=KIND@STEP   what strikes at the beginning of that step (1-based; 0: before the ranks have all met):
+                  raise, kill, hang, nan (a gradient), SIGTERM SIGUSR1 SIGINT (to this process, see FAULT_BATCH)
+FAULT_RANK=R      on that rank alone; without it on every one
+FAULT_BATCH=N     a signal comes with the N-th batch of the step (0-based), of the evaluation after it with FAULT_IN=eval
+FAULT_TIMES=N     a signal comes N times in a row
+FAULT_ONCE=FILE   not where FILE is there already, which is written as the fault strikes
+FILE_LIMIT=BYTES  no file can grow larger
+DOCUMENTS=DIR     no fault: DIR/rank-R.jsonl gets a line a step with every document that this rank trains on"""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ import resource
 import signal
 import time
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -116,7 +117,7 @@ def _note(batch):
     documents = []
     for micro in batch.micro_batches:
         edges = micro.cu_seqlens.tolist() if micro.tokens else []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             documents.append(hashlib.sha256(micro.ids[start:end].numpy().tobytes()).hexdigest()[:16])
     line = {"epoch": batch.epoch, "step": batch.step + 1, "documents": documents}
     with open(Path(os.environ["DOCUMENTS"]) / f"rank-{_rank()}.jsonl", "a") as file:

@@ -11,14 +11,23 @@ from exactness import assert_same, copy_until, set_config, trajectory
 from forks import prepare, train_on
 
 CHATS = [chat(f"answer {number}: " + "so it is " * 6, f"question {number}?") for number in range(6)]
-TWO_EPOCHS = ("debug=fast", "tracking=none", "data.eval_path=null", "checkpoint.hf_interval=null", "trainer.total_steps=null", "trainer.epochs=2")
+TWO_EPOCHS = (
+    "debug=fast",
+    "tracking=none",
+    "data.eval_path=null",
+    "checkpoint.hf_interval=null",
+    "trainer.total_steps=null",
+    "trainer.epochs=2",
+)
 EVERY_STEP = ("checkpoint.interval=1", "checkpoint.keep=99")
 LORA = ("model.adapter=lora", "model.lora.rank=4", "model.lora.dropout=0.3", "optimizer.lr=1e-3")
 BEHIND = ("checkpoint.asynchronous=true",)
 
 
 def case(ranks, *overrides, slow=True):
-    return pytest.param(ranks, overrides, id="-".join([str(ranks), *(name.split("=")[1] for name in overrides)]), marks=[pytest.mark.faults] * slow)
+    return pytest.param(
+        ranks, overrides, id="-".join([str(ranks), *(name.split("=")[1] for name in overrides)]), marks=[pytest.mark.faults] * slow
+    )
 
 
 CASES = [
@@ -70,7 +79,9 @@ def test_saving_changes_nothing(tmp_path):
 
 def test_other_numbers_of_ranks_see_every_sample_once_in_the_same_steps(tmp_path):
     """1 -> 2 -> 4 -> 1 ranks, sharded, replicated, both, stopped by a signal between."""
-    run = prepared(tmp_path, "data.pack_strategy=none", "trainer.global_batch_size=4", "parallelism.param_dtype=float32", "trainer.epochs=4")
+    run = prepared(
+        tmp_path, "data.pack_strategy=none", "trainer.global_batch_size=4", "parallelism.param_dtype=float32", "trainer.epochs=4"
+    )
     whole = copy_of(run, tmp_path / "whole")
     assert trained(whole, tmp_path / "documents", 1) == 0
     expected = documents(tmp_path / "documents", range(1, 9))

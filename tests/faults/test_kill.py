@@ -24,7 +24,12 @@ KINDS = {
     "sync, keep=2": ("checkpoint.hf_interval=null",),
     "async, keep=1": ("checkpoint.hf_interval=null", "checkpoint.asynchronous=true", "checkpoint.keep=1"),
     "export every step": ("checkpoint.hf_interval=1",),
-    "two ranks, async": ("checkpoint.hf_interval=null", "checkpoint.asynchronous=true", "parallelism.nproc_per_node=2", "trainer.global_batch_size=2"),
+    "two ranks, async": (
+        "checkpoint.hf_interval=null",
+        "checkpoint.asynchronous=true",
+        "parallelism.nproc_per_node=2",
+        "trainer.global_batch_size=2",
+    ),
 }
 
 
@@ -110,7 +115,9 @@ class KilledRun:
         found = set()
         for parent in ("checkpoints", "hf"):
             with suppress(FileNotFoundError), os.scandir(self.run / parent) as entries:
-                found |= {(entry.path, entry.inode()) for entry in entries if entry.name.startswith(".step-") and entry.name.endswith(".tmp")}
+                found |= {
+                    (entry.path, entry.inode()) for entry in entries if entry.name.startswith(".step-") and entry.name.endswith(".tmp")
+                }
         return found
 
     def newest(self):

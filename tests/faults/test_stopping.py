@@ -71,7 +71,7 @@ def evaluations(run):
 
 
 def test_a_second_ctrl_c_stops_now(whole, tmp_path):
-    ranks, prepared, _ = whole
+    ranks, *_ = whole
     if ranks > 1:
         pytest.skip("the launcher passes both on; the other ranks of these tests have none")
     code, run, text = stopped(whole, tmp_path, "SIGINT@3", FAULT_TIMES="2")
