@@ -217,7 +217,7 @@ def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> No
     try:
         write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
     except OSError as error:  # a full disk: the exit code still tells
-        log.error(f"{error.filename}: {error.strerror}; status.json does not tell how the run ended")
+        log.error(f"{run_dir / 'status.json'}: {error.strerror}; it does not tell how the run ended")
     _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
 
