@@ -160,6 +160,11 @@ def pretrained_dtype(directory: Path | str) -> str:
     return _DTYPES[stored[_EMBEDDING].dtype]
 
 
+def stored_dtypes(directory: Path | str) -> dict[str, torch.dtype]:
+    """The dtype of every tensor in the directory's safetensors, by its name there: a bf16 model may keep norms or routers in fp32."""
+    return {name: getattr(torch, _DTYPES[tensor.dtype]) for name, tensor in _headers(Path(directory)).items() if tensor.dtype in _DTYPES}
+
+
 def _slots(model: CausalLM, stored: Mapping[str, _Stored]) -> dict[str, _Slot]:
     """Every tensor that the model wants, by its name in the files. A parameter that is in the files under its own name is one tensor
     there (transformers' layout in memory, which a directory may have too)."""

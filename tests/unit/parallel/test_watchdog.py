@@ -23,14 +23,24 @@ def report(edges, *, waits=True):
         ({0: report(7), 1: report(7), 2: report(7, waits=False)}, [2]),
         ({0: report(7), 1: report(7), 2: report(7)}, [0, 1, 2]),
     ],
-    ids=["no sign", "no signs at all", "behind", "behind counts more than waiting", "equal, one waits for nobody", "nothing tells them apart"],
+    ids=[
+        "no sign",
+        "no signs at all",
+        "behind",
+        "behind counts more than waiting",
+        "equal, one waits for nobody",
+        "nothing tells them apart",
+    ],
 )
 def test_the_verdict(reports, culprits):
     assert verdict(reports, 3) == culprits
 
 
 def test_the_sentence_names_rank_time_and_place():
-    assert describe([1], {1: report(6)}, 30) == 'rank 1 hangs: no progress for 30 s (parallelism.timeout), in File "engine.py", line 3, in step'
+    assert (
+        describe([1], {1: report(6)}, 30)
+        == 'rank 1 hangs: no progress for 30 s (parallelism.timeout), in File "engine.py", line 3, in step'
+    )
     assert "gave no sign of life" in describe([1, 2], {0: report(7)}, 30)
     assert "as do ranks 2" in describe([1, 2], {0: report(7)}, 30)
 
