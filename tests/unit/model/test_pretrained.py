@@ -110,7 +110,7 @@ def test_several_files_with_an_index(copy):
     next(iter(sorted((directory / "split").glob("*.safetensors")))).unlink()
     assert "it lacks model-00001-of" in refusal(directory / "split")
     (directory / "split" / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 1}}')
-    assert "no weight_map" in refusal(directory / "split")
+    assert "names 1; weights are files" in refusal(directory / "split")
 
 
 def test_a_file_cut_short_is_refused(copy):
