@@ -165,7 +165,8 @@ def ours(config, stack: ExitStack, watch: Watch) -> tuple[Callable, int]:
     from xtuner_hydra.worker import build_engine
 
     engine = build_engine(config, stack.enter_context(runtime(config)))
-    engine._loss_sum, engine._clip = watch.timed("forward", engine._loss_sum), watch.timed("clip", engine._clip)
+    engine._loss_sum, engine._norm = watch.timed("forward", engine._loss_sum), watch.timed("clip", engine._norm)
+    torch.nn.utils.clip_grads_with_norm_ = watch.timed("clip", torch.nn.utils.clip_grads_with_norm_)
     torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)
     for name in ("forward", "backward"):
         setattr(loss._LinearCrossEntropy, name, staticmethod(watch.timed("loss", getattr(loss._LinearCrossEntropy, name))))

@@ -69,7 +69,7 @@ def train(argv: list[str]) -> int:
     return run(composition)
 
 
-VERBS = ("plan", "data", "doctor", "report", "runs", "diff", "rerun", "chat", "evaluate", "export", "wandb")
+VERBS = ("plan", "data", "doctor", "report", "runs", "diff", "rerun", "chat", "evaluate", "export", "checkpoint", "wandb")
 """The words that a command line can begin with; each is a module of xtuner_hydra.tools with a `main(arguments)`."""
 
 

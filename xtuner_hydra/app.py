@@ -20,6 +20,7 @@ import yaml
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -217,8 +218,7 @@ class App:
                     f"hydra.searchpath: {path} (set in {name}.yaml) runs a package's code; say hydra.searchpath=[{path}] yourself"
                 )
         cfg = self.hydra.compose_config(name, list(overrides), run_mode=mode, with_log_configuration=False)
-        plain = OmegaConf.to_container(cfg, resolve=False)
-        for key in targets(plain):
+        for key in targets(OmegaConf.to_container(cfg.hydra, resolve=False), "hydra"):  # of the others `to_config` says where they were set
             if key not in _PLUGINS and not str(OmegaConf.select(cfg, key)).startswith(_SAMPLERS):
                 raise unknown_key(key)
         return cfg
@@ -312,11 +312,13 @@ class App:
 
         GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
         parsed = self.check_overrides(self.overrides)
-        chosen = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
+        given = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
+        # options that an option's file chooses itself, as an experiment may; the command line's own win
+        chosen = {key: value for group, option in given.items() for key, value in self._chosen_by(group, option).items()} | given
         task = [override for override in self.overrides if override not in self.hydra_overrides()]
         composed = self._compose_choices(chosen, task, name)
         cfg = OmegaConf.create(asdict(config))
-        for group in composed.hydra.runtime.choices:  # in the order in which a composition goes through them
+        for group in reversed(list(composed.hydra.runtime.choices)):  # Hydra notes them last one first; a later one's values win
             if group in chosen:
                 self._replace_group(cfg, group, chosen[group])
         for override in parsed:
@@ -344,9 +346,17 @@ class App:
     def _is_group(self, override: Override) -> bool:
         return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
 
+    def _chosen_by(self, group: str, option: str) -> dict[str, str]:
+        """Options of other groups that GROUP/OPTION.yaml chooses (`defaults: - override /model: hf`)."""
+        loaded = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
+        defaults = [one for one in (loaded.defaults_list if loaded else None) or [] if isinstance(one, GroupDefault) and one.override]
+        return {str(one.group).lstrip("/"): str(one.value) for one in defaults}
+
     def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
         with _readable_errors():
-            alone = self._composed([], name=f"{group}/{option}")
+            # what chooses options of other groups does not compose alone; those are replaced apart
+            alone = self._file(group, option) if self._chosen_by(group, option) else self._composed([], name=f"{group}/{option}")
+        assert alone is not None
         if group in cfg:
             cfg[group] = asdict(Config())[group]
         cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xtuner_hydra.config.schema import CheckpointConfig, Config
 from xtuner_hydra.model.adapters import blueprint, is_adapter
+from xtuner_hydra.model.pretrained import pretrained_dtype
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Sizes:
     trainable: int
     exported: int
     """In a Hugging Face export."""
+    export_itemsize: int = 4
+    """Bytes of each of them there: an export of whole weights keeps the dtype of `pretrained`."""
 
     @property
     def state_bytes(self) -> int:
@@ -35,7 +38,14 @@ def count_parameters(config: Config) -> Sizes:
         total=total,
         trainable=_count(parameter for parameter in parameters.values() if parameter.requires_grad),
         exported=adapter if config.exports_adapter else total - adapter,
+        export_itemsize=_export_itemsize(config),
     )
+
+
+def _export_itemsize(config: Config) -> int:
+    if config.exports_adapter or config.model.pretrained is None:
+        return 4
+    return 4 if pretrained_dtype(config.model.pretrained) == "float32" else 2
 
 
 def memory_gb(sizes: Sizes) -> float:
@@ -45,7 +55,7 @@ def memory_gb(sizes: Sizes) -> float:
 
 
 def disk_bytes(config: Config, sizes: Sizes, total_steps: int) -> int:
-    """Bytes of the checkpoints (fp32 weights and two moments of what is trained) and exports (fp32 weights) that a run leaves."""
+    """Bytes of the checkpoints (fp32 weights and two moments of what is trained) and exports that a run leaves."""
     checkpoints, exports = kept(config.checkpoint, total_steps)
     return checkpoint_bytes(sizes) * checkpoints + export_bytes(sizes) * exports
 
@@ -57,7 +67,7 @@ def checkpoint_bytes(sizes: Sizes) -> int:
 
 def export_bytes(sizes: Sizes) -> int:
     """Bytes of one export."""
-    return 4 * sizes.exported
+    return sizes.export_itemsize * sizes.exported
 
 
 def kept(checkpoint: CheckpointConfig, total_steps: int) -> tuple[int, int]:

@@ -56,9 +56,9 @@ class Engine:
         Raises TrainingError on a non-finite loss or gradient before the update where the policy is `error`; with `skip` the update is left out."""
         try:
             loss, more = self._backward(micro_batches, supervised_tokens)
-            grad_norm = self._clip()
+            grad_norm = self._norm()
             # The update must not happen on a NaN, so these two numbers are read back in every step.
-            norm, loss_now = torch.stack([grad_norm.float(), loss]).tolist()
+            norm, loss_now = torch.stack([_whole(grad_norm).float(), loss]).tolist()
             updated = math.isfinite(norm) and math.isfinite(loss_now)
             if not updated and self.nonfinite == "error":
                 raise TrainingError(
@@ -66,6 +66,7 @@ class Engine:
                     "Lower optimizer.lr, look at the data of this step, or set optimizer.nonfinite=skip to leave such updates out"
                 )
             if updated:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, grad_norm)
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = lr
@@ -138,10 +139,13 @@ class Engine:
             batch.ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, rows=batch.rows, targets=batch.targets, with_routing=True
         )
 
-    def _clip(self) -> Tensor:
-        """Scale the gradients down to `max_grad_norm` by their true norm over all ranks, and return that norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    def _norm(self) -> Tensor:
+        """The gradient's norm over all parameters and ranks. Clipping comes later: it would spread one NaN over all gradients."""
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _local(value: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     checkpoint = resume.find(config.checkpoint, composition.run_dir)
     if checkpoint is not None:
         run_dirs.refuse_stray(checkpoint, home=checkpoint.parent.parent)
-        run_dirs.refuse_stray(checkpoint, trees=(".",))
+        run_dirs.refuse_stray(checkpoint, trees=None)
     resolve(config, ranks)
     if not elsewhere:
         config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
@@ -149,8 +149,9 @@ def create(prepared: Prepared) -> None:
     composition, directory = prepared.composition, prepared.composition.run_dir
     total_steps = prepared.data.plan.total_steps
     run_dirs.create(directory, prepared.config, composition.overrides, _environment(prepared), total_steps=total_steps)
-    write_json(directory / "changed.json", changed_here(prepared))
-    prepared.data.save(directory)
+    with run_dirs.writing(directory):
+        write_json(directory / "changed.json", changed_here(prepared))
+        prepared.data.save(directory)
 
 
 def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:

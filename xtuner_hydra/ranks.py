@@ -18,6 +18,7 @@ from pathlib import Path
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED
+from xtuner_hydra.safe_text import printable, redact
 
 
 def main() -> int:
@@ -122,9 +123,9 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
         rank, text, details = first["rank"], first["error"], first["traceback"]
     else:
         rank, code = min(codes.items())
-        text, details = f"exited with code {code}", ""
-    text = text if struck else f"rank {rank}: {text}"
-    print(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})", file=sys.stderr)
+        text, details = f"rank {rank} exited with code {code}", ""
+    text = f"rank {rank}: {text}" if details and not text.startswith("rank ") else text  # what has no traceback stands on its own
+    print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
     is_crash = bool(struck or details or not causes)  # an error that stands on its own has no traceback
     before = run_dirs.read_status(directory)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +28,42 @@ QUIET_SECONDS = 15 * 60
 _TREES = ("checkpoints", "hf", "logs")
 
 
-def refuse_stray(directory: Path, home: Path | None = None, trees: Sequence[str] = _TREES) -> None:
+def refuse_stray(directory: Path, home: Path | None = None, trees: Sequence[str] | None = _TREES) -> None:
     """RefusedError where something in a run directory leads out of it: `metrics.jsonl -> /etc/passwd` must be neither read nor written.
 
-    Looks at `directory` and what is directly in it, and at all of `trees`; what W&B and TensorBoard keep for themselves is not ours to read.
-    home: what must not be left, None for `directory`, which may be a link itself then."""
-    top = os.path.realpath(home or directory)
-    for path in _entries(directory, trees, itself=home is not None):
-        real = os.path.realpath(path)
-        if not Path(real).is_relative_to(top):
-            raise RefusedError(
-                f"{path}: a link that leads out of {top} (to {real}), which is not followed; "
-                "put its target there, or link the whole directory"
-            )
-        if os.path.exists(path) and not (path.is_file() or path.is_dir()):
-            raise RefusedError(f"{path}: neither a file nor a directory; a run leaves nothing of that kind")
+    Looks at what is directly in `directory` and at all that is in `trees` (None: in any directory of it); what W&B and TensorBoard keep for
+    themselves is not ours to read. home: what must not be left, None for `directory`, which may be a link itself then."""
+    top = Path(os.path.realpath(home or directory))
+    if home is not None:
+        _refuse_link_out(directory, top)
+    for entry in _entries(directory, trees):
+        if entry.is_symlink():
+            _refuse_link_out(Path(entry.path), top)
+        elif not (entry.is_file() or entry.is_dir()) and os.path.lexists(entry.path):  # a run that goes on renames what it has written
+            raise RefusedError(f"{entry.path}: neither a file nor a directory; a run leaves nothing of that kind")
 
 
-def _entries(directory: Path, trees: Sequence[str], *, itself: bool) -> Iterator[Path]:
-    if itself:
-        yield directory
+def _refuse_link_out(path: Path, top: Path) -> None:
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(top):
+        raise RefusedError(
+            f"{path}: a link that leads out of {top} (to {real}), which is not followed; put its target there, or link the whole directory"
+        )
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise RefusedError(f"{path}: neither a file nor a directory; a run leaves nothing of that kind")
+
+
+def _entries(directory: Path, trees: Sequence[str] | None) -> Iterator[os.DirEntry[str]]:
+    """What is in `directory`, and all that is below `trees` (None: below every directory in it). Who opens what is shut says so."""
     try:
-        yield from (directory / name for name in sorted(os.listdir(directory)))
-    except OSError:  # not there yet, or shut: whoever opens it says so
+        with os.scandir(directory) as found:
+            entries = list(found)
+    except OSError:
         return
-    for tree in trees:
-        for root, directories, files in os.walk(directory / tree):
-            yield from (Path(root, name) for name in (*directories, *files))
+    for entry in entries:
+        yield entry
+        if entry.is_dir(follow_symlinks=False) and (trees is None or entry.name in trees):
+            yield from _entries(Path(entry.path), None)
 
 
 def holds_run(directory: Path) -> bool:
@@ -79,7 +89,7 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
 
 def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, total_steps: int | None = None) -> None:
     """Make the run directory and write what is known before training. A resumed run's files are replaced."""
-    try:
+    with writing(directory):
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         write_config(directory, config)
         write_text(
@@ -88,6 +98,13 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
         )
         write_json(directory / "environment.json", environment)
         write_status(directory, "running", step=0, total_steps=total_steps)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """RefusedError where the block cannot write into a run directory that is being made."""
+    try:
+        yield
     except OSError as error:
         raise RefusedError(
             f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"

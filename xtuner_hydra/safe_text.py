@@ -15,7 +15,7 @@ SHORTEST = 8
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|\d|$)|(^|_)PASS(_|$)|_PWD(_|$)", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}"  # Hugging Face
-    r"|sk-[\w-]{20,}"  # OpenAI, Anthropic
+    r"|sk-(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{32,}"  # OpenAI, Anthropic
     r"|wandb_v\d_[\w-]{20,}"
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|AKIA[A-Z0-9]{16})\b"  # Amazon

@@ -17,6 +17,8 @@ from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import check_pretrained, load_pretrained
+from xtuner_hydra.model.saved_adapter import CONFIG as ADAPTER
+from xtuner_hydra.model.saved_adapter import load_adapter, read_adapter
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import DTYPES, device_type, param_dtype, started_by_torchrun
 from xtuner_hydra.results.run import Run, load_run
@@ -24,11 +26,13 @@ from xtuner_hydra.results.run import Run, load_run
 
 @dataclass(frozen=True)
 class Trained:
-    """`weights`: a checkpoint of ours where `is_checkpoint`, else a Hugging Face directory. run: where they come from one of ours."""
+    """`weights`: a checkpoint of ours where `is_checkpoint`, a directory with an adapter alone where `is_adapter` (its base is
+    `model.pretrained`), else a Hugging Face directory. run: where they come from one of ours."""
 
     model: ModelConfig
     weights: Path
-    is_checkpoint: bool
+    is_checkpoint: bool = False
+    is_adapter: bool = False
     run: Run | None = None
 
     def load(self) -> CausalLM:
@@ -36,7 +40,9 @@ class Trained:
         device, wanted = "auto", self.run.config.parallelism.param_dtype if self.run else "auto"
         model = self._blueprint().to(DTYPES[param_dtype(wanted, device)]).to_empty(device=device_type(device)).eval()
         if not self.is_checkpoint:
-            load_pretrained(model, self.weights)
+            load_pretrained(model, self.model.pretrained or self.weights)
+            if self.is_adapter:
+                load_adapter(model, self.weights)
             return model
         assert self.run is not None
         config = self.run.config
@@ -50,6 +56,8 @@ class Trained:
     def _blueprint(self) -> CausalLM:
         if self.is_checkpoint and self.run is not None:
             return blueprint(self.run.config)
+        if self.is_adapter:
+            return blueprint(Config(model=self.model))
         with torch.device("meta"):
             return CausalLM(self.model)
 
@@ -62,12 +70,14 @@ def find(name: str) -> Trained:
     if (path / "config.yaml").is_file():
         return _of_run(load_run(path))
     directory = local_directory(str(path)).resolve()
+    if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
+        return _of_adapter(directory)
     if not (directory / "config.json").is_file():
         what = "neither a run (config.yaml) nor a Hugging Face model (config.json)" if directory.is_dir() else "there is no such directory"
         raise RefusedError(f"{name}: {what}; give the directory of a run, a directory that save_pretrained made, or a Hub id")
     model = ModelConfig(**read_hf_config(directory), pretrained=str(directory))
     check_pretrained(model)
-    return Trained(model, directory, is_checkpoint=False)
+    return Trained(model, directory)
 
 
 def on_one_rank(config: Config) -> Config:
@@ -94,8 +104,15 @@ def _of_run(run: Run) -> Trained:
             f"{run.directory}: this run holds no whole checkpoint or export (checkpoints/step-N, hf/step-N); "
             "its last step leaves one with checkpoint.interval=-1"
         )
-    if (exports[-1] / "adapter_config.json").exists():
-        raise RefusedError(
-            f"{exports[-1]}: holds an adapter alone; train with checkpoint.interval=-1 to have a checkpoint, or merge it into its base with peft"
-        )
-    return Trained(replace(run.config.model, pretrained=str(exports[-1])), exports[-1], is_checkpoint=False, run=run)
+    if (exports[-1] / ADAPTER).exists():
+        return Trained(run.config.model, exports[-1], is_adapter=True, run=run)
+    return Trained(replace(run.config.model, pretrained=str(exports[-1])), exports[-1], run=run)
+
+
+def _of_adapter(directory: Path) -> Trained:
+    """An adapter that stands alone, with its base from where its config says. The tokenizer beside it comes before the base's."""
+    base, lora = read_adapter(directory)
+    tokenizer = str(directory) if any(directory.glob("tokenizer*")) else None
+    model = ModelConfig(**read_hf_config(base), pretrained=str(base), tokenizer=tokenizer, adapter="lora", lora=lora)
+    check_pretrained(model)
+    return Trained(model, directory, is_adapter=True)

@@ -22,7 +22,6 @@ from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import Stopped, TrainingError
 from xtuner_hydra.files import sync_file
 from xtuner_hydra.metrics import Meter, Row, evaluation
-from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.optim.schedules import learning_rate
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
 from xtuner_hydra.profiling import Profiler
@@ -221,7 +220,7 @@ class Trainer:
             self.told_of_changes = True
 
     def export(self) -> None:
-        """Commit the weights as a Hugging Face directory: in the dtype of `pretrained`, fp32 for a model that started from random weights.
+        """Commit the weights as a Hugging Face directory: each in its dtype in `pretrained`, fp32 for a model that started from random weights.
         Of an adapter, what checkpoint.hf_merge says."""
         self.exported = self.state.step
         model, keep = self.config.model, self.config.checkpoint.hf_keep
@@ -230,7 +229,7 @@ class Trainer:
             path = export.export_adapter(*where, keep=keep)
             log.info(f"adapter exported for peft: {path}")
             return
-        path = export.export(*where, dtype=pretrained_dtype(model.pretrained) if model.pretrained else "float32", keep=keep)
+        path = export.export(*where, keep=keep)
         log.info(f"exported for Hugging Face: {path}")
 
     def due(self, interval: int | None) -> bool:

@@ -42,6 +42,7 @@ from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, read_status, write_status
+from xtuner_hydra.safe_text import redacted
 from xtuner_hydra.stopping import Stopping, ignore_signals
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
@@ -107,7 +108,7 @@ def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) 
 
     def tell(rank: int, error: str, stack: str) -> None:
         _report_failure(run_dir, rank, error, stack, on_screen=False)
-        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=f"rank {rank}: {error}", **_progress(run_dir))
+        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=error, **_progress(run_dir))
 
     return Watchdog(run_dir / "logs", place.rank, place.world_size, config.parallelism.timeout, lambda: stopping.edges, tell)
 
@@ -202,7 +203,8 @@ def _ranges(names: list[str]) -> list[str]:
 def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:
     """The cause first, then the traceback. Where other ranks fail in consequence, the launcher shows the first cause alone."""
     if not on_screen:
-        write_json(run_dir / "logs" / f"rank{rank}.error.json", {"rank": rank, "time": time.time(), "error": text, "traceback": details})
+        told = {"rank": rank, "time": time.time(), "error": text, "traceback": details}
+        write_json(run_dir / "logs" / f"rank{rank}.error.json", redacted(told))
     extra = {} if on_screen else {"file_only": True}
     log.error(f"training failed: {text}", extra=extra)
     if details:
@@ -218,7 +220,7 @@ def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> No
     try:
         write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
     except OSError as error:  # a full disk: the exit code still tells
-        log.error(f"{error.filename}: {error.strerror}; status.json does not tell how the run ended")
+        log.error(f"{run_dir / 'status.json'}: {error.strerror}; it does not tell how the run ended")
     _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
 

@@ -1,10 +1,11 @@
 """Adapters and frozen parameters under FSDP: one rank or two, packed, recomputed, tied; the base stays what it was, to the last bit."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from parity import document, make_checkpoint, packed_batch, tensors
+from parity import document, make_checkpoint, ours, packed_batch, tensors
 from ranks import run_on_ranks
 
 from xtuner_hydra.config.schema import Config, DataConfig, LoRAConfig, ModelConfig, ParallelismConfig, TrainerConfig
@@ -24,6 +25,7 @@ SPREADS = {  # for each rank its micro-batches, each a list of documents
 KINDS = {
     "lora": {"adapter": "lora"},
     "lora and dropout": {"adapter": "lora", "lora": LoRAConfig(rank=4, dropout=0.5)},
+    "lora beside experts": {"adapter": "lora", "lora": LoRAConfig(rank=4, targets=["q_proj", "v_proj"])},
     "frozen in part": {"freeze": ["*embed_tokens*", "*.layers.1.*", "*q_proj*"]},
 }
 
@@ -36,12 +38,17 @@ JOBS = {  # name -> kind, spread, dtype, share recomputed
     "frozen in part, bfloat16": ("frozen in part", "2 ranks", "bfloat16", 0.0),
     **{f"dropout {number}": ("lora and dropout", "1 rank, packed", "float32", ratio) for number, ratio in enumerate((0.0, 0.0, 1.0))},
 }
+EXPERTS = {  # the same of a model with experts, of which only the attention has adapters
+    **{spread: ("lora beside experts", spread, "float32", 0.0) for spread in SPREADS},
+    "2 ranks, recomputed": ("lora beside experts", "2 ranks", "float32", 1.0),
+    "2 ranks, bfloat16": ("lora beside experts", "2 ranks", "bfloat16", 0.0),
+}
 
 
 def train_on_a_rank(checkpoint, jobs):
-    with runtime(config_of(checkpoint, "lora", "float32", 0.0)) as place:
+    with runtime(config_of(checkpoint, "lora beside experts", "float32", 0.0)) as place:
         drawn = torch.rand(3).tolist()
-        return {"drawn": drawn} | {name: train(checkpoint, place, *JOBS[name]) for name in jobs}
+        return {"drawn": drawn} | {name: train(checkpoint, place, *job) for name, job in jobs.items()}
 
 
 def config_of(checkpoint, kind, dtype, ratio):
@@ -82,8 +89,12 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(checkpoint):
     """Of each number of ranks, what each rank says of every job."""
-    by_ranks = {number: [name for name, job in JOBS.items() if len(SPREADS[job[1]]) == number] for number in (1, 2)}
-    return {number: run_on_ranks(train_on_a_rank, number, checkpoint, jobs) for number, jobs in by_ranks.items()}
+    return on_ranks(checkpoint, JOBS)
+
+
+def on_ranks(checkpoint, jobs):
+    by_ranks = {number: {name: job for name, job in jobs.items() if len(SPREADS[job[1]]) == number} for number in (1, 2)}
+    return {number: run_on_ranks(train_on_a_rank, number, checkpoint, some) for number, some in by_ranks.items()}
 
 
 @pytest.mark.parametrize("kind", ["lora", "frozen in part"])
@@ -137,3 +148,25 @@ def test_dropout_repeats_itself_and_recomputation_draws_what_the_forward_pass_dr
 def test_ranks_leave_out_other_inputs(ranks):
     first, second = ranks[2]
     assert first["drawn"] != second["drawn"]
+
+
+def test_adapters_beside_experts_train_the_same_on_any_number_of_ranks(tmp_path):
+    """With a load-balancing loss whose gradient counts; router and experts keep the bits of their files, one part a rank."""
+    checkpoint = make_checkpoint(tmp_path, "qwen3_moe", torch.bfloat16, router_aux_loss_coef=0.5)
+    ranks = on_ranks(checkpoint, EXPERTS)
+    one = ranks[1][0]["1 rank, packed"]
+    assert one.losses[2] < one.losses[0]
+    stored = dict(ours(checkpoint).named_parameters())
+    results = [(name, rank[name]) for number in (1, 2) for rank in ranks[number] for name in EXPERTS if name in rank]
+    assert len(results) == 2 + 2 * 4
+    for name, result in results:
+        assert all(re.search(r"self_attn\.[qv]_proj\.lora_[AB]\.weight$", trained) for trained in result.trained)
+        assert len(result.trained) == 3 * 2 * 2
+        for frozen, value in result.frozen.items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value.float(), stored[frozen]), (name, frozen)
+        if name == "2 ranks, bfloat16":
+            assert result.losses == pytest.approx(one.losses, rel=0.05)
+        elif "one by one" not in name:  # micro-batches balance their load each by itself
+            assert result.losses == pytest.approx(one.losses, rel=1e-5), name
+            assert result.norms == pytest.approx(one.norms, rel=1e-4), name

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from conftest import CommandLine, read_rows
-from parity import make_checkpoint, tensors
+from parity import document, make_checkpoint, pack, tensors
 from safetensors.torch import load_file
 
 from xtuner_hydra.__main__ import main
+from xtuner_hydra.trained import find
 
 EXACT = ("train/step", "train/loss", "train/grad_norm", "train/lr", "train/total_tokens", "eval/loss")
 SHAPE = {
@@ -125,13 +126,13 @@ def test_what_it_costs_is_said_before(whole, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", cli.environment["XDG_CACHE_HOME"])
     adapter = 3 * sum(4 * sum(shape) for shape in [(48, 60), (48, 10), (48, 10), (60, 48), (48, 72), (48, 72), (72, 48)])
     base = sum(tensor.numel() for tensor in tensors(cli.directory / "base").values())
-    for merge, exported in (("null", adapter), ("true", base)):
+    for merge, exported in (("null", 4 * adapter), ("true", 2 * base)):  # the base is bfloat16
         assert main(["plan", *overrides, f"checkpoint.hf_merge={merge}"]) == 0
         text = capsys.readouterr().out
         assert f"{(base + adapter) / 1e6:.2f} M parameters, {adapter / 1e6:.2f} M of them trained" in text
         memory, checkpoint, export = (float(re.search(pattern, text)[1]) * 2**30 for pattern in COSTS)
         assert memory == pytest.approx(16 * adapter + 4 * base, rel=0.01)
-        assert (checkpoint, export) == pytest.approx((12 * adapter, 4 * exported), rel=0.01)
+        assert (checkpoint, export) == pytest.approx((12 * adapter, exported), rel=0.01)
 
 
 COSTS = (r"memory +(\S+) GB a rank", r"checkpoints of (\S+) GB", r"exports of (\S+) GB")
@@ -155,6 +156,66 @@ def test_peft_and_transformers_load_the_export(whole):
         base = transformers.AutoModelForCausalLM.from_pretrained(cli.directory / "base", dtype=torch.float32)(ids).logits
     assert (found - expected).abs().mean() < 0.05 * expected.std()  # rounded to the base's dtype
     assert (expected - base).abs().mean() > 1e-3  # it was trained
+
+
+def test_chat_and_evaluate_read_an_adapter_that_stands_alone(whole):
+    """With the base from where its config says: what the run itself says, by its directory, by the export's and in a run without checkpoints."""
+    cli = whole[0]
+    last = read_rows(cli.directory / "whole")[-1]["eval/loss"]
+    bare = cli.directory / "bare"
+    shutil.copytree(cli.directory / "whole", bare, symlinks=True)
+    shutil.rmtree(bare / "checkpoints")
+    said = []
+    for model in ("whole", "whole/hf/latest", "bare"):
+        # a directory that is no run gets its settings from conf/
+        data = ["data=openai_sft", "data.pack_max_length=256", "parallelism.param_dtype=float32"] if "hf" in model else []
+        done = cli("evaluate", model, "--json", *data)
+        assert done.code == 0, done.text
+        assert json.loads(done.out)["eval/loss"] == last
+        done = cli("chat", model, "-p", "Hello", "--max-new-tokens", 12)
+        assert done.code == 0, done.text
+        said.append(done.out)
+    assert said[0] == said[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_model_name_or_path": "/no/where"}, "its base, base_model_name_or_path=/no/where, is not there"),
+        ({"base_model_name_or_path": None}, "there is no base_model_name_or_path"),
+        ({"peft_type": "IA3"}, "peft_type is IA3; only LORA is supported"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa is not supported"),
+        ({"target_modules": ".*q_proj"}, "a pattern"),
+        ({"r": "many"}, "cannot be read"),
+        ({"r": 8}, "other shape: base_model.model.model.layers.0."),
+        ({"target_modules": ["q_proj"]}, "unexpected: base_model.model.model.layers.0.mlp."),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_name(whole, tmp_path, changes, words, capsys):
+    export = shutil.copytree(whole[0].directory / "whole" / "hf" / "latest", tmp_path / "export")
+    config = json.loads((export / "adapter_config.json").read_text())
+    (export / "adapter_config.json").write_text(json.dumps(config | changes))
+    assert main(["chat", str(export), "-p", "x", "--max-new-tokens", "1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
+def test_an_adapter_that_peft_made_is_read(whole, tmp_path):
+    """Its logits in a model of ours are those of peft."""
+    base = whole[0].directory / "base"
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    theirs.save_pretrained(tmp_path)
+    trained = find(str(tmp_path))
+    assert (trained.model.lora.rank, trained.model.tokenizer) == (3, None)
+    ids = document(40, 1, 300)
+    with torch.no_grad():
+        found, expected = trained.load().float()(*pack([ids])), theirs(ids[None]).logits[0]
+        without = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids[None]).logits[0]
+    assert (found - expected).abs().mean() < 0.05 * (without - expected).abs().mean()  # computed in the dtype that is fast here
 
 
 def test_an_adapter_on_random_weights_is_exported_merged_or_refused(cli):

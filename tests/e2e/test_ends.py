@@ -6,15 +6,21 @@ import pytest
 from conftest import QUIET, read_rows, read_status, stop, wait_for
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_marks_the_run_interrupted(cli, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_saves_and_marks_the_run_interrupted(cli, number, code, ranks):
+    """To the command, or with two ranks to the launcher that passes it on."""
     run = cli.directory / "run"
-    process = cli.start("debug=fast", "trainer.total_steps=100000", "checkpoint=none", "hydra.run.dir=run")
+    process = cli.start(
+        *("debug=fast", "trainer.total_steps=100000", "tracking=none", "data.eval_path=null", "hydra.run.dir=run"),
+        *("trainer.global_batch_size=2", f"parallelism.nproc_per_node={ranks}"),
+    )
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_rows(run)) > 2, process)
-    assert stop(process, number) == 130
+    assert stop(process, number) == code
     status = read_status(run)
-    assert (status["state"], status["exit_code"]) == ("interrupted", 130)
+    assert (status["state"], status["exit_code"]) == ("interrupted", code)
     assert status["step"] > 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{status['step']}"]
     assert "Traceback" not in (cli.directory / "output").read_text()
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 from conftest import CommandLine, read_rows, read_status
+from exactness import assert_same, trajectory
 
-EXACT = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/supervised_tokens", "train/total_tokens", "train/epoch")
 JOB = (
     "debug=fast",
     "trainer.total_steps=6",
@@ -26,10 +26,6 @@ def whole(tmp_path_factory):
     return cli
 
 
-def trajectory(run_dir):
-    return [[row[name] for name in EXACT] for row in read_rows(run_dir)]
-
-
 def test_auto_resume_drops_later_rows_and_repeats_them_exactly(whole):
     run = whole.directory / "cut"
     shutil.copytree(whole.directory / "whole", run)
@@ -39,7 +35,7 @@ def test_auto_resume_drops_later_rows_and_repeats_them_exactly(whole):
     done = whole(*JOB, "hydra.run.dir=cut", "checkpoint.resume=auto")
     assert done.code == 0, done.text
     assert "step 2/6" in done.out
-    assert trajectory(run) == trajectory(whole.directory / "whole")
+    assert_same(run, whole.directory / "whole", 6)
 
 
 def test_a_half_written_checkpoint_is_passed_over(whole):
@@ -47,12 +43,13 @@ def test_a_half_written_checkpoint_is_passed_over(whole):
     shutil.copytree(whole.directory / "whole", run)
     shutil.rmtree(run / "checkpoints" / "step-6")
     (run / "status.json").unlink()
-    shard = next((run / "checkpoints" / "step-4").glob("*.distcp"))
+    shard = run / "checkpoints" / "step-4" / "rank-0.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     done = whole(*JOB, "hydra.run.dir=damaged", "checkpoint.resume=auto")
     assert done.code == 0, done.text
+    assert "step-4 is passed over: rank-0.safetensors has " in done.text
     assert "step 2/6" in done.out
-    assert trajectory(run) == trajectory(whole.directory / "whole")
+    assert_same(run, whole.directory / "whole", 6)
 
 
 def test_a_path_continues_in_a_new_directory(whole):
@@ -74,6 +71,40 @@ def test_auto_without_a_checkpoint_starts_at_the_beginning(whole):
     done = whole("debug=fast", "tracking=none", "checkpoint=none", "checkpoint.resume=auto", "data.eval_path=null", "hydra.run.dir=fresh")
     assert done.code == 0, done.text
     assert len(trajectory(whole.directory / "fresh")) == 2
+
+
+def test_a_longer_run_goes_on_at_the_last_learning_rate_and_says_so(whole):
+    run = whole.directory / "longer"
+    shutil.copytree(whole.directory / "whole", run)
+    done = whole(*JOB, "trainer.total_steps=8", "hydra.run.dir=longer", "checkpoint.resume=auto")
+    assert done.code == 0, done.text
+    assert "the run goes on to step 8, its schedule was made for 6: the learning rate stays at its end, 1e-06" in done.text
+    assert trajectory(run)[:6] == trajectory(whole.directory / "whole")
+    assert [row["train/lr"] for row in read_rows(run)][6:] == [1e-6, 1e-6]
+
+
+def test_another_trajectory_is_accepted_where_it_is_named(whole):
+    change = ("data.shuffle=false", "checkpoint.resume=whole/checkpoints/step-4", "hydra.run.dir=changed")
+    refused = whole(*JOB, *change)
+    assert refused.code == 2, refused.text
+    assert "data.shuffle: True -> False" in refused.err
+    done = whole(*JOB, *change, "checkpoint.allow_change=[data]")
+    assert done.code == 0, done.text
+    assert "checkpoint.allow_change: data.shuffle was True until step-4, and is False from there" in done.text
+    assert [row["train/step"] for row in read_rows(whole.directory / "changed")] == [5, 6]
+
+
+def test_changes_that_leave_the_trajectory_alone_pass(whole):
+    harmless = (
+        "checkpoint.keep=2",
+        "checkpoint.asynchronous=true",
+        "trainer.log_interval=1",
+        "data.num_workers=0",
+        "tracking.tensorboard=true",
+    )
+    done = whole(*JOB, *harmless, "checkpoint.resume=whole/checkpoints/step-4", "hydra.run.dir=harmless")
+    assert done.code == 0, done.text
+    assert trajectory(whole.directory / "harmless") == trajectory(whole.directory / "whole")[4:]
 
 
 @pytest.mark.parametrize("change", ["trainer.seed=7", "data.pack_max_length=128", "model.hidden_size=32", "trainer.global_batch_size=2"])

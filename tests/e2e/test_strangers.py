@@ -49,7 +49,6 @@ def test_a_function_that_a_run_names_needs_trust(cli, verb):
     assert "data.format=theirs:pair: runs the function theirs:pair" in done.err
     assert "--trust" in done.err
     assert not imported(cli)
-    assert not (cli.directory / "again").exists()
     done = cli(*words, "--trust")
     assert done.code == 0, done.text
     assert imported(cli)
@@ -101,7 +100,7 @@ def test_a_function_that_a_recorded_sweep_names_needs_trust(cli):
 
 COMMANDS = "# @package _global_\nhydra:\n  launcher:\n    setup: ['touch marker']\n"
 CALLBACK = "# @package _global_\nhydra:\n  callbacks:\n    theirs: {_target_: theirs.pair}\n"
-SAMPLER = "# @package _global_\nhydra:\n  sweeper:\n    sampler: {_target_: theirs.pair}\n"
+PARAMETER = "# @package _global_\nhydra:\n  sweeper:\n    params: {a: {_target_: theirs.pair}}\n"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ SAMPLER = "# @package _global_\nhydra:\n  sweeper:\n    sampler: {_target_: thei
         (COMMANDS, ["-m", "optimizer.lr=1e-3,1e-4", "hydra/launcher=submitit_local"], "hydra.launcher.setup=['touch marker']: goes into"),
         (CALLBACK, [], "hydra.callbacks.theirs._target_: names code to call"),
         (CALLBACK, ["--cfg", "job"], "hydra.callbacks.theirs._target_: names code to call"),
-        (SAMPLER, ["-m", "optimizer.lr=1e-3,1e-4"], "hydra.sweeper.sampler._target_: names code to call"),
+        (PARAMETER, ["-m", "optimizer.lr=1e-3,1e-4"], "hydra.sweeper.params.a._target_: names code to call"),
         ("# @package _global_\nmodel: {_target_: theirs.pair}\n", [], "model._target_: names code to call (set in experiment/theirs.yaml)"),
         ("# @package _global_\noptimizer:\n  lr: !!python/object/apply:theirs.pair []\n", [], "python/object/apply:theirs.pair"),
     ],

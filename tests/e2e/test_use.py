@@ -124,6 +124,13 @@ def test_evaluate_gives_the_runs_own_last_loss(job):
     assert "openai_sft.jsonl:\nloss " in other.out
 
 
+def test_evaluate_of_a_directory_needs_no_training_data(job, tmp_path, monkeypatch, capsys):
+    (tmp_path / "held.jsonl").write_text('{"instruction": "Say hello.", "output": "Hello."}\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(job.run / "hf" / "latest"), "data=alpaca", "data.eval_path=held.jsonl"]) == 0
+    assert "held.jsonl:\nloss " in capsys.readouterr().out
+
+
 def test_evaluate_of_a_run_on_two_ranks_is_near_its_own(job):
     run = job.cli.directory / "with2"
     done = job.cli("evaluate", run, "--json")

@@ -57,6 +57,8 @@ def parts_used_by(part):
         ("stopping", {"errors"}),
         ("model", {"config", "errors", "loss"}),
         ("optim", {"config"}),
+        ("allocator", set()),
+        ("profiling", set()),
         ("parallel", {"config", "errors", "files", "model"}),
         ("engine", {"data", "errors", "model", "parallel"}),
         ("checkpoint", {"config", "data", "errors", "files", "model", "parallel"}),
@@ -67,14 +69,14 @@ def parts_used_by(part):
         ("trained", {"checkpoint", "config", "errors", "model", "parallel", "results"}),
         (
             "trainer",
-            {"checkpoint", "config", "data", "engine", "errors", "files", "metrics", "model", "optim", "parallel", "stopping", "tracking"},
+            {"checkpoint", "config", "data", "engine", "errors", "files", "metrics", "model", "optim", "parallel", "profiling", "stopping", "tracking"},
         ),
         (
             "sweeps",
             {"app", "config", "cost", "errors", "files", "launch", "parallel", "reports", "results", "run_dir", "safe_text", "tracking"},
         ),
         ("cost", {"config", "model"}),
-        ("ranks", {"config", "errors", "parallel", "run_dir", "worker"}),
+        ("ranks", {"config", "errors", "parallel", "run_dir", "safe_text", "worker"}),
         ("app", {"config", "errors", "model", "safe_text"}),
     ],
 )

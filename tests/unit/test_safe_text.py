@@ -49,7 +49,10 @@ def test_short_values_and_paths_are_no_secrets(monkeypatch, tmp_path):
         ('"api_key": "' + "0a" * 20 + '"', '"api_key": "***"'),
         ("https://me:pa55word@example.org/x", "https://***@example.org/x"),
         ("commit " + "0a" * 20, "commit " + "0a" * 20),
-        ("see hf_transfer and sk-learn", "see hf_transfer and sk-learn"),
+        (
+            "see hf_transfer and data/sk-learn-classification-of-many-things-2",
+            "see hf_transfer and data/sk-learn-classification-of-many-things-2",
+        ),
     ],
 )
 def test_what_looks_like_a_key_is_hidden(text, hidden):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import runs
 import xtuner_hydra
 from xtuner_hydra import run_dir
 from xtuner_hydra.__main__ import main
+from xtuner_hydra.config.names import is_plain, job_name, run_name
 from xtuner_hydra.config.schema import ModelConfig, WandbConfig
 from xtuner_hydra.config.strict import from_yaml, to_yaml
 from xtuner_hydra.data.chat_templates import ChatTemplate
 from xtuner_hydra.data.formats import Conversation, Message
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.model.pretrained import check_pretrained
+from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.results.glance import glance
 from xtuner_hydra.results.run import load_run
 from xtuner_hydra.results.sweep import SweepPlan, read_sweep
@@ -32,6 +35,7 @@ TREES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in
 
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "pandas"}
 LOADERS = {"torch.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "np.fromstring", "torch.jit.load", "torch.hub.load"}
+LOADERS |= {"dcp.FileSystemReader", "FileSystemReader", "dcp.FileSystemWriter", "FileSystemWriter"}  # pickles
 NAMED = {
     ("results/glance.py", "yaml.load"),  # with the safe loader
     ("sweeps/submitit.py", "self.job.result"),  # what a job of this very sweep has written
@@ -153,6 +157,21 @@ def test_a_template_stays_in_its_sandbox(template, words):
         ChatTemplate("a stranger's", template, {}, ()).render(CHAT)
 
 
+def test_a_template_without_an_end_ends_with_ctrl_c():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ChatTemplate("a stranger's", endless, {}, ()).render(CHAT)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # --- configs of strangers
 
 
@@ -187,6 +206,12 @@ def test_a_runs_config_is_plain_data(tmp_path, capsys, change, words):
 def test_names_for_wandb_are_names(key, value):
     with pytest.raises(ConfigError, match=f"tracking.wandb.{key}="):
         WandbConfig(**{key: value})
+
+
+def test_names_that_are_made_are_names():
+    assert is_plain(run_name({"rerun": "../../x"}, []))
+    assert is_plain(run_name({"model": "/etc", "data": ".."}, ["optimizer.lr=../../x"]))
+    assert is_plain(job_name(0, ["data.path=../../x", "tracking.wandb.name=.."]))
 
 
 # --- links out of a run directory
@@ -350,6 +375,14 @@ def test_a_sweeps_report_shows_what_a_stranger_wrote_as_text(tmp_path):
     assert "alert(1)" in text
     assert "<script>alert" not in text
     assert text.count("<script") == 1
+
+
+def test_a_formula_in_a_strangers_text_does_not_cost_the_picture(tmp_path):
+    """matplotlib reads $...$ as one."""
+    jobs = [({"data.path": "$\\nonsense{$"}, runs.finished(2.0)), ({"data.path": "b"}, runs.finished(3.0))]
+    sweep = runs.make_sweep(tmp_path / "$\\nonsense{$", jobs)
+    assert main(["report", str(sweep)]) == 0
+    assert loss_png(sweep / "0_job").stat().st_size > 1000
 
 
 def test_terminals_are_not_steered(tmp_path, capsys, monkeypatch):

@@ -34,11 +34,16 @@ def commit(directory: Path, write: Callable[[Path], Checksums | None], *, group:
     Collective over `group` (default: all ranks): all call it with the same arguments. `write` may itself be collective; it must then take
     part to its end on every rank, whatever fails on one. Raises SaveError on all ranks where one of them fails."""
     staging = directory.with_name(f".{directory.name}.tmp")
-    on_first_rank(lambda: _begin(staging), directory, group)
-    known: Checksums = {}
-    for checksums in _together(lambda: write(staging), directory, group):
-        known |= checksums or {}
-    on_first_rank(lambda: _finish(staging, directory, known), directory, group)
+    try:
+        on_first_rank(lambda: _begin(staging), directory, group)
+        known: Checksums = {}
+        for checksums in _together(lambda: write(staging), directory, group):
+            known |= checksums or {}
+        on_first_rank(lambda: _finish(staging, directory, known), directory, group)
+    except SaveError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk has room again
+        raise
     return directory
 
 
@@ -52,13 +57,14 @@ def _together(action: Callable[[], Any], directory: Path, group: dist.ProcessGro
     result, error = None, None
     try:
         result = action()
-    except Exception as cause:
-        error = _in_words(cause)
+    except (Exception, CheckpointException) as cause:  # DCP's is no Exception
+        error = _cause(cause)
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, error), group)
     for rank, (_, failed) in enumerate(outcomes):
         if failed is not None:
-            raise SaveError(directory, rank if len(outcomes) > 1 else None, failed)
+            culprit, words = failed
+            raise SaveError(directory, (rank if culprit is None else culprit) if len(outcomes) > 1 else None, words)
     return [result for result, _ in outcomes]
 
 
@@ -69,7 +75,12 @@ def committed(parent: Path) -> list[Path]:
 
 def numbered(parent: Path) -> list[Path]:
     """All step-N directories under `parent`, whole or not, oldest first."""
-    return sorted((path for path in parent.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in parent.glob("step-*") if has_step_name(path)), key=step_of)
+
+
+def has_step_name(directory: Path) -> bool:
+    """Whether `directory` is called step-N."""
+    return _NAME.fullmatch(directory.name) is not None
 
 
 def step_of(directory: Path) -> int:
@@ -88,18 +99,27 @@ def damage(directory: Path, *, content: bool = False) -> str | None:
         expected = {PurePosixPath(file): (entry["size"], entry["crc32"]) for file, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or cannot be read"
-    if name != directory.name and _NAME.fullmatch(directory.name):
+    if name != directory.name and has_step_name(directory):
         return f"{MANIFEST} is that of {name}"
     for file, (size, crc32) in expected.items():
         if file.is_absolute() or ".." in file.parts:
             return f"{MANIFEST} names {file}, which lies outside"
-        path = directory / file
-        if not path.is_file():
-            return f"{file} is missing"
-        if path.stat().st_size != size:
-            return f"{file} has {path.stat().st_size} bytes, not {size}"
-        if content and checksum(path) != crc32:
-            return f"the content of {file} has changed since it was saved"
+        try:
+            problem = _damage(directory / file, size, crc32 if content else None)
+        except OSError as error:  # a bad sector, or no permission
+            problem = f"cannot be read: {error.strerror}"
+        if problem is not None:
+            return f"{file} {problem}"
+    return None
+
+
+def _damage(path: Path, size: int, crc32: str | None) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes, not {size}"
+    if crc32 is not None and checksum(path) != crc32:
+        return "has another content than was saved"
     return None
 
 
@@ -138,11 +158,11 @@ def _set_aside(directory: Path) -> Path:
     return aside
 
 
-def _in_words(error: Exception) -> str:
-    """The cause of a failure: of one that DCP has carried from rank to rank, the first rank's."""
+def _cause(error: Exception | CheckpointException) -> tuple[int | None, str]:
+    """What went wrong, in words; and on which rank, where DCP has carried it from there (None: on this one)."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
-        return f"rank {rank}: {_in_words(cause)}" if isinstance(cause, Exception) else f"rank {rank}: {cause!r}"
+        return rank, _cause(cause)[1] if isinstance(cause, Exception) else repr(cause)
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    return f"{type(error).__name__}: {error}"
+        return None, error.strerror + (f": {error.filename}" if error.filename else "")
+    return None, f"{type(error).__name__}: {error}"

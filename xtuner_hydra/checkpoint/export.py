@@ -4,7 +4,7 @@ adapter with its adapter_config.json, beside the tokenizer."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from xtuner_hydra.files import readable_by_others, sync_directory, write_json
 from xtuner_hydra.model.adapters import ALL, adapted_names, is_adapter, merged, target_names, whole
 from xtuner_hydra.model.families import family_of, hf_config
 from xtuner_hydra.model.hub import published_name
+from xtuner_hydra.model.pretrained import pretrained_dtype, stored_dtypes
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.sharding import reshard
 
@@ -35,14 +36,14 @@ def export(
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,
-    dtype: str,
     keep: int,
+    dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Commit hf/step-N, loadable by `AutoModelForCausalLM.from_pretrained`, and point hf/latest at it. Collective. An adapter is added to
-    the weights of its base, in fp32 before they are rounded to `dtype`.
+    the weights of its base, in fp32 before they are rounded.
 
-    `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`."""
+    `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`; None: each as in `config.pretrained`, fp32 without one."""
     return _publish(export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, shard_bytes=shard_bytes), keep)
 
 
@@ -95,7 +96,7 @@ def _publish(path: Path, keep: int) -> Path:
     """Point hf/latest at a committed export, and only then remove those that it follows."""
 
     def publish() -> None:
-        _point_latest(path)
+        point_latest(path)
         for old in surplus(path.parent, keep, just_saved=path):
             remove(old)
 
@@ -109,16 +110,16 @@ def export_to(
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,
-    dtype: str,
+    dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Commit `directory` itself as an export. Collective."""
 
     def write(staging: Path) -> None:
-        write_weights(staging, _full_tensors(model, DTYPES[dtype]), shard_bytes)
+        write_weights(staging, _full_tensors(model, _dtypes(config, dtype)), shard_bytes)
         if dist.get_rank() == 0:
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-            write_json(staging / "config.json", hf_config(config, dtype, **special))
+            write_json(staging / "config.json", hf_config(config, dtype or exported_dtype(config), **special))
             write_json(staging / "generation_config.json", _generation(special, tokenizer.stop_token_ids))
             tokenizer.save(staging)
 
@@ -184,18 +185,29 @@ def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
     write_json(files[0].with_name("model.safetensors.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _full_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight once (a tied head is its embedding), under its name in the files, gathered from all ranks, on the CPU in `dtype`. Collective."""
+def exported_dtype(config: ModelConfig) -> str:
+    """The dtype of (most of) the weights that are exported without one being named: that of `pretrained`, fp32 for random weights."""
+    return pretrained_dtype(config.pretrained) if config.pretrained else "float32"
+
+
+def _dtypes(config: ModelConfig, dtype: str | None) -> Callable[[str], torch.dtype]:
+    """The dtype of a tensor by its name in the files."""
+    usual = DTYPES[dtype or exported_dtype(config)]
+    stored = stored_dtypes(config.pretrained) if config.pretrained and dtype is None else {}
+    return lambda name: stored.get(name, usual)
+
+
+def _full_tensors(model: CausalLM, dtype_of: Callable[[str], torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight once (a tied head is its embedding), under its name in the files, gathered from all ranks, on the CPU. Collective."""
     pieces = family_of(model.config).pieces
     reshard(model)  # a forward pass alone leaves weights gathered and in the compute dtype
     for name, value in merged(model):
-        value = value.to("cpu", dtype)
         for piece, index in pieces(name, tuple(value.shape)):
-            yield piece, value[index].contiguous()
+            yield piece, value[index].to("cpu", dtype_of(piece)).contiguous()
 
 
-def _point_latest(path: Path) -> None:
-    """Switch hf/latest in one rename."""
+def point_latest(path: Path) -> None:
+    """Switch hf/latest to the export `path` in one rename."""
     temporary = path.parent / ".latest.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from xtuner_hydra.checkpoint.commit import damage, numbered
+from xtuner_hydra.checkpoint.commit import damage, has_step_name, numbered
 from xtuner_hydra.checkpoint.state import state_file
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import RefusedError
@@ -25,7 +25,7 @@ def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
     path = Path(config.resume).resolve()
     if not path.exists():
         raise RefusedError(f"checkpoint.resume={config.resume}: no such file or directory")
-    if path.name.startswith("step-"):
+    if has_step_name(path):
         if problem := damage(path, content=True):
             raise RefusedError(f"checkpoint.resume={config.resume}: not a whole checkpoint: {problem}")
         return path

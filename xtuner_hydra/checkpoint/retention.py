@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -10,26 +11,41 @@ from xtuner_hydra.checkpoint.state import state_file
 from xtuner_hydra.config.schema import CheckpointConfig
 
 
+def reasons(
+    whole: list[Path], newest: int, *, every: int | None = None, best: str | None = None, just_saved: Path | None = None
+) -> dict[Path, list[str]]:
+    """Why each of `whole` (oldest first) stays: it is among the `newest`, at a multiple of `every` steps, or has the smallest metric `best`.
+    Those without a reason go. `just_saved` counts as the newest, though a run that went further may have left later ones."""
+    why: dict[Path, list[str]] = {path: [] for path in whole}
+    ranked = [path for path in whole if path != just_saved] + [path for path in whole if path == just_saved]
+    for path in ranked[-newest:]:
+        why[path].append("newest")
+    for path in whole:
+        if every and step_of(path) % every == 0:
+            why[path].append(f"every {every}")
+    if best and (chosen := best_of(whole, best)):
+        why[chosen].append(f"best {best}")
+    return why
+
+
 def surplus(parent: Path, newest: int, *, every: int | None = None, best: str | None = None, just_saved: Path | None = None) -> list[Path]:
-    """The committed directories under `parent` that are not among the `newest`, nor at a multiple of `every` steps, nor the one with the
-    smallest metric `best`. `just_saved` counts as the newest, though a run that went further may have left later ones."""
-    found = committed(parent)
-    ranked = [path for path in found if path != just_saved] + [path for path in found if path == just_saved]
-    kept = set(ranked[-newest:])
-    kept |= {path for path in found if every and step_of(path) % every == 0}
-    kept |= {path for path in [best_of(found, best)] if path} if best else set()
-    return [path for path in found if path not in kept]
+    """The committed directories under `parent` that have no reason to stay."""
+    why = reasons(committed(parent), newest, every=every, best=best, just_saved=just_saved)
+    return [path for path, reason in why.items() if not reason]
 
 
 def best_of(checkpoints: list[Path], metric: str) -> Path | None:
-    """The checkpoint with the smallest `metric` in the evaluation after its step; None where none was evaluated."""
-    values = {path: value for path in checkpoints if (value := evaluated(path).get(metric)) is not None}
+    """The checkpoint with the smallest `metric` in the evaluation after its step, of equal ones the oldest; None where none has a number."""
+    values = {path: value for path in checkpoints if (value := evaluated(path).get(metric)) is not None and math.isfinite(value)}
     return min(values, key=values.__getitem__) if values else None
 
 
 def evaluated(checkpoint: Path) -> dict[str, float | int | None]:
-    """Metrics of the evaluation after the checkpoint's step, empty where there was none."""
-    return state_file(checkpoint)["state"]["evaluation"]
+    """Metrics of the evaluation after the checkpoint's step, empty where there was none, or where its state.json cannot be read."""
+    try:
+        return dict(state_file(checkpoint)["state"]["evaluation"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def tidy(parent: Path, config: CheckpointConfig, just_saved: Path | None = None) -> list[Path]:

@@ -6,6 +6,7 @@ dataclasses of schema.py. Nothing here imports Hydra."""
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 TARGET = "_target_"
 """The key by which Hydra names a class or function to call."""
+_SUSPECT = re.compile(r"[!&*]|\$\{")  # what a text has that needs a closer look
 _SCANNER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -156,6 +158,8 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def refuse_what_is_no_data(text: str) -> None:
     """RefusedError for a config.yaml that no run has written: a run's values are resolved and plain, so a tag, an anchor (of which a few lines
     can make gigabytes) or `${...}` is damage or an attack."""
+    if not _SUSPECT.search(text):
+        return
     for token in yaml.scan(text, Loader=_SCANNER):
         where = f"config.yaml line {token.start_mark.line + 1}"
         if isinstance(token, yaml.TagToken):
@@ -195,4 +199,4 @@ def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")

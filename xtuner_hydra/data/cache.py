@@ -15,18 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -38,6 +33,7 @@ from numpy.typing import NDArray
 
 from xtuner_hydra.data.bad_lines import BadLine, Kind
 from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, find_format, format_identity, holds_nul
+from xtuner_hydra.data.processes import ProcessDied, map_in_processes
 from xtuner_hydra.data.readers import Part, records, split, unit
 from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
@@ -245,7 +241,7 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     read = records(task.part)
     samples, bad = _parse(read.pairs, recipe)
     ids, supervised, index = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], []
-    for number, encoded in zip(samples, recipe.tokenizer.encode_batch(list(samples.values())), strict=True):
+    for (number, _), encoded in zip(samples, recipe.tokenizer.encode_batch([sample for _, sample in samples]), strict=True):
         if isinstance(encoded, ValueError) or not len(encoded[0]):
             error = _unusable(encoded if isinstance(encoded, ValueError) else EmptyRecord("no token is left of it"))
             bad.append((number, error.kind, error.message))
@@ -265,14 +261,16 @@ def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
     )
 
 
-def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[dict[int, Sample], list[tuple[int, str, str]]]:
-    """({number: sample}, bad lines) of a part; ends with the first bad one, unless such lines are skipped."""
+def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[list[tuple[int, Sample]], list[tuple[int, str, str]]]:
+    """((number, sample) pairs, bad lines) of a part; ends with the first bad one, unless such lines are skipped.
+
+    Several records may have one number: a JSON array can stand on one line."""
     parse = find_format(recipe.format)
-    samples: dict[int, Sample] = {}
+    samples: list[tuple[int, Sample]] = []
     bad: list[tuple[int, str, str]] = []
     for number, record in pairs:
         try:
-            samples[number] = _sample(record, parse)
+            samples.append((number, _sample(record, parse)))
         except BadLine as error:
             bad.append((number, error.kind, error.message))
             if not recipe.skip:
@@ -394,7 +392,11 @@ def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress
     tasks = (_Task(number, part) for number, file in enumerate(files) for part in split(file, CHUNK_BYTES))
     total = sum(file.stat().st_size for file in files)
     workers = _cores() if num_workers is None else num_workers
-    parts = map(tokenize, tasks) if workers < 2 or total < SERIAL_BYTES else _in_processes(tokenize, tasks, workers)
+    parts = (
+        map(tokenize, tasks)
+        if workers < 2 or total < SERIAL_BYTES
+        else _in_processes(tokenize, tasks, min(workers, -(-total // CHUNK_BYTES)))
+    )
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None if progress else True, file=sys.stderr) as bar:
         for part in parts:
@@ -403,46 +405,13 @@ def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress
 
 
 def _in_processes(tokenize: Callable[[_Task], _Tokens], tasks: Iterator[_Task], workers: int) -> Iterator[_Tokens]:
-    """`map(tokenize, tasks)` by processes, a few tasks ahead. ConfigError when one of them dies, or none can be started.
-
-    One that hangs, as under SIGSTOP, is waited for; Ctrl-C ends the wait."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and locks in whatever state they are
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_process)
-    running: deque[Future[_Tokens]] = deque()
+    """`map(tokenize, tasks)` by processes. ConfigError when one of them dies, or cannot be started."""
     try:
-        while True:
-            while len(running) < 2 * workers and (task := next(tasks, None)) is not None:
-                running.append(_submit(pool, tokenize, task, workers))
-            if not running:
-                return
-            yield running.popleft().result()
-    except (BrokenProcessPool, MemoryError):
-        why = "a process that tokenises died, perhaps for want of memory; set fewer, or 0 to tokenise in the main process"
+        yield from map_in_processes(tokenize, tasks, workers)
+    except (ProcessDied, MemoryError) as error:
+        what = "ran out of memory" if isinstance(error, MemoryError) else str(error)
+        why = f"a process that tokenises {what}; set fewer, or 0 to tokenise in the main process"
         raise ConfigError("data.num_workers", workers, why) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, tokenize: Callable[[_Task], _Tokens], task: _Task, workers: int) -> Future[_Tokens]:
-    try:
-        return pool.submit(tokenize, task)
-    except OSError as error:  # the first tasks start the processes
-        why = f"a process that tokenises cannot be started ({error.strerror or error}); set fewer, or 0 to tokenise in the main process"
-        raise ConfigError("data.num_workers", workers, why) from None
-
-
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough; each would start a thread a core of its own
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its processes to end, and they would wait for its next task for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 @contextmanager

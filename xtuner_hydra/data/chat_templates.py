@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from xtuner_hydra.data.fold import fold
+from xtuner_hydra.data.fold import TOOLS_END, fold
 from xtuner_hydra.data.formats import Conversation, Message
 from xtuner_hydra.errors import ConfigError
 
@@ -22,6 +22,8 @@ _REMEDY = (
     "give a template that does not with model.chat_template=PATH, a .jinja file with {% generation %} around what the assistant writes"
 )
 _MARKED = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+
+_PLACE = "\ue000"  # a private character, which no template writes by itself
 
 # Templates that ask for the date get this one: a run must be the same tomorrow. It is the date that Llama's templates fall back to.
 _DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24"}
@@ -151,7 +153,8 @@ class ChatTemplate:
         if any(message.role == "pretrain" for message in conversation.messages):
             raise ValueError("role pretrain has no place in a chat template; use data.format=text for such data")
         text, marked = self._render(conversation)
-        if _MARKED.search(self._of(conversation)):
+        self._refuse_lost_tools(given, conversation, text)
+        if _is_marked(self._of(conversation)):
             spans = self._by_marks(conversation, text, marked)
         else:
             _refuse_losses(given, text)
@@ -159,6 +162,14 @@ class ChatTemplate:
         others = [i for i, message in enumerate(conversation.messages) if message.supervised and message.role != "assistant"]
         spans += [self._other(conversation, text, i) for i in others]
         return Rendered(text, sorted(span for span in spans if span[0] < span[1]))
+
+    def _refuse_lost_tools(self, given: Conversation, folded: Conversation, text: str) -> None:
+        """ValueError where the tools of a conversation are not in its text: the model would learn to call what it has not been told of."""
+        if given.tools and (self._ignores_tools if folded.tools else TOOLS_END not in text):
+            raise ValueError(
+                "the chat template leaves out the tools that the conversation has; give one that writes them with model.chat_template=PATH, "
+                "a .jinja file, or write them into a message and take `tools` out"
+            )
 
     def _by_marks(self, conversation: Conversation, text: str, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
         answers = [message for message in conversation.messages if message.role == "assistant"]
@@ -180,7 +191,11 @@ class ChatTemplate:
     def _other(self, conversation: Conversation, text: str, i: int) -> tuple[int, int]:
         """The span of a message that is not the assistant's and yet to be learnt (`loss`: true): its content to the end of its turn."""
         begin, stop = self._prefix(conversation, text, i), self._prefix(conversation, text, i + 1)
-        place = text.find(conversation.messages[i].content.strip(), begin, stop)
+        message = conversation.messages[i]
+        marked = replace(conversation, messages=[*conversation.messages[:i], replace(message, content=_PLACE)])
+        # from where the content stands: a short one may be found in the header of the turn too
+        header = self._render(marked)[0].find(_PLACE, begin)
+        place = text.find(message.content.strip(), header, stop) if header >= 0 else -1
         if place < 0:
             raise ValueError(f"message {i + 1}: the chat template changes its content, so its `loss` cannot be taken")
         return place, self._end_of_turn(text, place, stop)
@@ -212,6 +227,15 @@ class ChatTemplate:
         return fold(conversation, tools="tools" in lacks, thinking="thinking" in lacks) if lacks else conversation
 
     @cached_property
+    def _ignores_tools(self) -> bool:
+        """Whether the template has a place for calls, but none for the tools that may be called."""
+        chat = Conversation([_user("a"), _assistant("b")], [{"type": "function", "function": {"name": "f", "parameters": {}}}])
+        try:
+            return self._render(chat)[0] == self._render(replace(chat, tools=[]))[0]
+        except ValueError:
+            return False
+
+    @cached_property
     def _drops_developers(self) -> bool:
         """Whether the template passes over messages of the role that newer models have for `system`."""
         chat = Conversation([Message("developer", "instructions", supervised=False), _user("a")])
@@ -232,7 +256,7 @@ class ChatTemplate:
                 [[_as_dict(message) for message in conversation.messages]],
                 tools=conversation.tools or None,
                 chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
-                return_assistant_tokens_mask=bool(_MARKED.search(template)),
+                return_assistant_tokens_mask=_is_marked(template),
                 add_generation_prompt=ask,
                 **self.special,
             )
@@ -256,13 +280,18 @@ def choose(own: ChatTemplate | None, chosen: str | None, special: dict[str, str]
         return ChatTemplate(_ours(chosen), FAMILIES[chosen], special, added)
     if chosen is not None:
         return ChatTemplate(chosen, _read(chosen), special, added)
-    if own is None or _MARKED.search(own.template) or keeps_prefixes(own):
+    if own is None or _is_marked(own.template) or keeps_prefixes(own):
         return own
     for family in FAMILIES:
         ours = ChatTemplate(_ours(family), FAMILIES[family], special, added)
         if same_where_nothing_is_lost(own, ours):
             return ours
     return own
+
+
+def _is_marked(template: str) -> bool:
+    """Whether it has {% generation %}, comments apart."""
+    return bool(_MARKED.search(re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)))
 
 
 def keeps_prefixes(template: ChatTemplate) -> bool:

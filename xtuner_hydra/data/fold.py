@@ -10,6 +10,9 @@ from typing import Any
 
 from xtuner_hydra.data.formats import Conversation, Message
 
+TOOLS_END = 'To call one, write {"name", "arguments"} as JSON inside <tool_call></tool_call>.'
+"""The last words on the tools."""
+
 
 def fold(conversation: Conversation, *, tools: bool, thinking: bool) -> Conversation:
     """`conversation` with its tools and all that belongs to them, or its thinking, in the text."""
@@ -47,4 +50,4 @@ def _with_system(messages: list[Message], text: str) -> list[Message]:
 def _listed(tools: list[dict[str, Any]]) -> str:
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     head = f"Tools you may call, one JSON schema a line:\n<tools>\n{listed}\n</tools>\n"
-    return head + 'To call one, write {"name", "arguments"} as JSON inside <tool_call></tool_call>.'
+    return head + TOOLS_END

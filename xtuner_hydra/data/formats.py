@@ -165,7 +165,11 @@ def format_identity(name: str) -> str:
     """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of its file."""
     if name in FORMATS:
         return name
-    source = inspect.getsourcefile(_import(name, "data.format"))
+    function = _import(name, "data.format")
+    try:
+        source = inspect.getsourcefile(function)
+    except TypeError:  # an object that can be called: the file that it is named by
+        source = sys.modules[name.partition(":")[0]].__file__
     content = Path(source).read_bytes() if source else b""
     return f"{name} {hashlib.sha256(content).hexdigest()}"
 
@@ -282,7 +286,7 @@ def _call(number: int, call: object) -> dict[str, Any]:
     function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number}: a tool call needs a function with a name")
-    arguments = function.get("arguments", {})
+    arguments = {} if function.get("arguments") is None else function["arguments"]
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

@@ -22,7 +22,7 @@ from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_text
 
 _KEY = "model.tokenizer"
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same tokenizer and template would give other ids or labels."""
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -47,6 +47,7 @@ class HFTokenizer:
         self.bos_token_id: int | None = loaded.bos_token_id
         self.eos_token_id: int | None = loaded.eos_token_id
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._special = sorted(texts, key=len, reverse=True)
         self._added = np.zeros(self.vocab_size, dtype=np.bool_)  # by id
         self._added[list(added)] = True
         own = _own_template(loaded, texts)
@@ -139,17 +140,30 @@ class HFTokenizer:
         """Tokenise between the edges of the spans."""
         edges = sorted({0, len(rendered.text), *(edge for span in rendered.spans for edge in span)})
         inside = [any(start <= left < stop for start, stop in rendered.spans) for left in edges[:-1]]
-        ids = [self._piece(rendered.text[left:right], first=left == 0) for left, right in pairwise(edges)]
+        ids = [self._piece(rendered.text, left, right) for left, right in pairwise(edges)]
         supervised = [np.full(len(piece), flag) for piece, flag in zip(ids, inside, strict=True)]
         return np.concatenate([np.array(piece, dtype=np.uint32) for piece in ids]), np.concatenate(supervised)
 
-    def _piece(self, text: str, *, first: bool) -> list[int]:
-        ids = self._ids(text)
-        if not first and ids and str(self._backend.id_to_token(ids[0])).startswith("▁") and not text[0].isspace():
-            raise ValueError(
-                "a token runs across the beginning of an answer, and this tokenizer, which adds a space before any text, cannot be cut there"
-            )
-        return ids
+    def _piece(self, whole: str, left: int, right: int) -> list[int]:
+        """The ids of whole[left:right]. Some tokenizers add a space before any text, which must not come into the middle of one."""
+        text = whole[left:right]
+        if left == 0:
+            return self._ids(text)
+        if (token := next((one for one in self._special if whole.endswith(one, 0, left)), None)) is not None:
+            return self._ids(token + text)[1:]  # after a special token it does as it would in one go
+        spaces = len(text) - len(text.lstrip(" "))
+        if self._spaces(ids := self._ids(text)) <= spaces:
+            return ids
+        if spaces and self._spaces(ids := self._ids(text[1:])) == spaces:  # it adds the very space that the text begins with
+            return ids
+        raise ValueError(
+            "a token runs across the beginning of an answer, and this tokenizer, which adds a space before any text, cannot be cut there"
+        )
+
+    def _spaces(self, ids: list[int]) -> int:
+        """Spaces at the beginning, as tokenizers in SentencePiece's manner write them; 0 for others."""
+        text = "".join(str(self._backend.id_to_token(number)) for number in ids[:8])
+        return len(text) - len(text.lstrip("▁"))
 
     def _ids(self, text: str) -> list[int]:
         """The ids of a text; those of short ones, such as the header of a turn, are remembered."""

@@ -128,17 +128,29 @@ def _read_rows(part: Part) -> list[Any]:
         raise DataError(f"{part.file} cannot be read as Parquet: {error}") from None
     rows = group.slice(part.start, part.stop - part.start)
     if rows.nbytes <= LINE_BYTES:
-        return rows.to_pylist()
+        return [_record(row) for row in rows.to_pylist()]
     return [_row(rows.slice(number, 1)) for number in range(rows.num_rows)]
 
 
 def _row(table: Any) -> dict[str, Any] | BadLine:
     """The one row of a table."""
-    return table.to_pylist()[0] if table.nbytes <= LINE_BYTES else _too_large("row", table.nbytes)
+    return _record(table.to_pylist()[0]) if table.nbytes <= LINE_BYTES else _too_large("row", table.nbytes)
 
 
 def _too_large(what: str, size: int) -> BadLine:
     return BadLine(Kind.TOO_LARGE, f"the {what} has {size:,} bytes, and {LINE_BYTES:,} are the most that can be used")
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_gaps(value) for key, value in row.items()}
+
+
+def _without_gaps(value: Any) -> Any:
+    """A column's value without the keys that are null: in Parquet all structs of a column have the same keys, and those that a record did
+    not have, such as the arguments of another tool, are filled up with null."""
+    if isinstance(value, list):
+        return [_without_gaps(item) for item in value]
+    return {key: _without_gaps(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _pyarrow(file: Path) -> Any:

@@ -96,10 +96,8 @@ def _pass_over(begun: bytes, read: Callable[[int], bytes], size: int) -> tuple[B
 def _no_text(length: int, zeros: int, first: int) -> BadLine:
     """For a line of `length` bytes, of which `zeros` are 0, the first at `first`."""
     if zeros:
-        where = f"byte {first + 1:,}" if zeros == 1 else f"{zeros:,} bytes, the first byte {first + 1:,},"
-        return BadLine(
-            Kind.NUL, f"{where} of the line's {length:,} {'is' if zeros == 1 else 'are'} NUL: damage by a crash or a full disk, or UTF-16"
-        )
+        where = f"{zeros:,} of {length:,}, the first at byte {first + 1:,}"
+        return BadLine(Kind.NUL, f"NUL bytes ({where}): a crash or a full disk leaves such holes, and UTF-16 looks like that")
     return BadLine(Kind.TOO_LARGE, f"the line has {length:,} bytes, and {LINE_BYTES:,} are the most that can be used")
 
 

@@ -50,7 +50,9 @@ def sampler(temperature: float, top_p: float, seed: int | None) -> Choose:
         generator.manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        probabilities, ids = (logits.double().cpu() / temperature).softmax(-1).sort(descending=True, stable=True)
+        logits = logits.double().cpu()
+        # the largest becomes 0, which no temperature makes infinite
+        probabilities, ids = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True, stable=True)
         before = probabilities.cumsum(0) - probabilities
         kept = probabilities.where(before < top_p, 0.0)
         return ids[torch.multinomial(kept, 1, generator=generator)[0]]

@@ -12,17 +12,17 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def local_directory(pretrained: str, *, config_only: bool = False) -> Path:
-    """The directory of `pretrained`. A Hub id (ORG/NAME) is downloaded, `config_only`: its config.json alone; HF_HUB_OFFLINE, HF_HOME and
-    HF_TOKEN count as they do for huggingface_hub. Raises ConfigError where it cannot be had."""
-    path = Path(pretrained)
+def local_directory(pretrained: str, *, config_only: bool = False, revision: str | None = None) -> Path:
+    """The directory of `pretrained`. A Hub id (ORG/NAME) is downloaded (its newest `revision` where none is named), `config_only`: its
+    config.json alone; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN count as they do for huggingface_hub. Raises ConfigError where it cannot be had."""
+    path = Path(pretrained).expanduser()
     if path.exists() or not _ID.fullmatch(pretrained):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(pretrained, allow_patterns=["config.json"] if config_only else _WANTED))
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=["config.json"] if config_only else _WANTED))
     except LocalEntryNotFoundError:
         why = "it is neither a directory here nor in the Hugging Face cache, and the Hub cannot be reached; check the path, or connect"
     except HFValidationError as error:

@@ -37,7 +37,8 @@ _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints hold it; it follows from the config
 _ROWS = 4096  # of embedding and head compared at a time
-_FEW = 5  # names of a kind in an error
+FEW = 5
+"""Names of a kind in an error."""
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file that is fingerprinted
 
 Region = list[tuple[int, int]]
@@ -77,7 +78,7 @@ class _Faults:
     def text(self, most: int) -> str:
         """The first `most` of each kind."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.misshapen}
-        return "; ".join(f"{kind}: {_some(names, most)}" for kind, names in kinds.items() if names)
+        return "; ".join(f"{kind}: {some_of(names, most)}" for kind, names in kinds.items() if names)
 
 
 def check_pretrained(config: ModelConfig) -> None:
@@ -159,6 +160,11 @@ def pretrained_dtype(directory: Path | str) -> str:
     return _DTYPES[stored[_EMBEDDING].dtype]
 
 
+def stored_dtypes(directory: Path | str) -> dict[str, torch.dtype]:
+    """The dtype of every tensor in the directory's safetensors, by its name there: a bf16 model may keep norms or routers in fp32."""
+    return {name: getattr(torch, _DTYPES[tensor.dtype]) for name, tensor in _headers(Path(directory)).items() if tensor.dtype in _DTYPES}
+
+
 def _slots(model: CausalLM, stored: Mapping[str, _Stored]) -> dict[str, _Slot]:
     """Every tensor that the model wants, by its name in the files. A parameter that is in the files under its own name is one tensor
     there (transformers' layout in memory, which a directory may have too)."""
@@ -197,10 +203,13 @@ def _faults(model: CausalLM, directory: Path, stored: Mapping[str, _Stored], slo
 def _refuse_faults(faults: _Faults, model: CausalLM, directory: Path) -> None:
     if not faults or not model.config.strict:
         return
-    remedy = "model=hf takes every shape from the directory's config.json; model.strict=false starts what is missing from random values"
+    remedy = (
+        "model=hf takes every shape that nothing else sets (an override, debug=fast) from the directory's config.json; "
+        "model.strict=false starts what is missing from random values"
+    )
     if faults.missing == [_HEAD]:
         remedy = "set model.tie_word_embeddings=true if the embedding is meant to be the head too"
-    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults.text(_FEW)}); {remedy}")
+    raise ConfigError(KEY, directory, f"its weights do not fit the model config ({faults.text(FEW)}); {remedy}")
 
 
 def _refuse_untied(directory: Path, stored: Mapping[str, _Stored]) -> None:
@@ -269,7 +278,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / _INDEX).is_file():
         names = read_json(directory, _INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
-            raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map")
+            raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map, from names of tensors to names of files")
         if strange := [name for name in names.values() if not isinstance(name, str) or not is_plain(name)]:
             raise ConfigError(KEY, directory, f"{_INDEX} names {strange[0]!r}; weights are files in the directory itself")
         files = [directory / name for name in sorted(set(names.values()))]
@@ -283,7 +292,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"its weights are pickled ({pickled[0]}), which can run code and are not read; convert them with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
-        raise ConfigError(KEY, directory, f"it lacks {_some(missing, _FEW)}; is the download complete?")
+        raise ConfigError(KEY, directory, f"it lacks {some_of(missing, FEW)}; is the download complete?")
     return files
 
 
@@ -294,5 +303,6 @@ def _open(file: Path) -> Any:
         raise ConfigError(KEY, file.parent, f"{file.name} cannot be read ({error}); is the download complete?") from None
 
 
-def _some(names: list[str], most: int) -> str:
+def some_of(names: list[str], most: int = FEW) -> str:
+    """The first `most` names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -83,7 +83,7 @@ class Watchdog:
             return
         culprits = verdict(reports, self.world_size)
         if self.rank == min(set(reports) & set(culprits) or reports):  # one speaks for all
-            rank, stack_of = culprits[0], reports.get(culprits[0], {}).get("stack", "")
+            rank, stack_of = culprits[0], reports.get(culprits[0], {}).get("stack", "(no stack: it gave no sign)\n")
             self.on_verdict(rank, describe(culprits, reports, self.timeout), stack_of)
         else:
             time.sleep(GRACE_SECONDS / 2)  # the launcher ends all ranks once one has gone: let that one be the speaker
@@ -115,8 +115,8 @@ def verdict(reports: dict[int, dict[str, Any]], world_size: int) -> list[int]:
 
 
 def describe(culprits: list[int], reports: dict[int, dict[str, Any]], timeout: float) -> str:
-    """One sentence for people; the launcher puts the first culprit's rank before it."""
+    """One sentence for people."""
     others = f" (as do ranks {', '.join(map(str, culprits[1:]))})" if len(culprits) > 1 else ""
     told = reports.get(culprits[0])
     where = f"in {' '.join(told['where'].split())}" if told else "and gave no sign of life: stopped, swapped out, or stuck in one call"
-    return f"hangs{others}: no progress for {timeout:g} s (parallelism.timeout), {where}"
+    return f"rank {culprits[0]} hangs{others}: no progress for {timeout:g} s (parallelism.timeout), {where}"

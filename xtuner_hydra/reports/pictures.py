@@ -230,6 +230,10 @@ def _plain(axes: Axes) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Write the picture, whole or not at all."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a `$` in a name or a value begins no formula
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -26,6 +26,7 @@ NOTES = {
     CHANGED: "what differs from the defaults",
     "status.json": "how the run stands",
     "environment.json": "versions, hardware, git",
+    "bad_lines.jsonl": "lines that were left out",
     "data.json": "the prepared data",
     "metrics.jsonl": "a row a step",
     "samples.jsonl": "answers to the sample prompts",

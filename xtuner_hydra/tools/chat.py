@@ -117,6 +117,8 @@ def _choice(arguments: argparse.Namespace) -> Choose:
         raise RefusedError(f"chat: --temperature {temperature}: must be 0 (the likeliest token) or above")
     if not 0 < top_p <= 1:
         raise RefusedError(f"chat: --top-p {top_p}: must be above 0 and at most 1")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise RefusedError(f"chat: --seed {arguments.seed}: must be a whole number from 0 to 2^63 - 1")
     if temperature > 0:
         return sampler(temperature, top_p, arguments.seed)
     if top_p < 1 or arguments.seed is not None:
@@ -127,7 +129,8 @@ def _choice(arguments: argparse.Namespace) -> Choose:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xtuner-hydra chat", description="Talk with the model of a run or of a Hugging Face directory.")
-    parser.add_argument("model", metavar="RUN_OR_DIR", help="a run (its newest checkpoint or export), a Hugging Face directory or Hub id")
+    where = "a run (its newest checkpoint or export), a Hugging Face directory, of an adapter too, or Hub id"
+    parser.add_argument("model", metavar="RUN_OR_DIR", help=where)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and end; else questions are read line by line")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer at most (%(default)s)")

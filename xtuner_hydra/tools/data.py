@@ -16,6 +16,7 @@ from xtuner_hydra.data.show import LEFT, RIGHT, marked, sample_pieces
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.launch import prepare
+from xtuner_hydra.safe_text import printable
 
 BINS = 12
 WIDTH = 40
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 def describe(data: PreparedData, tokenizer: Tokenizer, number: int, *, colours: bool) -> list[str]:
     """All that there is to show, as lines; `number`: samples of each source."""
-    lines = [*data.summary(), ""]
+    lines = [*map(printable, data.summary()), ""]
     if number:
         lines += [f"samples; what is learnt is {'green' if colours else f'in {LEFT}{RIGHT}'}", ""]
         lines += _samples(data.train, tokenizer, number, colours=colours)

@@ -6,11 +6,12 @@ computed on one rank."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.app import App
-from xtuner_hydra.config.schema import Config, ModelConfig
+from xtuner_hydra.config.schema import Config, LoRAConfig, ModelConfig
 from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.loader import eval_batches
 from xtuner_hydra.data.prepare import Source, prepare_held_out, refuse_ids_without_a_row
@@ -18,6 +19,7 @@ from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.files import finite
 from xtuner_hydra.metrics import evaluation
+from xtuner_hydra.model.saved_adapter import load_adapter
 from xtuner_hydra.parallel.runtime import param_dtype, runtime
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.tools.rerun import again
@@ -26,7 +28,8 @@ from xtuner_hydra.worker import build_engine
 
 HELP = """usage: xtuner-hydra evaluate RUN_OR_DIR [KEY=VALUE]... [GROUP=OPTION]... [--json] [--trust]
 
-Evaluate the newest checkpoint (or export) of the run RUN, or the model of a Hugging Face directory or Hub id, on data.eval_path.
+Evaluate the newest checkpoint (or export) of the run RUN, or the model of a Hugging Face directory or Hub id, on data.eval_path. A directory
+may hold an adapter alone; its base is read from where adapter_config.json says.
 --json prints one JSON object. --trust runs the function that RUN names in data.format=package.module:function, where it does.
 
   xtuner-hydra evaluate outputs/mine
@@ -59,6 +62,8 @@ def evaluate(trained: Trained, config: Config, held_out: Source) -> dict[str, An
     """`eval/loss`, `eval/perplexity`, `eval/tokens`, and of what: `weights`, `data`."""
     with runtime(config) as place:
         engine = build_engine(config, place, trained.weights if trained.is_checkpoint else None)
+        if trained.is_adapter:
+            load_adapter(engine.model, trained.weights)
         batches = eval_batches(held_out.cache, held_out.selection, config.data, dp_rank=0, dp_size=1)
         loss, tokens = engine.evaluate(batch.to(place.device) for batch in batches)
     return {**evaluation(loss, tokens), "weights": str(trained.weights), "data": [str(file) for file in held_out.cache.files]}
@@ -79,17 +84,33 @@ def _subject(app: App) -> str:
 def _config(app: App, trained: Trained) -> Config:
     """The config to evaluate with: the run's, or conf/'s, changed by the overrides."""
     if trained.run is None:
-        quoted = str(trained.weights).replace("\\", "\\\\").replace("'", "\\'")
-        config = app.compose(["model=hf", f"model.pretrained='{quoted}'", *app.overrides]).config
-        reference = trained.model
+        given = ["model=hf", f"model.pretrained={_quoted(trained.model.pretrained)}", *app.overrides]
+        config = app.compose([*_no_training_data(app.overrides), *given]).config
+        reference = replace(trained.model, adapter=None, lora=LoRAConfig())
     else:
         config = again(app, trained.run).config
         reference = trained.run.config.model
     _refuse_another_model(config, reference)
     if not trained.is_checkpoint:
-        config.model.pretrained = str(trained.weights)
+        config.model.pretrained = trained.model.pretrained
+    if trained.is_adapter:
+        config.model.adapter, config.model.lora = trained.model.adapter, trained.model.lora
+        config.model.tokenizer = config.model.tokenizer or trained.model.tokenizer
     config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     return config
+
+
+def _no_training_data(overrides: list[str]) -> list[str]:
+    """What closes the data.path that an option of `data` may leave open: held-out data in its place, which is all that is read."""
+    values = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    held_out = values.get("data.eval_path", "null")
+    return [] if held_out == "null" or "data.sources" in values else [f"data.path={held_out}"]
+
+
+def _quoted(value: str | None) -> str:
+    """A path as the value of an override."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _refuse_another_model(config: Config, model: ModelConfig) -> None:

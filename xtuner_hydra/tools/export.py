@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 from xtuner_hydra.checkpoint.commit import committed, damage, step_of
-from xtuner_hydra.checkpoint.export import DTYPES, export_adapter_to, export_to
+from xtuner_hydra.checkpoint.export import DTYPES, export_adapter_to, export_to, exported_dtype
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
-from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.results.run import Run, load_run
 from xtuner_hydra.trained import on_one_rank, refuse_several_ranks
@@ -25,7 +24,6 @@ def main(argv: list[str]) -> int:
     directory: Path = arguments.to.expanduser().resolve()
     _refuse_used(directory)
     model = run.config.model
-    dtype = arguments.dtype or (pretrained_dtype(model.pretrained) if model.pretrained else "float32")
     tokenizer = load_tokenizer(model)
     config = on_one_rank(run.config)
     config.trainer.device = "cpu"  # nothing is computed
@@ -39,8 +37,8 @@ def main(argv: list[str]) -> int:
         if alone:
             export_adapter_to(directory, trained, model, tokenizer)
         else:
-            export_to(directory, trained, model, tokenizer, dtype=dtype)
-    what = "the adapter alone" if alone else dtype
+            export_to(directory, trained, model, tokenizer, dtype=arguments.dtype)
+    what = "the adapter alone" if alone else arguments.dtype or exported_dtype(model)
     print(f"exported step {step_of(checkpoint)} of {run.directory} ({what}): {directory}")
     return EXIT_DONE
 

@@ -12,6 +12,7 @@ from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.launch import Prepared, prepare
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
 from xtuner_hydra.run_dir import read_status, state_of
+from xtuner_hydra.safe_text import printable
 from xtuner_hydra.sweeps.draft import Draft, JobDraft, draft
 from xtuner_hydra.sweeps.driver import SETTLED
 from xtuner_hydra.sweeps.multirun import resumed
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
             print("\n".join(describe_sweep(draft(app, app.sweep_dir()))))
             return EXIT_DONE
         prepared = prepare(app.compose(app.overrides))
-    print("\n".join(describe(prepared)))
+    print(printable("\n".join(describe(prepared))))
     return EXIT_DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -65,13 +66,27 @@ def setup_logging(run_dir: Path, rank: int, *, terminal: bool) -> None:
     for handler in list(log.handlers):  # of an earlier run in this process
         log.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank{rank}.log", encoding="utf-8")]
+    handlers: list[logging.Handler] = [_LogFile(run_dir / "logs" / f"rank{rank}.log", encoding="utf-8")]
     if terminal:
         handlers.append(_Screen())
         handlers[-1].addFilter(lambda record: not getattr(record, "file_only", False))
     for handler in handlers:
         handler.setFormatter(LineFormatter(f"[xtuner_hydra][RANK {rank}][%(asctime)s][%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A rank's log. One that takes nothing more, on a full disk, says so once and falls silent; the screen goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        self.setLevel(logging.CRITICAL + 1)  # taking it out now would make the log pass over the next handler
+        with suppress(OSError):
+            assert self.stream is not None
+            self.stream.close()  # or what it holds would be tried again at the end
+        log.warning(f"{self.baseFilename}: {error.strerror}; nothing more is written there")
 
 
 class _Screen(logging.Handler):

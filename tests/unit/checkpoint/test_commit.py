@@ -1,14 +1,20 @@
 """A checkpoint exists when it is committed and not before; no crash, wherever it comes, takes the last good one away."""
 
+import errno
 import json
 import os
 import shutil
+import zlib
 
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
 
+from xtuner_hydra.checkpoint import retention
 from xtuner_hydra.checkpoint.commit import commit, committed, damage
+from xtuner_hydra.config.schema import CheckpointConfig
+from xtuner_hydra.errors import SaveError
+from xtuner_hydra.files import checksum
 
 
 class Crash(BaseException):
@@ -34,19 +40,36 @@ def writer(content):
 
 
 def save(parent, step, *, keep=2, content=None):
-    return commit(parent / f"step-{step}", writer(content or f"content of {step}"), keep=keep)
+    """Commit a step and tidy up, as a saver does."""
+    path = commit(parent / f"step-{step}", writer(content or f"content of {step}"))
+    retention.tidy(parent, CheckpointConfig(keep=keep), path)
+    return path
 
 
 def steps(parent):
     return [int(path.name.partition("-")[2]) for path in committed(parent)]
 
 
-def test_what_is_written_stands_under_its_name_with_a_manifest_of_sizes(tmp_path):
+def test_what_is_written_stands_under_its_name_with_a_manifest_of_sizes_and_checksums(tmp_path):
     path = save(tmp_path, 7, content="weights")
     assert path == tmp_path / "step-7"
     assert os.listdir(tmp_path) == ["step-7"]
-    assert json.loads((path / "manifest.json").read_text())["files"] == {"part/weights": 7, "state": 7}
+    entry = {"size": 7, "crc32": f"{zlib.crc32(b'weights'):08x}"}
+    assert json.loads((path / "manifest.json").read_text()) == {"name": "step-7", "files": {"part/weights": entry, "state": entry}}
     assert damage(path) is None
+    assert damage(path, content=True) is None
+
+
+def test_what_write_knows_of_checksums_is_not_reckoned_again(tmp_path, monkeypatch):
+    def write(staging):
+        writer("weights")(staging)
+        return {"part/weights": checksum(staging / "part" / "weights")}
+
+    read = []
+    monkeypatch.setattr("xtuner_hydra.checkpoint.commit.checksum", lambda path: read.append(path.name) or checksum(path))
+    path = commit(tmp_path / "step-1", write)
+    assert read == ["state"]
+    assert damage(path, content=True) is None
 
 
 def test_committed_ones_come_in_the_order_of_their_numbers(tmp_path):
@@ -60,9 +83,9 @@ def test_where_nothing_was_saved_nothing_is_committed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [Crash(), OSError("No space left on device"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
+    ("error", "raised"), [(Crash(), Crash), (OSError(28, "No space left on device"), SaveError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
-def test_a_crash_while_writing_commits_nothing_and_leaves_the_old_ones(tmp_path, error):
+def test_a_crash_while_writing_commits_nothing_and_leaves_the_old_ones(tmp_path, error, raised):
     for step in (1, 2):
         save(tmp_path, step)
 
@@ -70,8 +93,8 @@ def test_a_crash_while_writing_commits_nothing_and_leaves_the_old_ones(tmp_path,
         (staging / "state").write_text("half")
         raise error
 
-    with pytest.raises(type(error)):
-        commit(tmp_path / "step-3", write, keep=2)
+    with pytest.raises(raised):
+        commit(tmp_path / "step-3", write)
     assert steps(tmp_path) == [1, 2]
     assert not (tmp_path / "step-3").exists()
     assert (tmp_path / "step-2" / "state").read_text() == "content of 2"
@@ -114,37 +137,6 @@ def dying(function, left):
     return call
 
 
-@pytest.mark.parametrize(("keep", "expected"), [(1, [5]), (2, [4, 5]), (3, [3, 4, 5]), (9, [1, 2, 3, 4, 5])])
-def test_the_newest_stay(tmp_path, keep, expected):
-    for step in range(1, 6):
-        save(tmp_path, step, keep=keep)
-    assert steps(tmp_path) == expected
-    assert sorted(os.listdir(tmp_path)) == [f"step-{step}" for step in expected]
-
-
-def test_an_old_one_goes_only_after_the_new_one_stands(tmp_path, monkeypatch):
-    save(tmp_path, 1, keep=1)
-    rmtree, seen = shutil.rmtree, []
-
-    def watch(path, **options):
-        if path.name == "step-1":
-            seen.append(steps(tmp_path))
-        rmtree(path, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", watch)
-    save(tmp_path, 2, keep=1)
-    assert seen == [[1, 2]]
-    assert steps(tmp_path) == [2]
-
-
-@pytest.mark.parametrize(("keep", "expected"), [(1, [12]), (2, [12, 16]), (3, [8, 12, 16])])
-def test_the_one_just_saved_stays_even_where_later_ones_were_left_by_a_run_that_went_further(tmp_path, keep, expected):
-    for step in (8, 16):
-        save(tmp_path, step, keep=9)
-    assert save(tmp_path, 12, keep=keep).exists()
-    assert steps(tmp_path) == expected
-
-
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -155,6 +147,11 @@ def test_the_one_just_saved_stays_even_where_later_ones_were_left_by_a_run_that_
         (lambda path: (path / "manifest.json").write_text('{"files": {"sta'), "manifest.json"),
         (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json"),
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json"),
+        (lambda path: (path / "manifest.json").write_text('{"name": "step-2", "files": {"state": 12}}'), "manifest.json"),
+        (lambda path: shutil.copy(path.parent / "step-1" / "manifest.json", path), "manifest.json is that of step-1"),
+        (lambda path: in_manifest(path, "/etc/hostname"), "/etc/hostname, which lies outside"),
+        (lambda path: in_manifest(path, "../step-1/state"), "../step-1/state, which lies outside"),
+        (lambda path: in_manifest(path, "part/../../step-1/state"), "which lies outside"),
     ],
 )
 def test_a_damaged_directory_is_not_committed(tmp_path, harm, words):
@@ -162,6 +159,33 @@ def test_a_damaged_directory_is_not_committed(tmp_path, harm, words):
     harm(save(tmp_path, 2))
     assert steps(tmp_path) == [1]
     assert words in damage(tmp_path / "step-2")
+
+
+def in_manifest(path, name):
+    """Add a file of another place to the manifest, with its true size and checksum."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    other = path / name
+    manifest["files"][name] = {"size": other.stat().st_size, "crc32": checksum(other)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("file", ["state", "part/weights"])
+def test_a_flipped_bit_is_found_where_the_content_is_read(tmp_path, file):
+    path = save(tmp_path, 1)
+    content = bytearray((path / file).read_bytes())
+    content[3] ^= 1
+    (path / file).write_bytes(content)
+    assert damage(path) is None
+    assert damage(path, content=True) == f"{file} has another content than was saved"
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    path = save(tmp_path, 1)
+    monkeypatch.setattr("xtuner_hydra.checkpoint.commit.checksum", fail)
+    assert damage(path, content=True) == "part/weights cannot be read: Input/output error"
 
 
 @pytest.mark.parametrize("name", ["step-", "step-x", "step-3.bak", "step--3", ".step-3.tmp"])
@@ -189,7 +213,7 @@ def test_leftovers_of_a_crash_are_no_part_of_the_next_save(tmp_path):
         raise Crash
 
     with pytest.raises(Crash):
-        commit(tmp_path / "step-1", write, keep=1)
+        commit(tmp_path / "step-1", write)
     assert os.listdir(tmp_path) == [".step-1.tmp"]
     save(tmp_path, 1)
     assert os.listdir(tmp_path) == ["step-1"]
@@ -197,28 +221,50 @@ def test_leftovers_of_a_crash_are_no_part_of_the_next_save(tmp_path):
 
 
 def commit_on_a_rank(parent):
-    """Both ranks write; then the second one fails, which must not leave the first one waiting for ever."""
+    """All ranks write; then the second one fails, which must not leave the others waiting for ever."""
     dist.init_process_group("gloo")
 
     def write(staging):
         (staging / f"rank{dist.get_rank()}").write_text("x")
+        return {f"rank{dist.get_rank()}": checksum(staging / f"rank{dist.get_rank()}")}
 
     def fail(staging):
         write(staging)
         if dist.get_rank() == 1:
-            raise OSError("No space left on device")
+            raise OSError(28, "No space left on device", "rank1")
 
-    commit(parent / "step-1", write, keep=1)
-    try:
-        commit(parent / "step-2", fail, keep=1)
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    return None
+    commit(parent / "step-1", write)
+    errors = []
+    for action in (fail, write):
+        try:
+            commit(parent / "step-2", action)
+        except SaveError as error:
+            errors.append(str(error))
+    return errors
 
 
 def test_ranks_commit_together_or_not_at_all(tmp_path):
+    """Each is told which rank failed and why; the next save goes through."""
     first, second = run_on_ranks(commit_on_a_rank, 2, tmp_path)
-    assert first is not None
-    assert second == "No space left on device"
-    assert steps(tmp_path) == [1]
-    assert set(json.loads((tmp_path / "step-1" / "manifest.json").read_text())["files"]) == {"rank0", "rank1"}
+    assert first == second
+    (message,) = first
+    assert f"{tmp_path / 'step-2'} could not be saved (rank 1): No space left on device: rank1." in message
+    assert steps(tmp_path) == [1, 2]
+    assert set(json.loads((tmp_path / "step-2" / "manifest.json").read_text())["files"]) == {"rank0", "rank1"}
+    assert damage(tmp_path / "step-2", content=True) is None
+
+
+def begin_on_a_rank(parent):
+    """The first rank cannot even make the staging directory."""
+    dist.init_process_group("gloo")
+    try:
+        commit(parent / "step-1", lambda staging: pytest.fail("was called"))
+    except SaveError as error:
+        return str(error)
+
+
+def test_a_first_rank_that_cannot_begin_fails_all(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = run_on_ranks(begin_on_a_rank, 2, tmp_path / "file")
+    assert told[0] == told[1]
+    assert "(rank 0): Not a directory" in told[0]

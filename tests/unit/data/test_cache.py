@@ -192,13 +192,16 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
 
 
 def test_what_a_killed_process_left_is_cleared_away_after_a_day_and_not_before(tmp_path):
-    old, young = tmp_path / "cache" / ".old.tmp", tmp_path / "cache" / ".young.tmp"
-    for path in (old, young):
+    old, young, growing = (tmp_path / "cache" / f".{name}.tmp" for name in ("old", "young", "growing"))
+    for path in (old, young, growing):
         path.mkdir(parents=True)
+    (growing / "ids.bin").touch()  # a build that takes days touches its files, not their directory
+    (old / "ids.bin").touch()
     long_ago = old.stat().st_mtime - STALE_SECONDS - 60
-    os.utime(old, (long_ago, long_ago))
+    for path in (old, old / "ids.bin", growing):
+        os.utime(path, (long_ago, long_ago))
     cache = cache_of(tmp_path, RECORDS)
-    assert sorted((tmp_path / "cache").iterdir()) == sorted([young, cache.directory])
+    assert sorted((tmp_path / "cache").iterdir()) == sorted([young, growing, cache.directory])
 
 
 DEEP = [{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}]  # JSON in a string
@@ -218,9 +221,9 @@ DEEP = [{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}
         (b"[" * 100_000, "nesting", "nested too deeply"),
         (b'{"messages": ' * 5000 + b"1" + b"}" * 5000, "nesting", "nested too deeply"),
         (json.dumps(DEEP).encode(), "nesting", "nested too deeply"),
-        (b"\0" * 100, "NUL bytes", "100 bytes, the first byte 1, of the line's 100 are NUL"),
-        (b"\xff\xfe[\0]\0", "NUL bytes", "2 bytes, the first byte 4,"),
-        (json.dumps(chat("x")).encode() + b"\0", "NUL bytes", "is NUL"),
+        (b"\0" * 100, "NUL bytes", "NUL bytes (100 of 100, the first at byte 1)"),
+        (b"\xff\xfe[\0]\0", "NUL bytes", "(2 of 6, the first at byte 4)"),
+        (json.dumps(chat("x")).encode() + b"\0", "NUL bytes", "(1 of "),
         (json.dumps(chat("a\0b")).encode(), "NUL bytes", "U+0000"),
         (json.dumps({"messages": chat("x"), "tools": [{"name": ["\0"]}]}).encode(), "NUL bytes", "U+0000"),
         (b"null", "empty", "nothing in it"),

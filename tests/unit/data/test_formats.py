@@ -60,6 +60,13 @@ def test_tool_calls_with_null_content(call):
     assert conversation.tools == tools
 
 
+@pytest.mark.parametrize("call", [{"name": "now"}, {"name": "now", "arguments": None}, {"function": {"name": "now", "arguments": {}}}])
+def test_a_call_without_arguments_has_an_empty_object(call):
+    assert parse_openai([USER, {"role": "assistant", "content": None, "tool_calls": [call]}]).messages[1].tool_calls == [
+        {"name": "now", "arguments": {}}
+    ]
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -237,6 +244,11 @@ def document(record):
 def pair(record):
     return Text([(record["q"], False), (record["a"], True)])
 
+class Swapped:
+    def __call__(self, record):
+        return question({"q": record["a"], "a": record["q"]})
+
+swapped = Swapped()
 number = 3
 """
 
@@ -255,15 +267,17 @@ def test_a_format_of_the_user_s(module):
     record = {"q": "Hi", "a": "Hello."}
     assert find_format("my_formats:question")(record) == parse_openai([USER, ANSWER])
     assert find_format("my_formats:document")(record) == Text([("Hello.", True)])
+    assert find_format("my_formats:swapped")({"q": "Hello.", "a": "Hi"}) == parse_openai([USER, ANSWER])
     assert find_format("my_formats:pair")(record) == Text([("Hi", False), ("Hello.", True)])
     with pytest.raises(ValueError, match=r"my_formats:question failed \(KeyError: 'a'\)"):
         find_format("my_formats:question")({"q": "Hi"})
 
 
 def test_the_identity_of_a_user_s_format_is_the_content_of_its_file(module):
-    before = format_identity("my_formats:question")
+    names = ("my_formats:question", "my_formats:swapped")
+    before = list(map(format_identity, names))
     module.write_text(MODULE + "\n# changed\n")
-    assert format_identity("my_formats:question") != before
+    assert all(format_identity(name) != then for name, then in zip(names, before, strict=True))
     assert format_identity("openai") == "openai"
 
 

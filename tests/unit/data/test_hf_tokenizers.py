@@ -169,7 +169,7 @@ WORDS = st.text(st.sampled_from(list("ab \n\té🙂巴'.1")), max_size=8)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=3))
+@given(st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=3).filter(lambda turns: any(q + a for q, a, _ in turns)))
 @pytest.mark.parametrize("name", ["chatml", "marked", "crossing"])
 def test_any_chat_is_the_template_s_text_with_exactly_the_answers_supervised(load, name, turns):
     record = [message for q, a, loss in turns for message in (chat(a, q)[0], {**chat(a)[1], "loss": loss})]
@@ -191,9 +191,12 @@ def test_loss_false_takes_the_whole_turn_out(load, name):
     assert "three" in text
 
 
-def test_loss_true_on_a_question_takes_its_content_in(load):
-    record = [{"role": "user", "content": "why", "loss": True}, chat("so")[1]]
-    assert supervised_text(load("chatml"), record) == "why<|im_end|>|so<|im_end|>"
+@pytest.mark.parametrize("question", ["why", "u", "user", "e\n"])  # some are in the header of the turn too
+def test_loss_true_on_a_question_takes_its_content_in(load, question):
+    record = [{"role": "user", "content": question, "loss": True}, chat("so")[1]]
+    for name in ("chatml", "qwen3"):
+        first, second = supervised_text(load(name), record).split("<|im_end|>|")
+        assert (first, second.rpartition("</think>")[2].strip()) == (question, "so<|im_end|>")
 
 
 CALLS = {
@@ -288,6 +291,39 @@ def test_thinking_that_a_template_drops_is_refused(load):
     with pytest.raises(ValueError, match=r"message 2: the chat template leaves out its thinking; .* model\.chat_template=PATH"):
         load("thoughtless").encode(parse_openai([chat("x")[0], answer]))
     assert supervised_text(load("thoughtless"), [chat("x")[0], {**answer, "loss": False}, *chat("y")]) == "y<|im_end|>"
+
+
+WITH_CALLS = made.CHATML.replace(" + '<|im_end|>'", " + (message.tool_calls or '') | string + '<|im_end|>'")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        WITH_CALLS,  # a place for calls, none for tools
+        made.CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"),
+    ],
+)
+def test_tools_that_a_template_drops_are_refused(load, tmp_path, template):
+    """With and without a call; a conversation without tools is fine, and so is a template that has them."""
+    path = tmp_path / "toolless.jinja"
+    path.write_text(template)
+    tokenizer = load("chatml", str(path))
+    for record in (CALLS, {"messages": chat("a"), "tools": CALLS["tools"]}):
+        with pytest.raises(ValueError, match=r"leaves out the tools that the conversation has; .* model\.chat_template=PATH"):
+            tokenizer.encode(parse_openai(record))
+    assert supervised_text(tokenizer, chat("a")) == "a<|im_end|>"
+    path.write_text("{{ tools | tojson if tools }}" + WITH_CALLS)
+    assert supervised_text(load("bare", str(path)), {"messages": chat("a"), "tools": CALLS["tools"]}) == "a<|im_end|>"
+
+
+def test_a_template_that_fails_and_one_that_speaks_of_marks_in_a_comment(load, tmp_path):
+    (tmp_path / "fails.jinja").write_text(made.CHATML + "{{ '' if 1 / (messages | length - 3) }}")
+    tokenizer = load("chatml", str(tmp_path / "fails.jinja"))
+    assert supervised_text(tokenizer, chat("a")) == "a<|im_end|>"
+    with pytest.raises(ValueError, match=r"fails on this conversation \(ZeroDivisionError: division by zero\)"):
+        tokenizer.encode(parse_openai([{"role": "system", "content": "s"}, *chat("a")]))
+    (tmp_path / "speaks.jinja").write_text("{# {% generation %} #}" + made.CHATML)
+    assert supervised_text(load("chatml", str(tmp_path / "speaks.jinja")), chat("a")) == "a<|im_end|>"
 
 
 def test_marks_that_leave_out_the_end_of_the_turn_are_announced(load):
@@ -406,6 +442,30 @@ def test_a_tokenizer_that_adds_spaces(tmp_path):
         "The water is cold. </s>",
         "Warm. </s>",
     ]
+
+
+@pytest.mark.parametrize("prepend", [None, "always", "first"])
+def test_where_such_a_tokenizer_is_cut_it_adds_no_space(tmp_path, prepend):
+    """The ids of each turn alone, special tokens included, are those of the whole; what cannot be so is refused."""
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + 'Q: ' + message['content'] + ' A:' }}"
+        "{% else %}{{ message['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
+    )
+    made.sentencepiece_like(tmp_path, template)
+    if prepend:  # the newer way of the same
+        path = tmp_path / "tokenizer.json"
+        space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend, "split": False}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None, "pre_tokenizer": space}))
+    tokenizer = HFTokenizer(tmp_path, "here")
+    whole = tokenizer._backend.encode("<s>Q: b A: a</s>\n<s>Q: d A:  c</s>\n", add_special_tokens=False).ids
+    conversation = parse_openai([*chat(" a", "b"), *chat("  c", "d")])
+    rendered = tokenizer.template.spans(conversation)
+    ids, supervised = tokenizer._in_pieces(rendered)
+    assert ids.tolist() == whole
+    assert len(runs(supervised)) == 2
+    for answer in ("a", "\na"):
+        with pytest.raises(ValueError, match="cannot be cut there"):
+            tokenizer._in_pieces(tokenizer.template.spans(parse_openai(chat(answer))))
 
 
 def test_processes_that_tokenise_get_all_they_need(load):

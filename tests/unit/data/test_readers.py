@@ -62,6 +62,13 @@ def test_rows_of_parquet_are_counted_over_its_groups(tmp_path, monkeypatch):
     assert (unit(file), unit(tmp_path / "a.jsonl")) == ("row", "line")
 
 
+def test_what_parquet_fills_up_with_null_is_not_in_the_record(tmp_path):
+    """All calls of a column have all arguments of any of them there."""
+    calls = [[{"function": {"name": "f", "arguments": {"city": "K"}}}], [{"function": {"name": "g", "arguments": {"x": [1, 2]}}}], None]
+    rows = [[{"role": "assistant", "content": "a", **({"tool_calls": call} if call else {})}] for call in calls]
+    assert [record for _, record in read(parquet(tmp_path / "a.parquet", rows))] == [{"messages": row} for row in rows]
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_of_records_has_the_lines_where_they_start(tmp_path, indent):
     wrapped = [{"messages": record} for record in RECORDS]
@@ -159,6 +166,14 @@ def test_the_same_samples_whatever_the_file(tmp_path):
         cache = build([file], tmp_path)
         assert [cache.ids(i).tolist() for i in range(len(cache))] == [whole.ids(i).tolist() for i in range(len(whole))]
         assert cache.lines.tolist() == whole.lines.tolist()
+
+
+def test_every_record_of_an_array_on_one_line_is_a_sample(tmp_path):
+    whole = build([jsonl(tmp_path / "plain.jsonl")], tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": record} for record in RECORDS]))
+    cache = build([tmp_path / "a.json"], tmp_path)
+    assert [cache.ids(i).tolist() for i in range(len(cache))] == [whole.ids(i).tolist() for i in range(len(whole))]
+    assert set(cache.lines.tolist()) == {1}
 
 
 @pytest.mark.parametrize(("name", "place"), [("a.jsonl.gz", "line 3"), ("a.parquet", "row 3"), ("a.json", "line 3")])

@@ -1,14 +1,16 @@
 """Every family against transformers on small random checkpoints: the numbers, the files, and that a fault would be seen."""
 
+import shutil
+
 import pytest
 import torch
 from parity import CASES, LENGTH, LLAMA3, document, make_checkpoint, ours, pack, reference_gradients, same_files, same_logits, theirs
+from safetensors.torch import load_file, save_file
 
 from xtuner_hydra.checkpoint.export import export
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, MoEConfig, ParallelismConfig, RopeScaling, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.model.families import read_hf_config
-from xtuner_hydra.model.pretrained import pretrained_dtype
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.worker import build_engine
 
@@ -127,7 +129,7 @@ def import_and_export(checkpoint, place, to):
         parallelism=ParallelismConfig(param_dtype="float32"),
     )
     model = build_engine(config, place).model
-    return export(to, 1, model, config.model, ByteTokenizer(), dtype=pretrained_dtype(checkpoint), keep=1, shard_bytes=20_000)
+    return export(to, 1, model, config.model, ByteTokenizer(), keep=1, shard_bytes=20_000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,6 +139,18 @@ def test_what_is_imported_is_exported_bit_for_bit_under_the_same_names(checkpoin
     after = import_and_export(before, one_rank, tmp_path)
     same_files(before, after)
     assert read_hf_config(after) == read_hf_config(before)
+
+
+def test_each_tensor_keeps_its_own_dtype(checkpoint, one_rank, tmp_path):
+    """A bf16 model may keep its norms in fp32, as DeepSpeed's and torchtune's checkpoints do."""
+    before = tmp_path / "mixed"
+    shutil.copytree(checkpoint("qwen3", torch.bfloat16), before)
+    (file,) = before.glob("*.safetensors")
+    tensors = load_file(file)
+    mixed = {name: tensor.float() * 1.001 if "norm" in name else tensor for name, tensor in tensors.items()}
+    assert {tensor.dtype for tensor in mixed.values()} == {torch.float32, torch.bfloat16}
+    save_file(mixed, file, metadata={"format": "pt"})
+    same_files(before, import_and_export(before, one_rank, tmp_path / "hf"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -67,6 +67,12 @@ def test_drawn_are_the_tokens_that_transformers_keeps_as_often_as_it_would(top_p
     assert ((counts / draws - expected).abs() <= 4 * (expected * (1 - expected) / draws).sqrt())[often].all()
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-30])
+def test_next_to_no_temperature_is_the_likeliest(temperature):
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 2
+    assert sampler(temperature, 1.0, 3)(logits) == logits.argmax()
+
+
 def test_a_seed_repeats_an_answer_and_another_one_does_not(checkpoint):
     model, prompt = ours(checkpoint("qwen3")), document(PROMPT, 4)
     before = torch.get_rng_state()

@@ -109,6 +109,8 @@ def test_several_files_with_an_index(copy):
     same_logits(directory, ours(directory / "split"))
     next(iter(sorted((directory / "split").glob("*.safetensors")))).unlink()
     assert "it lacks model-00001-of" in refusal(directory / "split")
+    (directory / "split" / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 1}}')
+    assert "names 1; weights are files" in refusal(directory / "split")
 
 
 def test_a_file_cut_short_is_refused(copy):
@@ -202,6 +204,12 @@ UNSUPPORTED = {  # the case, keys of config.json that change the numbers, and th
     "layer types of Mistral": ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     "no width of a head": ("llama 2", {"head_dim": None, "num_attention_heads": 7}, "not divisible"),
     "no size": ("llama 2", {"hidden_size": None}, "there is no hidden_size"),
+    "a family that is no word": ("llama 2", {"model_type": ["llama"]}, "which is not supported"),
+    "scaling that is no object": ("llama 2", {"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
+    "a kind of scaling that is no word": ("llama 2", {"rope_scaling": {"rope_type": ["linear"]}}, "rope scaling (['linear'])"),
+    "layer types that are no list": ("qwen3", {"layer_types": 5}, "layer_types=5 is not a list of words"),
+    "layer types of Mistral that are no list": ("mistral", {"layer_types": 5}, "layer_types=5 is not a list of words"),
+    "layers that are no number": ("qwen2", {"max_window_layers": "all"}, "max_window_layers='all' is not a number"),
     "half a layer": ("llama 2", {"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
     "llama3 without a factor": ("llama 3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "there is no low_freq_factor"),
 }

@@ -79,6 +79,8 @@ def test_a_conversation_that_is_too_long_starts_anew(monkeypatch, capsys):
         (["--temperature", "1", "--top-p", "0"], "--top-p 0.0: must be above 0"),
         (["--top-p", "0.9"], "set --temperature too"),
         (["--seed", "1"], "set --temperature too"),
+        (["--temperature", "1", "--seed", "-1"], "--seed -1: must be a whole number from 0"),
+        (["--temperature", "1", "--seed", str(2**63)], "must be a whole number from 0 to 2"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     ],
 )

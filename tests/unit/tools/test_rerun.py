@@ -74,6 +74,36 @@ def test_an_option_sets_what_its_file_sets_in_other_groups_too(run):
     assert composition.config.optimizer.lr == 2e-4
 
 
+def test_options_win_over_each_other_as_in_a_composition(run):
+    """A debug option over a model, parallelism over trainer, whatever their order on the command line."""
+    overrides = ["debug=fast", "model=qwen3_tiny", "parallelism=fsdp", "trainer=default", "data.path=x"]
+    config = again(run, *overrides).config
+    with App(overrides) as app:
+        composed = app.compose(overrides).config
+    assert (config.model, config.trainer, config.parallelism) == (composed.model, composed.trainer, composed.parallelism)
+    assert (config.model.hidden_size, config.trainer.global_batch_size) == (64, None)
+
+
+def test_an_experiment_that_chooses_another_group_s_option_replaces_that_too(run, tmp_path):
+    composition = again(run, "experiment=smollm2_sft", "model=smollm2_135m", "optimizer.eps=1e-7")
+    config = composition.config
+    assert (config.optimizer.lr, config.optimizer.eps, config.scheduler.warmup_ratio) == (1e-4, 1e-7, 0.1)
+    assert config.model.hidden_size == 576  # the command line's own choice wins
+    assert composition.choices == {"model": "smollm2_135m", "experiment": "smollm2_sft"}
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    mine = "# @package _global_\ndefaults:\n  - override /model: smollm2_135m\n  - override /scheduler: constant\nmodel:\n  num_hidden_layers: 2\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(mine)
+    config = again(run, "--config-dir", str(tmp_path / "conf"), "experiment=mine").config
+    assert (config.model.hidden_size, config.model.num_hidden_layers, config.scheduler.name, config.optimizer.lr) == (
+        576,
+        2,
+        "constant",
+        2e-4,
+    )
+    with pytest.raises(RefusedError, match=r"model=hf needs model\.pretrained=DIR"):
+        again(run, "experiment=smollm2_sft")
+
+
 def test_options_of_ones_own_are_found(run, tmp_path):
     (tmp_path / "conf" / "scheduler").mkdir(parents=True)
     (tmp_path / "conf" / "scheduler" / "mine.yaml").write_text("name: linear\nlr_min: ${optimizer.lr}\n")

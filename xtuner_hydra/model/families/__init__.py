@@ -34,7 +34,7 @@ def read_hf_config(directory: Path | str) -> dict[str, Any]:
     Raises ConfigError for a directory without one, and by name for a model or a feature that this decoder does not have."""
     config = HFConfig.read(Path(directory))
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise config.error(f"model_type is {kind}, which is not supported; there are {', '.join(FAMILIES)}")
     return FAMILIES[kind].read(config)
 

@@ -79,6 +79,13 @@ class HFConfig:
             raise self.error(f"{name}={value!r} is neither true nor false")
         return value
 
+    def names(self, name: str) -> list[str]:
+        """A list of words; empty where there is none."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise self.error(f"{name}={value!r} is not a list of words")
+        return value
+
     def _number(self, name: str, default: float | None, kind: type[int] | type[float]) -> Any:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | kind) or value <= 0:
@@ -191,8 +198,10 @@ class Family:
 def _read_rope(config: HFConfig) -> dict[str, Any]:
     """rope_theta and rope_scaling, wherever this version of transformers put them."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise config.error(f"rope_scaling={rope!r} is not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
         raise config.unsupported(f"rope scaling ({kind})")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_TYPES[kind]}
     if others := sorted(rope.keys() - known):
@@ -227,7 +236,9 @@ def window(config: HFConfig) -> int | None:
     """Qwen's `sliding_window`: only where `use_sliding_window` is on, and only if every layer has it."""
     layers, used = config.size("num_hidden_layers"), config.switch("use_sliding_window")
     first = config.get("max_window_layers", 28)
-    by_layer = config.get("layer_types") or [
+    if not isinstance(first, int):
+        raise config.error(f"max_window_layers={first!r} is not a number of layers")
+    by_layer = config.names("layer_types") or [
         "sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)
     ]
     kinds = sorted(set(by_layer))

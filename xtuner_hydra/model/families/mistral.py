@@ -5,7 +5,7 @@ from xtuner_hydra.model.families.family import Family, HFConfig
 
 def _window(config: HFConfig) -> int | None:
     """Absent is not null: transformers then takes 4096."""
-    kinds = set(config.get("layer_types") or [])
+    kinds = set(config.names("layer_types"))
     if len(kinds) > 1:
         raise config.unsupported(f"a mixture of attentions over the layers (layer_types {', '.join(sorted(kinds))})")
     return config.size("sliding_window", 4096) if config.values.get("sliding_window", 4096) is not None else None

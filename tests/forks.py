@@ -1,0 +1,137 @@
+"""Commands and ranks in processes that start at once: forked from a server that has imported everything and started no thread.
+
+For tests that start very many. How a command starts is tested with conftest.CommandLine."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import torch.distributed as dist
+from faults.injection import inject
+
+from xtuner_hydra.__main__ import main
+from xtuner_hydra.app import App
+from xtuner_hydra.launch import create
+from xtuner_hydra.launch import prepare as prepare_composed
+from xtuner_hydra.worker import train
+
+TESTS = Path(__file__).parent
+PRELOAD = ["forks", "matplotlib.pyplot", "numpy.random", "torch._dynamo", "xtuner_hydra.app", "xtuner_hydra.launch"]
+_forks = multiprocessing.get_context("forkserver")
+
+
+class Fork:
+    """`function(*args)` in `directory`; `environment` over that of the tests. Its output goes to the file `output`, at SIGUSR2 its stacks too.
+
+    started: by time.monotonic()."""
+
+    def __init__(self, function, *args, directory, output, environment):
+        self.output = output
+        self.started = time.monotonic()
+        self.process = _forks.Process(target=_run, args=(function, args, str(directory), str(output), environment), daemon=True)
+        self.process.start()
+
+    @property
+    def text(self):
+        return self.output.read_text()
+
+    def wait(self, seconds=60):
+        """The exit code, negative for a signal; fails, and ends the process, when it takes longer."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGUSR2)
+            time.sleep(1)
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.text}")
+        return self.process.exitcode
+
+
+def command(directory, *args, name="output", **environment):
+    """`python -m xtuner_hydra ARGS` in `directory`."""
+    _serve()
+    return Fork(main, [*map(str, args)], directory=directory, output=directory / name, environment=_environment(directory) | environment)
+
+
+def prepare(directory, *args):
+    """A run directory `run` in `directory`, ready for its ranks, of what `python -m xtuner_hydra ARGS` would train."""
+    _serve()
+    fork = Fork(
+        _prepare, [*args, "hydra.run.dir=run"], directory=directory, output=directory / "output", environment=_environment(directory)
+    )
+    assert fork.wait(120) == 0, fork.text
+    return directory / "run"
+
+
+def train_on(run_dir, number=1, *, seconds=120, **environment):
+    """Let the ranks of a prepared run directory come to their end: (exit codes, what the first one said now)."""
+    log = run_dir.parent / "output-0"
+    before = log.stat().st_size if log.exists() else 0
+    codes = [fork.wait(seconds) for fork in ranks(run_dir, number, **environment)]
+    return codes, log.read_bytes()[before:].decode()
+
+
+def ranks(run_dir, number=1, **environment):
+    """The ranks of a prepared run directory, each as a launcher starts it; they resume if its config says so."""
+    _serve()
+    if number == 1:
+        places = [{}]
+    else:
+        # the store listens here, as a launcher's does, and ends with the last process that uses it
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "TORCHELASTIC_RESTART_COUNT": "0"}
+        places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    started = [
+        Fork(
+            train,
+            run_dir,
+            directory=run_dir.parent,
+            output=run_dir.parent / f"output-{rank}",
+            environment=_environment(run_dir.parent) | place | environment,
+        )
+        for rank, place in enumerate(places)
+    ]
+    if number > 1:
+        started[0].store = store
+    return started
+
+
+def _environment(directory):
+    return {"XDG_CACHE_HOME": str(directory / ".cache"), "HOME": str(directory), "OMP_NUM_THREADS": "1"}
+
+
+def _serve():
+    """Start the server, once, where modules are found and with one thread."""
+    _forks.set_forkserver_preload(PRELOAD)
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _prepare(args):
+    with App(args) as app:
+        composition = app.compose(app.overrides)
+    create(prepare_composed(composition))
+
+
+def _run(function, args, directory, output, environment):
+    for name in [name for name in os.environ if name.startswith(("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))]:
+        del os.environ[name]
+    os.environ.update(environment)
+    os.chdir(directory)
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(handle, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    faulthandler.register(signal.SIGUSR2)
+    inject()
+    sys.exit(function(*args))

@@ -1,0 +1,173 @@
+"""Where a run goes on: at the newest whole checkpoint, and only if what follows is the same run."""
+
+import logging
+
+import pytest
+from checkpoints import flip_bit, make_checkpoint
+from run_dirs import make_config
+
+from xtuner_hydra.checkpoint import resume
+from xtuner_hydra.checkpoint.state import trajectory
+from xtuner_hydra.config.schema import CheckpointConfig
+from xtuner_hydra.errors import RefusedError
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (2, 4, 10):
+        make_checkpoint(tmp_path / "run" / "checkpoints", step)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def warnings(caplog):
+    logging.getLogger("xtuner_hydra").propagate = True  # a run in this process would have turned it off
+    caplog.set_level(logging.WARNING, "xtuner_hydra")
+    return lambda: [record.message for record in caplog.records]
+
+
+def find(resume_, run):
+    return resume.find(CheckpointConfig(resume=str(resume_)), run)
+
+
+def test_never_is_never(run):
+    assert find("never", run) is None
+
+
+def test_auto_is_the_newest(run, warnings):
+    assert find("auto", run) == run / "checkpoints" / "step-10"
+    assert warnings() == []
+
+
+def test_auto_without_a_checkpoint_starts_at_step_0(tmp_path):
+    assert find("auto", tmp_path / "new") is None
+
+
+def test_auto_passes_over_damaged_ones_and_says_so(run, warnings):
+    flip_bit(run / "checkpoints" / "step-10" / "rank-0.safetensors")
+    (run / "checkpoints" / "step-4" / "state.json").unlink()
+    assert find("auto", run) == run / "checkpoints" / "step-2"
+    assert warnings() == [
+        f"{run}/checkpoints/step-10 is passed over: rank-0.safetensors has another content than was saved",
+        f"{run}/checkpoints/step-4 is passed over: state.json is missing",
+    ]
+
+
+def test_where_none_is_whole_nothing_is_overwritten(run):
+    for path in (run / "checkpoints").iterdir():
+        flip_bit(path / "state.json")
+    with pytest.raises(RefusedError, match=r"none of its checkpoints is whole \(the oldest: state.json .*another directory, or remove"):
+        find("auto", run)
+
+
+@pytest.mark.parametrize(("path", "found"), [("run", 10), ("run/checkpoints", 10), ("run/checkpoints/step-4", 4), ("run/checkpoints/", 10)])
+def test_a_path_is_a_run_its_checkpoints_or_one_of_them(run, monkeypatch, path, found):
+    monkeypatch.chdir(run.parent)
+    assert find(path, run.parent / "another") == run / "checkpoints" / f"step-{found}"
+
+
+def test_a_run_may_be_called_like_a_step(run):
+    other = run.rename(run.with_name("step-by-step"))
+    assert find(other, run) == other / "checkpoints" / "step-10"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("run/checkpoints/step-5", "no such file"),
+        ("run/elsewhere", "no such file"),
+        (".", "holds no checkpoint"),
+        ("run/checkpoints/step-4", "not a whole"),
+    ],
+)
+def test_a_path_that_leads_to_none_is_refused(run, monkeypatch, path, words):
+    monkeypatch.chdir(run.parent)
+    flip_bit(run / "checkpoints" / "step-4" / "state.json")
+    with pytest.raises(RefusedError, match=f"checkpoint.resume={path}: {words}"):
+        find(path, run)
+
+
+def config_of(**changes):
+    """A config with `changes` by full key, `__` for the dot."""
+    config = make_config(1e-4)
+    config.trainer.global_batch_size = 8
+    for key, value in changes.items():
+        *groups, name = key.split("__")
+        owner = config
+        for group in groups:
+            owner = getattr(owner, group)
+        assert getattr(owner, name) != value, "no change"
+        setattr(owner, name, value)
+    return config
+
+
+def refuse(tmp_path, changes, content="files", allowed=()):
+    checkpoint = make_checkpoint(tmp_path, 3, trajectory=trajectory(config_of(), "files"))
+    resume.refuse_other_trajectory(checkpoint, trajectory(config_of(**changes), content), list(allowed))
+
+
+CHANGES = [
+    ("data.pack_max_length", {"data__pack_max_length": 17}),
+    ("data.shuffle", {"data__shuffle": False}),
+    ("data.sample_ratio", {"data__sample_ratio": 0.5}),
+    ("trainer.seed", {"trainer__seed": 7}),
+    ("trainer.global_batch_size", {"trainer__global_batch_size": 4}),
+    ("trainer.freeze", {"trainer__freeze": ["embed"]}),
+    ("model.hidden_size", {"model__hidden_size": 4096}),
+    ("model.tie_word_embeddings", {"model__tie_word_embeddings": True}),
+    ("optimizer.name", {"optimizer__name": "muon"}),
+]
+
+
+@pytest.mark.parametrize(("key", "changes"), CHANGES, ids=[key for key, _ in CHANGES])
+def test_what_alters_the_trajectory_is_refused_by_name(tmp_path, key, changes):
+    with pytest.raises(RefusedError, match=rf"another {key}: .* -> .*checkpoint.allow_change=\[{key}\]"):
+        refuse(tmp_path, changes)
+
+
+def test_other_data_is_refused(tmp_path):
+    with pytest.raises(RefusedError, match=r"another data\.path: files -> other files"):
+        refuse(tmp_path, {}, content="other files")
+
+
+def test_all_that_differs_is_listed(tmp_path):
+    with pytest.raises(RefusedError) as error:
+        refuse(tmp_path, dict(one for _, changes in CHANGES for one in changes.items()), content="other files")
+    for key, _ in CHANGES:
+        assert f"{key}: " in str(error.value)
+    assert "allow_change=[data.pack_max_length,data.path," in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer__lr": 3.0},
+        {"trainer__log_interval": 99},
+        {"parallelism__nproc_per_node": 5},
+        {"parallelism__recompute_ratio": 0.5},
+        {"data__num_workers": 11},
+        {"data__path": "/moved/train.jsonl"},
+        {"trainer__total_steps": 99},
+        {"checkpoint__keep": 99},
+        {"model__lora__rank": 99},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_does_not_alter_it_may_change(tmp_path, changes, warnings):
+    refuse(tmp_path, changes)
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("allowed", [["trainer.seed", "data.pack_max_length"], ["trainer", "data"], ["trainer", "data.pack_max_length"]])
+def test_a_change_that_is_allowed_is_a_warning(tmp_path, allowed, warnings):
+    seed = config_of().trainer.seed
+    refuse(tmp_path, {"trainer__seed": 7, "data__pack_max_length": 17}, allowed=allowed)
+    assert len(warnings()) == 2
+    assert f"checkpoint.allow_change: trainer.seed was {seed} until step-3, and is 7 from there" in warnings()
+
+
+def test_what_is_not_allowed_is_refused_alone(tmp_path):
+    with pytest.raises(RefusedError) as error:
+        refuse(tmp_path, {"trainer__seed": 7, "data__pack_max_length": 17}, allowed=["data", "trainer.see"])
+    assert "trainer.seed" in str(error.value)
+    assert "pack_max_length" not in str(error.value)

@@ -1,0 +1,152 @@
+"""Wishes to stop: noted by one rank, agreed by all at an edge, each with its exit code."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+from ranks import run_on_ranks
+
+from xtuner_hydra.errors import Stopped
+from xtuner_hydra.stopping import SIGNALS, Stopping, Wish, ignore_signals
+
+EDGE = 3
+
+
+def stop_on_a_rank(wishes):
+    """For each case of `wishes` (rank -> signal) train until it stops; (edge, exit code) of each."""
+    dist.init_process_group("gloo")
+    told = [edges_until_stopped(case.get(dist.get_rank())) for case in wishes]
+    dist.destroy_process_group()
+    return told
+
+
+def edges_until_stopped(number):
+    stopping = Stopping()
+    with stopping.listening():
+        stopping.training = True
+        for edge in range(20):
+            if edge == EDGE and number is not None:
+                os.kill(os.getpid(), number)
+            try:
+                stopping.check()
+            except Stopped as stop:
+                return edge, stop.exit_code
+    return None
+
+
+def test_all_ranks_stop_at_the_edge_at_which_one_was_asked_to():
+    cases = [
+        ({1: signal.SIGUSR1}, 75),
+        ({0: signal.SIGTERM}, 75),
+        ({1: signal.SIGINT}, 130),
+        ({0: signal.SIGTERM, 1: signal.SIGINT}, 130),
+    ]
+    told = run_on_ranks(stop_on_a_rank, 2, [case for case, _ in cases])
+    assert told == [[(EDGE, code) for _, code in cases]] * 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def stopping():
+    """One that listens and trains; the process's own handlers come back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    one = Stopping()
+    with one.listening():
+        one.training = True
+        yield one
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_nobody_who_wishes_nothing_stops(stopping):
+    for _ in range(3):
+        stopping.check()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_during_training_a_signal_waits_for_the_edge(stopping, number, code):
+    os.kill(os.getpid(), number)
+    assert stopping.wish != Wish.NONE
+    with pytest.raises(Stopped) as stop:
+        stopping.check()
+    assert stop.value.exit_code == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_before_training_a_signal_stops_at_once(stopping, number, code):
+    stopping.training = False
+    with pytest.raises(Stopped) as stop:
+        os.kill(os.getpid(), number)
+    assert stop.value.exit_code == code
+
+
+def test_a_second_ctrl_c_does_not_wait(stopping):
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_scheduler_that_asks_twice_does_not_cut_the_save_short(stopping):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    with pytest.raises(Stopped, match="SIGTERM or SIGUSR1"):
+        stopping.check()
+
+
+def test_afterwards_the_handlers_of_before_come_back():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with Stopping().listening():
+        assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_once_a_run_has_ended_signals_are_ignored(stopping):
+    ignore_signals()
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+    assert stopping.wish == Wish.NONE
+
+
+def test_time_is_up_when_the_last_save_would_not_fit_any_more(stopping):
+    stopping.deadline = time.time() + 1000
+    stopping.check()
+    stopping.reserve = lambda: 900.0
+    stopping.check()
+    stopping.reserve = lambda: 1100.0
+    with pytest.raises(Stopped, match="max_seconds") as stop:
+        stopping.check()
+    assert stop.value.exit_code == 75
+
+
+def test_time_is_up_when_another_step_would_not_fit_any_more(stopping):
+    stopping.deadline = time.time() + 1000
+    stopping.check()
+    time.sleep(0.3)
+    stopping.check()  # that was the longest way between two edges
+    stopping.deadline = time.time() + 0.25
+    with pytest.raises(Stopped, match="max_seconds"):
+        stopping.check()
+
+
+def test_a_signal_is_named_rather_than_the_time(stopping):
+    stopping.deadline = time.time() - 1
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Stopped) as stop:
+        stopping.check()
+    assert stop.value.exit_code == 130
+
+
+def test_a_save_that_failed_wins(stopping):
+    stopping.deadline = time.time() - 1
+    os.kill(os.getpid(), signal.SIGINT)
+    stopping.save_failed = lambda: True
+    with pytest.raises(Stopped, match="could not be saved"):
+        stopping.check()
