@@ -73,7 +73,7 @@ def in_own_process(name: str, argv: list[str]) -> dict:
 
 def environment(contender: str, malloc: str) -> dict[str, str]:
     """This process's, with the malloc that the contender runs under."""
-    from xtuner_hydra import allocator
+    from xtuner_hydra.parallel import allocator
 
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     libraries = allocator.found()
@@ -89,7 +89,7 @@ def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
     """Train `steps` steps; the median step's seconds without the first, tokens a second, peak memory, losses, where the time went."""
     import torch
 
-    from xtuner_hydra import allocator
+    from xtuner_hydra.parallel import allocator
 
     torch.set_num_threads(threads)
     config, batches = packs(steps, [*overrides, *(["model.adapter=lora"] if "lora" in name else [])])

@@ -16,7 +16,7 @@ from xtuner_hydra.safe_text import printable, redact
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's); returns the exit code."""
     if argv is None:
-        from xtuner_hydra.allocator import preload
+        from xtuner_hydra.parallel.allocator import preload
 
         preload()
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -23,8 +23,8 @@ from xtuner_hydra.errors import Stopped, TrainingError
 from xtuner_hydra.files import sync_file
 from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.optim.schedules import learning_rate
+from xtuner_hydra.parallel.profiling import Profiler
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
-from xtuner_hydra.profiling import Profiler
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.base import Sample, Trackers
 

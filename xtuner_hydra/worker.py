@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from xtuner_hydra import allocator
 from xtuner_hydra.checkpoint.commit import numbered
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config
@@ -36,6 +35,7 @@ from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizers
+from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.parallel.watchdog import Watchdog

@@ -57,8 +57,6 @@ def parts_used_by(part):
         ("stopping", {"errors"}),
         ("model", {"config", "errors", "loss"}),
         ("optim", {"config"}),
-        ("allocator", set()),
-        ("profiling", set()),
         ("parallel", {"config", "errors", "files", "model"}),
         ("engine", {"data", "errors", "model", "parallel"}),
         ("checkpoint", {"config", "data", "errors", "files", "model", "parallel"}),
@@ -69,7 +67,7 @@ def parts_used_by(part):
         ("trained", {"checkpoint", "config", "errors", "model", "parallel", "results"}),
         (
             "trainer",
-            {"checkpoint", "config", "data", "engine", "errors", "files", "metrics", "model", "optim", "parallel", "profiling", "stopping", "tracking"},
+            {"checkpoint", "config", "data", "engine", "errors", "files", "metrics", "model", "optim", "parallel", "stopping", "tracking"},
         ),
         (
             "sweeps",

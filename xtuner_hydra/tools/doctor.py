@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
-from xtuner_hydra import allocator
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, RefusedError
+from xtuner_hydra.parallel import allocator
 
 OLDEST_DRIVER = "550.127.08"
 """Drivers must be newer than this one, which XTuner's installation page names."""

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from xtuner_hydra import allocator
+from xtuner_hydra.parallel import allocator
 
-ASK = "from xtuner_hydra import allocator; allocator.preload(); import sys; print(allocator.active(), *sys.argv[1:])"
+ASK = "from xtuner_hydra.parallel import allocator; allocator.preload(); import sys; print(allocator.active(), *sys.argv[1:])"
 here = pytest.mark.skipif(allocator.find() is None, reason="no tcmalloc or jemalloc on this machine")
 
 

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from xtuner_hydra.profiling import FOLDER, WARM_UP, Profiler
+from xtuner_hydra.parallel.profiling import FOLDER, WARM_UP, Profiler
 
 
 def steps(profiler, number):
