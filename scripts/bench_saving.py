@@ -2,7 +2,7 @@
 
     python scripts/bench_saving.py [OVERRIDE ...]          (default: model=qwen3_tiny data=openai_sft)
 
-One run for each of the two ways, every fifth step saved. Of a run: the median time of a step that no save touches, what a step that is saved
+One run for each of the two ways, every third step saved. Of a run: the median time of a step that no save touches, what a step that is saved
 takes on top of that until the next one begins, what the steps take longer while a save goes on behind them, and when it was committed."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-STEPS, INTERVAL, WARM_UP = 40, 5, 5
+STEPS, INTERVAL, WARM_UP = 12, 3, 1
 JOB = [
     "tracking=none",
     "data.eval_path=null",
@@ -29,7 +29,7 @@ def main() -> None:
         print(__doc__)
         return
     chosen = sys.argv[1:] or ["model=qwen3_tiny", "data=openai_sft"]
-    print(f"{' '.join(chosen)}: {STEPS} steps, saved after every {INTERVAL}th")
+    print(f"{' '.join(chosen)}: {STEPS} steps, saved after every {INTERVAL} of them")
     print(f"{'':<6}{'step':>10}{'stall':>10}{'steps beside a save':>21}{'committed after':>17}{'checkpoint':>12}")
     for name, asynchronous in (("sync", "false"), ("async", "true")):
         with tempfile.TemporaryDirectory() as directory:

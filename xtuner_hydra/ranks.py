@@ -108,16 +108,18 @@ def _stopped(directory: Path) -> int:
 def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     """(exit code, whether it was a crash), and the first cause among the ranks that failed with `codes` on screen: one that was killed, else the
     one that failed first."""
-    for code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
-        if code in codes.values():
-            return code, False
     causes = [json.loads(path.read_text(encoding="utf-8")) for path in (directory / "logs").glob("*.error.json")]
     # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace; only a rank that never wrote its error was struck itself
     told = {cause["rank"] for cause in causes}
     struck = {rank: code for rank, code in codes.items() if code < 0 and code != -15 and rank not in told}
+    stops = {code for code in codes.values() if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED)}
+    if stops and not struck and not causes:  # agreed by all; the launcher's SIGTERM after another's crash is no wish to stop
+        return max(stops), False
     if struck:
         rank, code = min(struck.items())
-        text, details = f"rank {rank} was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}", ""
+        # the launcher kills those that do not end after the first
+        who = f"rank {rank}" if len(struck) == 1 else f"one of ranks {', '.join(map(str, sorted(struck)))}"
+        text, details = f"{who} was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}", ""
     elif causes:
         first = min(causes, key=lambda cause: cause["time"])
         rank, text, details = first["rank"], first["error"], first["traceback"]

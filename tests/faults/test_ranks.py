@@ -103,8 +103,8 @@ def test_a_rank_that_dies_before_all_have_met_does_not_leave_the_others_waiting(
     began = time.monotonic()
     done, _ = fails(faulty, "kill@0", "checkpoint.asynchronous=true")
     assert done.code == 1, done.text
-    assert "rank 1 was killed by signal 9" in done.err
-    assert time.monotonic() - began < 60
+    assert re.search("(rank 1|one of ranks 0, 1) was killed by signal 9", done.err), done.err
+    assert time.monotonic() - began < 90  # the launcher gives those that wait half a minute
 
 
 @pytest.mark.faults

@@ -84,8 +84,7 @@ class _LogFile(logging.FileHandler):
             return super().handleError(record)
         self.setLevel(logging.CRITICAL + 1)  # taking it out now would make the log pass over the next handler
         with suppress(OSError):
-            assert self.stream is not None
-            self.stream.close()  # or what it holds would be tried again at the end
+            self.close()  # or what it holds would be tried again at the end
         log.warning(f"{self.baseFilename}: {error.strerror}; nothing more is written there")
 
 
