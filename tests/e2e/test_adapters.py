@@ -86,9 +86,9 @@ def test_checkpoints_hold_the_adapter_alone(whole):
     adapter = load_file(whole[0].directory / "whole" / "hf" / "latest" / "adapter_model.safetensors")
     size = sum(tensor.nbytes for tensor in adapter.values())
     path = whole[0].directory / "whole" / "checkpoints" / "step-4"
-    data = sum(file.stat().st_size for file in path.glob("*.distcp"))
-    assert 3 * size <= data < 3 * size + 4 * 2500 * len(adapter)  # weights and two moments; each tensor costs about 2 KB, steps too
-    names = set(torch.distributed.checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata)
+    data = sum(file.stat().st_size for file in path.glob("rank-*.safetensors"))
+    assert 3 * size <= data < 3 * size + 4 * 300 * len(adapter)  # weights and two moments; each tensor has a line in the header, steps too
+    names = set(json.loads((path / "tensors.json").read_text()))
     assert len([name for name in names if name.startswith("model.")]) == len(adapter)
     assert all("lora_" in name for name in names if name.startswith("model."))
 
@@ -100,7 +100,7 @@ def test_checkpoints_hold_the_adapter_alone(whole):
         ("model.lora.targets=[q_proj]", "another model.lora"),
         ("model.adapter=null", "another model.adapter: lora -> None"),
         ("trainer.freeze=[*lora_A*]", "another trainer.freeze"),
-        ("model.pretrained=other", "another model.pretrained (a hash of its weights)"),
+        ("model.pretrained=other", "another model.pretrained: "),
     ],
 )
 def test_another_adapter_or_base_is_refused(whole, other_base, change, words, monkeypatch, capsys):
