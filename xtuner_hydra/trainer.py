@@ -77,7 +77,9 @@ class Trainer:
         self.rng = state.rng_state()
         exported = [export.exists(self.run_dir / "hf", self.state.step)]
         dist.broadcast_object_list(exported)
-        self.saver.step = self.state.step
+        is_own = checkpoint.resolve().parent == self.saver.directory.resolve()
+        self.saver.step = self.state.step if is_own else None  # a new directory does not hold it yet
+        self.metrics |= self.state.evaluation
         self.exported = self.state.step if exported[0] else None
         log.info(f"resumed from {checkpoint}: step {self.state.step}/{self.total_steps}, {self.state.tokens} tokens seen")
         self.reconcile_schedule()
@@ -109,6 +111,8 @@ class Trainer:
         try:
             if self.state.step > 0:
                 self.complete_step()  # what an earlier process may have left undone
+                if self.saver.step is None and self.config.checkpoint.interval is not None:
+                    self.save_last_step("the run goes on in a directory of its own")  # or a crash would end in step 0
             for batch in self.batches():
                 self.train(batch)
                 self.complete_step()

@@ -59,6 +59,35 @@ def test_a_path_continues_in_a_new_directory(whole):
     assert f"  resume: {whole.directory}/whole/checkpoints/step-4\n" in (whole.directory / "onwards" / "config.yaml").read_text()
 
 
+def test_a_new_directory_has_a_checkpoint_of_its_own_from_the_start(whole):
+    """A crash, or a signal, before the first save that is due must not let resume=auto begin at step 0."""
+    one = ("hydra.run.dir=apart", "checkpoint.interval=-1", "trainer.max_seconds=0.1")
+    done = whole(*JOB, "checkpoint.resume=whole/checkpoints/step-4", *one)
+    assert done.code == 75, done.text
+    assert "go on with checkpoint.resume=auto" in done.text
+    assert [path.name for path in (whole.directory / "apart" / "checkpoints").iterdir()] == ["step-4"]
+    done = whole(*JOB, "hydra.run.dir=apart", "checkpoint.resume=auto")
+    assert done.code == 0, done.text
+    assert trajectory(whole.directory / "apart") == trajectory(whole.directory / "whole")[4:]
+
+
+def test_a_run_that_is_stopped_before_its_first_step_does_not_promise_a_checkpoint(whole):
+    done = whole(*JOB, "hydra.run.dir=stillborn", "trainer.max_seconds=0.1")
+    assert done.code == 75, done.text
+    assert "no checkpoint was saved: checkpoint.resume=auto would start at step 0" in done.text
+
+
+def test_a_run_that_has_gone_further_is_not_ended_sooner(whole):
+    run = whole.directory / "further"
+    shutil.copytree(whole.directory / "whole", run)
+    (run / "status.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    done = whole(*JOB, "hydra.run.dir=further", "checkpoint.resume=auto", "trainer.total_steps=5")
+    assert done.code == 2, done.text
+    assert "step-6 is beyond the end, step 5" in done.text
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_auto_on_a_completed_run_says_so_and_changes_nothing(whole):
     before = (whole.directory / "whole" / "metrics.jsonl").read_bytes()
     done = whole(*JOB, "hydra.run.dir=whole", "checkpoint.resume=auto")
