@@ -28,7 +28,7 @@ from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE, ConfigError, Stopped
+from xtuner_hydra.errors import EXIT_DONE, ConfigError, RefusedError, Stopped
 from xtuner_hydra.files import write_json
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
@@ -127,16 +127,23 @@ def _absolute(path: Any) -> Any:
 
 def run(composition: Composition) -> int:
     """Prepare and train; returns the exit code. Raises Stopped for a signal that comes while data is prepared."""
-    with Stopping().listening():
-        prepared = prepare(composition)
+    stopping = Stopping()
+    with stopping.listening():
+        try:
+            prepared = prepare(composition)
+        except RefusedError:
+            stopping.heed()
+            raise
+        stopping.heed()
     return start(prepared)
 
 
 def start(prepared: Prepared) -> int:
     """Train what has been prepared; returns the exit code. Raises Stopped for a signal that comes before there is anything to save."""
-    with Stopping().listening():
+    stopping = Stopping()
+    with stopping.listening():
         try:
-            return _start(prepared)
+            return _start(prepared, stopping)
         except Stopped as stop:
             _mark_stopped(prepared.composition.run_dir, stop)
             raise
@@ -150,14 +157,15 @@ def _mark_stopped(directory: Path, stop: Stopped) -> None:
         run_dirs.write_status(directory, "interrupted", exit_code=stop.exit_code, error=str(stop), **kept)
 
 
-def _start(prepared: Prepared) -> int:
+def _start(prepared: Prepared, stopping: Stopping) -> int:
     directory = prepared.composition.run_dir
     if prepared.is_done:
         print(f"{directory}: this run is complete ({prepared.data.plan.total_steps} steps); nothing to do")
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    create(prepared)
+    with stopping.holding():
+        create(prepared)
     if started_by_torchrun():
         publish({"run_dir": str(directory)})
         return train_here(directory)

@@ -76,7 +76,7 @@ def test_no_space_for_a_checkpoint(whole, tmp_path, asynchronous):
 
 def test_no_space_for_an_export(whole, tmp_path):
     room = int(1.5 * size(whole / "checkpoints" / "step-1") / 3) + 300_000
-    with mounted(tmp_path / "run", f"size={room}") as disk:
+    with mounted(tmp_path / "run", f"size={room}"):
         run = prepare(tmp_path, *JOB, "checkpoint.interval=null", "checkpoint.hf_interval=1")
         codes, text = train_on(run)
         assert_failed_in_words(run, codes, text, "hf/step-2 could not be saved: ", "No space left on device")

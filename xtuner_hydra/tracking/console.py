@@ -84,7 +84,8 @@ class _LogFile(logging.FileHandler):
             return super().handleError(record)
         self.setLevel(logging.CRITICAL + 1)  # taking it out now would make the log pass over the next handler
         with suppress(OSError):
-            self.stream.close()  # or what it holds would be tried again at the end
+            if self.stream is not None:
+                self.stream.close()  # or what it holds would be tried again at the end
         log.warning(f"{self.baseFilename}: {error.strerror}; nothing more is written there")
 
 
