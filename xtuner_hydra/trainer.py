@@ -125,9 +125,11 @@ class Trainer:
 
     def complete_step(self) -> None:
         """Whatever is due after the step just taken, and not done yet."""
-        if self.due(self.config.trainer.eval_interval) and not self.state.evaluation:
-            self.evaluate()
-            self.sample()
+        if self.due(self.config.trainer.eval_interval):
+            if not self.state.evaluation:
+                self.evaluate()
+            if not self.state.sampled:
+                self.sample()
         if self.due(self.config.checkpoint.interval) and self.saver.step != self.state.step:
             self.save()
         if self.due(self.config.checkpoint.hf_interval) and self.exported != self.state.step:
@@ -191,6 +193,7 @@ class Trainer:
             samples.append({"train/step": self.state.step, "prompt": prompt, "text": self.tokenizer.decode(answer)})
         if samples:
             self.trackers.show(samples)
+        self.state.sampled = True
 
     def save(self) -> None:
         """Commit a checkpoint to resume from, or with checkpoint.asynchronous begin to."""

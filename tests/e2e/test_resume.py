@@ -1,5 +1,6 @@
 """A run that is stopped and continued repeats the uninterrupted one, bit for bit."""
 
+import json
 import shutil
 
 import pytest
@@ -110,6 +111,17 @@ def test_a_longer_run_goes_on_at_the_last_learning_rate_and_says_so(whole):
     assert "the run goes on to step 8, its schedule was made for 6: the learning rate stays at its end, 1e-06" in done.text
     assert trajectory(run)[:6] == trajectory(whole.directory / "whole")
     assert [row["train/lr"] for row in read_rows(run)][6:] == [1e-6, 1e-6]
+
+
+def test_prompts_are_answered_once_a_step(whole):
+    asks = ("debug=fast", "tracking=none", "data.eval_path=null", "checkpoint.hf_interval=null", "hydra.run.dir=asks")
+    for steps in (1, 2):
+        done = whole(
+            *asks, "trainer.sample_prompts=[hello]", "trainer.sample_tokens=2", f"trainer.total_steps={steps}", "checkpoint.resume=auto"
+        )
+        assert done.code == 0, done.text
+    lines = (whole.directory / "asks" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train/step"] for line in lines] == [1, 2]
 
 
 def test_another_trajectory_is_accepted_where_it_is_named(whole):
