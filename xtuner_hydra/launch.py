@@ -28,7 +28,7 @@ from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE, ConfigError
+from xtuner_hydra.errors import EXIT_DONE, ConfigError, RefusedError, Stopped
 from xtuner_hydra.files import write_json
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
@@ -96,7 +96,10 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if checkpoint is not None:
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)
-    return Prepared(composition, config, ranks, data, tokenizer, checkpoint, began)
+    prepared = Prepared(composition, config, ranks, data, tokenizer, checkpoint, began)
+    if checkpoint is not None and not prepared.is_done:
+        resume.refuse_beyond(checkpoint, data.plan.total_steps)
+    return prepared
 
 
 def resolve(config: Config, ranks: int) -> None:
@@ -124,20 +127,45 @@ def _absolute(path: Any) -> Any:
 
 def run(composition: Composition) -> int:
     """Prepare and train; returns the exit code. Raises Stopped for a signal that comes while data is prepared."""
-    with Stopping().listening():
-        prepared = prepare(composition)
+    stopping = Stopping()
+    with stopping.listening():
+        try:
+            prepared = prepare(composition)
+        except RefusedError:
+            stopping.heed()
+            raise
+        stopping.heed()
     return start(prepared)
 
 
 def start(prepared: Prepared) -> int:
-    """Train what has been prepared; returns the exit code."""
+    """Train what has been prepared; returns the exit code. Raises Stopped for a signal that comes before there is anything to save."""
+    stopping = Stopping()
+    with stopping.listening():
+        try:
+            return _start(prepared, stopping)
+        except Stopped as stop:
+            _mark_stopped(prepared.composition.run_dir, stop)
+            raise
+
+
+def _mark_stopped(directory: Path, stop: Stopped) -> None:
+    """Say in status.json, if this process has begun the run, that it was stopped before its ranks could."""
+    status = run_dirs.read_status(directory)
+    if status.get("state") == "running" and status.get("process") == run_dirs.this_process():
+        kept = {key: status[key] for key in ("step", "total_steps") if key in status}
+        run_dirs.write_status(directory, "interrupted", exit_code=stop.exit_code, error=str(stop), **kept)
+
+
+def _start(prepared: Prepared, stopping: Stopping) -> int:
     directory = prepared.composition.run_dir
     if prepared.is_done:
         print(f"{directory}: this run is complete ({prepared.data.plan.total_steps} steps); nothing to do")
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    create(prepared)
+    with stopping.holding():
+        create(prepared)
     if started_by_torchrun():
         publish({"run_dir": str(directory)})
         return train_here(directory)
@@ -148,6 +176,8 @@ def create(prepared: Prepared) -> None:
     """Make the run directory with all that workers read."""
     composition, directory = prepared.composition, prepared.composition.run_dir
     total_steps = prepared.data.plan.total_steps
+    # once more: another run may have begun here while the data was prepared
+    run_dirs.refuse_unusable(directory, resuming=prepared.config.checkpoint.resume == "auto")
     run_dirs.create(directory, prepared.config, composition.overrides, _environment(prepared), total_steps=total_steps)
     with run_dirs.writing(directory):
         write_json(directory / "changed.json", changed_here(prepared))

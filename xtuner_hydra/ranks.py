@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -91,17 +92,24 @@ def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int
         elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory), *(["restarted"] if restarted else []))
     except ChildFailedError as error:
         return _explain(directory, {rank: failure.exitcode for rank, failure in error.failures.items()})
-    except (SignalException, KeyboardInterrupt):
-        return _stopped(directory), False
+    except SignalException as stop:
+        return _stopped(directory, stop.sigval), False
+    except KeyboardInterrupt:
+        return _stopped(directory, signal.SIGINT), False
     return EXIT_DONE, False
 
 
-def _stopped(directory: Path) -> int:
-    """The exit code after a signal: what the ranks made of it, or 130 where they did not come to an end."""
+def _stopped(directory: Path, number: signal.Signals) -> int:
+    """The exit code after a signal: what the ranks made of it, or what it means where they did not come to an end, as those that have hardly
+    begun."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "running":
-        run_dirs.write_status(directory, "interrupted", exit_code=EXIT_INTERRUPTED, error="stopped at once")
-        return EXIT_INTERRUPTED
+        code = EXIT_PREEMPTED if number in (signal.SIGTERM, signal.SIGUSR1) else EXIT_INTERRUPTED
+        kept = {key: status[key] for key in ("step", "total_steps") if key in status}
+        error = f"stopped at once by {signal.Signals(number).name}; no save was made"
+        run_dirs.write_status(directory, "interrupted", exit_code=code, error=error, **kept)
+        print(f"{error}: {directory}", file=sys.stderr)
+        return code
     return int(status.get("exit_code", EXIT_INTERRUPTED))
 
 

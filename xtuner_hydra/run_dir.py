@@ -1,7 +1,7 @@
 """The run directory: what a run leaves, and who may write there. README, "What a run leaves", lists its files.
 
 status.json tells how a run stands: state (running, completed, failed, interrupted), exit_code, error, step, total_steps, metrics, which process
-wrote it and when, and in a job that a sweep stopped early why (`pruned`)."""
+wrote it, when and where, and in a job that a sweep stopped early why (`pruned`)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from xtuner_hydra.safe_text import redact, redacted
 
 QUIET_SECONDS = 15 * 60
 """A run on another host that has written nothing for so long is taken for dead."""
+DYING_SECONDS = 20.0
+"""How long what still runs in a directory is waited for: ranks whose launcher was killed save before they go."""
 
 
 _TREES = ("checkpoints", "hf", "logs")
@@ -73,18 +75,42 @@ def holds_run(directory: Path) -> bool:
 
 
 def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.dir") -> None:
-    """RefusedError for a directory that cannot be written, or that holds a run which is not being resumed. Creates nothing."""
+    """RefusedError for a directory that cannot be written, or that holds a run which is not being resumed, or still runs. Creates nothing."""
     if not resuming and holds_run(directory):
         raise RefusedError(
             f"{key}={directory}: holds a run already. Choose another directory, or continue that run with checkpoint.resume=auto"
         )
     if resuming:
         refuse_stray(directory)
+        _refuse_running(directory)
     existing = next(parent for parent in (directory, *directory.parents) if os.path.exists(parent))
     if not existing.is_dir():
         raise RefusedError(f"{key}={directory}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RefusedError(f"{key}={directory}: {existing} cannot be written. Choose another directory with {key}=DIR")
+
+
+def _refuse_running(directory: Path) -> None:
+    """RefusedError where another process of this host still trains in `directory`: the two would delete each other's half-written saves.
+
+    One on another host is not waited for: a scheduler that starts a run again elsewhere has ended it here, and nobody can be asked."""
+    deadline = time.monotonic() + DYING_SECONDS
+    while (process := _running_here(directory)) is not None:
+        if time.monotonic() > deadline:
+            raise RefusedError(
+                f"hydra.run.dir={directory}: this run is still going on (process {process['pid']}); end it first, or choose another directory"
+            )
+        time.sleep(0.2)
+
+
+def _running_here(directory: Path) -> dict[str, Any] | None:
+    """The other process of this host that trains in `directory`, by its status; None where there is none."""
+    status = read_status(directory)
+    process = status.get("process", {})
+    is_copy = status.get("directory", str(directory.resolve())) != str(directory.resolve())  # of a run that goes on where it was
+    if status.get("state") != "running" or process.get("host") != socket.gethostname() or process.get("pid") == os.getpid() or is_copy:
+        return None
+    return process if is_alive(process, directory) else None
 
 
 def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, total_steps: int | None = None) -> None:
@@ -142,10 +168,8 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
     """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
     if "metrics" in fields:
         fields["metrics"] = finite(fields["metrics"])
-    write_json(
-        directory / "status.json",
-        {"state": state, "exit_code": None, "error": None, **redacted(fields), "time": time.time(), "process": this_process()},
-    )
+    where = {"time": time.time(), "process": this_process(), "directory": str(directory.resolve())}
+    write_json(directory / "status.json", {"state": state, "exit_code": None, "error": None, **redacted(fields), **where})
 
 
 def read_status(directory: Path) -> dict[str, Any]:

@@ -62,6 +62,19 @@ class Stopping:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Let this block end before a signal that comes in it is raised as Stopped: what it calls would take that for an error of its own."""
+        self.training = True
+        yield
+        self.training = False
+        self.heed()
+
+    def heed(self) -> None:
+        """Raise Stopped where a signal has come: libraries may have dropped the exception that its handler raised, or made another of it."""
+        if self.wish != Wish.NONE:
+            raise _stopped(self.wish)
+
     def check(self) -> None:
         """At an edge: raise Stopped, on all ranks or on none, where any rank wishes to stop. Collective."""
         self.edges += 1

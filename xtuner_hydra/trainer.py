@@ -79,7 +79,9 @@ class Trainer:
         self.rng = state.rng_state()
         exported = [export.exists(self.run_dir / "hf", self.state.step)]
         dist.broadcast_object_list(exported)
-        self.saver.step = self.state.step
+        is_own = checkpoint.resolve().parent == self.saver.directory.resolve()
+        self.saver.step = self.state.step if is_own else None  # a new directory does not hold it yet
+        self.metrics |= self.state.evaluation
         self.exported = self.state.step if exported[0] else None
         log.info(f"resumed from {checkpoint}: step {self.state.step}/{self.total_steps}, {self.state.tokens} tokens seen")
         self.reconcile_schedule()
@@ -111,6 +113,8 @@ class Trainer:
         try:
             if self.state.step > 0:
                 self.complete_step()  # what an earlier process may have left undone
+                if self.saver.step is None and self.config.checkpoint.interval is not None:
+                    self.save_last_step("the run goes on in a directory of its own")  # or a crash would end in step 0
             for batch in self.batches():
                 self.profiler.begin()
                 self.train(batch)
@@ -125,9 +129,11 @@ class Trainer:
 
     def complete_step(self) -> None:
         """Whatever is due after the step just taken, and not done yet."""
-        if self.due(self.config.trainer.eval_interval) and not self.state.evaluation:
-            self.evaluate()
-            self.sample()
+        if self.due(self.config.trainer.eval_interval):
+            if not self.state.evaluation:
+                self.evaluate()
+            if not self.state.sampled:
+                self.sample()
         if self.due(self.config.checkpoint.interval) and self.saver.step != self.state.step:
             self.save()
         if self.due(self.config.checkpoint.hf_interval) and self.exported != self.state.step:
@@ -191,6 +197,7 @@ class Trainer:
             samples.append({"train/step": self.state.step, "prompt": prompt, "text": self.tokenizer.decode(answer)})
         if samples:
             self.trackers.show(samples)
+        self.state.sampled = True
 
     def save(self) -> None:
         """Commit a checkpoint to resume from, or with checkpoint.asynchronous begin to."""

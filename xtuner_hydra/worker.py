@@ -46,6 +46,7 @@ from xtuner_hydra.safe_text import redacted
 from xtuner_hydra.stopping import Stopping, ignore_signals
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
+from xtuner_hydra.tracking.jsonl import read
 from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
@@ -83,7 +84,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
             code, final = EXIT_DONE, {"state": "completed"}
         except Stopped as stop:
             code, final = stop.exit_code, {"state": "interrupted", "error": str(stop)}
-            log.warning(f"{stop}; go on with checkpoint.resume=auto hydra.run.dir={run_dir}")
+            log.warning(f"{stop}; {_how_to_go_on(run_dir)}")
         except KeyboardInterrupt:
             code, final = EXIT_INTERRUPTED, {"state": "interrupted", "error": "interrupted twice (Ctrl-C): stopped at once"}
             log.warning(final["error"])
@@ -101,6 +102,15 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
         if rank == 0:
             _finish(run_dir, trainer, {"exit_code": code, **final})
     return code
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    resume = read_config(run_dir).checkpoint.resume
+    if numbered(run_dir / "checkpoints"):
+        return f"go on with checkpoint.resume=auto hydra.run.dir={run_dir}"
+    if resume not in ("auto", "never"):
+        return f"nothing new was saved: go on with checkpoint.resume={resume} in a new directory"
+    return "no checkpoint was saved: checkpoint.resume=auto would start at step 0"
 
 
 def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> Watchdog:
@@ -169,6 +179,8 @@ def with_trackers(trainer: Trainer) -> None:
             start_step=step or 0,
             samples=bool(config.trainer.sample_prompts),
         )
+        for row in read(trainer.run_dir / "metrics.jsonl"):  # a run that has nothing left to do has its last metrics too
+            trainer.metrics |= row
         note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 
 

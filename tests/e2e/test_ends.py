@@ -24,6 +24,19 @@ def test_a_signal_saves_and_marks_the_run_interrupted(cli, number, code, ranks):
     assert "Traceback" not in (cli.directory / "output").read_text()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_between_the_run_directory_and_the_first_step_marks_it_too(cli, number, code, ranks):
+    run = cli.directory / "run"
+    process = cli.start(
+        "debug=fast", "tracking=none", "hydra.run.dir=run", "trainer.global_batch_size=2", f"parallelism.nproc_per_node={ranks}"
+    )
+    wait_for(lambda: (run / "status.json").exists(), process)
+    assert stop(process, number) == code
+    status = read_status(run)
+    assert (status["state"], status["exit_code"], status["step"], status["total_steps"]) == ("interrupted", code, 0, 2)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_nan_stops_training_before_the_update_with_the_cause_first(cli, ranks):
     """A rate of 1e30 gives infinite weights after the first step."""

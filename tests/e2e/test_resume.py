@@ -1,5 +1,6 @@
 """A run that is stopped and continued repeats the uninterrupted one, bit for bit."""
 
+import json
 import shutil
 
 import pytest
@@ -59,6 +60,35 @@ def test_a_path_continues_in_a_new_directory(whole):
     assert f"  resume: {whole.directory}/whole/checkpoints/step-4\n" in (whole.directory / "onwards" / "config.yaml").read_text()
 
 
+def test_a_new_directory_has_a_checkpoint_of_its_own_from_the_start(whole):
+    """A crash, or a signal, before the first save that is due must not let resume=auto begin at step 0."""
+    one = ("hydra.run.dir=apart", "checkpoint.interval=-1", "trainer.max_seconds=0.1")
+    done = whole(*JOB, "checkpoint.resume=whole/checkpoints/step-4", *one)
+    assert done.code == 75, done.text
+    assert "go on with checkpoint.resume=auto" in done.text
+    assert [path.name for path in (whole.directory / "apart" / "checkpoints").iterdir()] == ["step-4"]
+    done = whole(*JOB, "hydra.run.dir=apart", "checkpoint.resume=auto")
+    assert done.code == 0, done.text
+    assert trajectory(whole.directory / "apart") == trajectory(whole.directory / "whole")[4:]
+
+
+def test_a_run_that_is_stopped_before_its_first_step_does_not_promise_a_checkpoint(whole):
+    done = whole(*JOB, "hydra.run.dir=stillborn", "trainer.max_seconds=0.1")
+    assert done.code == 75, done.text
+    assert "no checkpoint was saved: checkpoint.resume=auto would start at step 0" in done.text
+
+
+def test_a_run_that_has_gone_further_is_not_ended_sooner(whole):
+    run = whole.directory / "further"
+    shutil.copytree(whole.directory / "whole", run)
+    (run / "status.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    done = whole(*JOB, "hydra.run.dir=further", "checkpoint.resume=auto", "trainer.total_steps=5")
+    assert done.code == 2, done.text
+    assert "step-6 is beyond the end, step 5" in done.text
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_auto_on_a_completed_run_says_so_and_changes_nothing(whole):
     before = (whole.directory / "whole" / "metrics.jsonl").read_bytes()
     done = whole(*JOB, "hydra.run.dir=whole", "checkpoint.resume=auto")
@@ -81,6 +111,17 @@ def test_a_longer_run_goes_on_at_the_last_learning_rate_and_says_so(whole):
     assert "the run goes on to step 8, its schedule was made for 6: the learning rate stays at its end, 1e-06" in done.text
     assert trajectory(run)[:6] == trajectory(whole.directory / "whole")
     assert [row["train/lr"] for row in read_rows(run)][6:] == [1e-6, 1e-6]
+
+
+def test_prompts_are_answered_once_a_step(whole):
+    asks = ("debug=fast", "tracking=none", "data.eval_path=null", "checkpoint.hf_interval=null", "hydra.run.dir=asks")
+    for steps in (1, 2):
+        done = whole(
+            *asks, "trainer.sample_prompts=[hello]", "trainer.sample_tokens=2", f"trainer.total_steps={steps}", "checkpoint.resume=auto"
+        )
+        assert done.code == 0, done.text
+    lines = (whole.directory / "asks" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train/step"] for line in lines] == [1, 2]
 
 
 def test_another_trajectory_is_accepted_where_it_is_named(whole):

@@ -1,8 +1,12 @@
 """Who may write in a run directory, and that what is written there can be read back."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +37,39 @@ def test_a_taken_directory_is_refused_unless_resumed(tmp_path):
     with pytest.raises(RefusedError, match=r"checkpoint\.resume=auto"):
         run_dir.refuse_unusable(tmp_path, resuming=False)
     run_dir.refuse_unusable(tmp_path, resuming=True)
+
+
+def test_a_directory_whose_run_still_goes_on_is_refused_to_others(tmp_path):
+    run = tmp_path / "run"
+    run_dir.create(run, CONFIG, [], {})
+    run_dir.refuse_unusable(run, resuming=True)  # by the process that runs it
+    script = f"""
+from pathlib import Path
+from xtuner_hydra import run_dir
+from xtuner_hydra.errors import RefusedError
+run_dir.DYING_SECONDS = 0.1
+try:
+    run_dir.refuse_unusable(Path({str(run)!r}), resuming=True)
+except RefusedError as error:
+    print(error)
+run_dir.refuse_unusable(Path({str(tmp_path / "copy")!r}), resuming=True)
+"""
+    shutil.copytree(run, tmp_path / "copy")
+    other = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert f"{run}: this run is still going on (process {os.getpid()})" in other.stdout, other.stderr
+    assert other.returncode == 0, other.stderr  # the copy of a run that goes on is free
+    run_dir.write_status(run, "interrupted")
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True).stdout == ""
+
+
+def test_what_a_killed_run_has_left_running_is_waited_for(tmp_path):
+    script = f"from pathlib import Path; from xtuner_hydra import run_dir as r; r.write_status(Path({str(tmp_path)!r}), 'running'); input()"
+    dying = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdin=subprocess.PIPE)
+    while not run_dir.read_status(tmp_path):
+        time.sleep(0.05)
+    threading.Timer(0.5, dying.communicate, [b"\n"]).start()
+    run_dir.refuse_unusable(tmp_path, resuming=True)
+    assert dying.wait() == 0
 
 
 def test_an_empty_directory_or_one_to_be_made_is_free(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
@@ -86,6 +87,29 @@ def test_before_training_a_signal_stops_at_once(stopping, number, code):
     with pytest.raises(Stopped) as stop:
         os.kill(os.getpid(), number)
     assert stop.value.exit_code == code
+
+
+def test_a_signal_waits_for_the_end_of_what_must_not_be_cut_short(stopping):
+    stopping.training = False
+
+    def asked_to_stop_in_the_middle():
+        with stopping.holding():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("the rest")
+
+    done = []
+    with pytest.raises(Stopped, match="SIGTERM"):
+        asked_to_stop_in_the_middle()
+    assert done == ["the rest"]
+
+
+def test_a_signal_whose_exception_was_dropped_is_heeded(stopping):
+    stopping.training = False
+    stopping.heed()
+    with suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        stopping.heed()
 
 
 def test_a_second_ctrl_c_does_not_wait(stopping):

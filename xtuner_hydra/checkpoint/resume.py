@@ -67,3 +67,12 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list
         f"checkpoint.resume: {checkpoint} belongs to a run with another {differences}. Give the same values, start anew with "
         f"checkpoint.resume=never, or accept another trajectory with 'checkpoint.allow_change=[{','.join(refused)}]'"
     )
+
+
+def refuse_beyond(checkpoint: Path, total_steps: int) -> None:
+    """RefusedError where the checkpoint's run has gone further than the `total_steps` that are asked for."""
+    if (step := state_file(checkpoint)["state"]["step"]) > total_steps:
+        raise RefusedError(
+            f"checkpoint.resume: {checkpoint} is beyond the end, step {total_steps} (trainer.total_steps, trainer.epochs, "
+            f"trainer.total_tokens): {step} steps are done. Ask for as many at least, or continue from an earlier checkpoint in a new directory"
+        )

@@ -53,7 +53,7 @@ class TrainState:
     """Where a run stands after `step` optimizer steps. The data cursor is the step: the plan of packs is a pure function of config and data.
 
     skipped_in_a_row: updates left out since the last that was made. schedule_steps: length of the learning rate's schedule. evaluation: metrics
-    of the evaluation after this very step, if there was one."""
+    of the evaluation after this very step, if there was one. sampled: whether the prompts have been answered after it."""
 
     step: int = 0
     epoch: int = 0
@@ -62,6 +62,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     schedule_steps: int = 0
     evaluation: dict[str, float | int | None] = field(default_factory=dict)
+    sampled: bool = False
 
     def advance(self, *, epoch: int, tokens: int, updated: bool) -> None:
         """Count one finished step."""
@@ -70,7 +71,7 @@ class TrainState:
         self.tokens += tokens
         self.skipped_updates += not updated
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
-        self.evaluation = {}
+        self.evaluation, self.sampled = {}, False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ def check(config: Config, world_size: int) -> None:
     _check_heads(config)
     _check_experts(config)
     _check_adapter(config)
+    _check_best(config)
     _check_ranks(config, world_size)
 
 
@@ -62,6 +63,22 @@ def _check_adapter(config: Config) -> None:
             "false",
             "the adapter's base is not (all) in model.pretrained but starts from random weights, which the adapter alone does not hold; "
             "set it to true or null, or checkpoint.hf_interval=null to export nothing",
+        )
+
+
+def _check_best(config: Config) -> None:
+    best, saves, evaluations = config.checkpoint.keep_best, config.checkpoint.interval, config.trainer.eval_interval
+    if best is None:
+        return
+    if evaluations is None or (config.data.eval_path is None and config.data.eval_ratio is None):
+        key = "trainer.eval_interval" if evaluations is None else "data.eval_path"
+        raise ConfigError("checkpoint.keep_best", best, f"nothing is evaluated; set {key}, or leave this null")
+    if saves is not None and saves > 0 and (evaluations < 0 or (saves % evaluations and evaluations % saves)):
+        raise ConfigError(
+            "checkpoint.keep_best",
+            best,
+            f"checkpoint.interval={saves} and trainer.eval_interval={evaluations} hardly ever meet, and only a checkpoint whose step is evaluated "
+            "can be the best; make one a multiple of the other",
         )
 
 

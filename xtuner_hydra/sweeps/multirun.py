@@ -34,7 +34,6 @@ from xtuner_hydra.sweeps.submitit import Submitit
 
 SLOTS = "hydra_plugins.xtuner_hydra.SlotsLauncher"
 SUBMITIT = "hydra_plugins.xtuner_hydra.SubmititLauncher"
-DYING_SECONDS = 20
 # what may differ in a resumed sweep: how jobs are run, not what they are
 _HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "hydra.launcher.", "hydra.sweep.dir")
 
@@ -265,7 +264,7 @@ def _refuse_running(directory: Path, plan: SweepPlan) -> None:
             f"sweep.resume={directory}: is still run by process {plan.process['pid']} on {plan.process['host']}; end it first. "
             "(Of another host this is known only after 15 minutes without a word)"
         )
-    deadline = time.monotonic() + DYING_SECONDS
+    deadline = time.monotonic() + run_dir.DYING_SECONDS
     while alive := _running_jobs(directory, plan):
         if time.monotonic() > deadline:
             job, process = alive[0]

@@ -42,6 +42,7 @@ CONFIG = Config(
     trainer=TrainerConfig(seed=5, device="cpu"),
 )
 WAIT = timedelta(seconds=60)
+GUESS = 30.0
 
 
 def stepped(place, seed=0):
@@ -63,7 +64,7 @@ def place():
 
 @pytest.fixture
 def saver(tmp_path, place):
-    made = Saver(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True, keep=9), WAIT, 1.0)
+    made = Saver(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True, keep=9), WAIT, GUESS)
     yield made
     made.close()
 
@@ -105,14 +106,14 @@ def test_behind_training_the_same_bytes_are_written(tmp_path, saver, place):
     taken = snapshot(stepped(place), 3)
     saver.save(taken)
     saver.wait()
-    Saver(tmp_path / "at once", CheckpointConfig(), WAIT, 1.0).save(taken)
+    Saver(tmp_path / "at once", CheckpointConfig(), WAIT, GUESS).save(taken)
     same_bytes(saver.directory / "step-3", tmp_path / "at once" / "step-3")
     assert damage(saver.directory / "step-3", content=True) is None
 
 
 def test_what_is_written_is_of_the_moment_of_the_save(tmp_path, saver, place, monkeypatch):
     engine = stepped(place)
-    Saver(tmp_path / "before", CheckpointConfig(), WAIT, 1.0).save(taken := snapshot(engine, 3))
+    Saver(tmp_path / "before", CheckpointConfig(), WAIT, GUESS).save(taken := snapshot(engine, 3))
     go = held_back(monkeypatch)
     saver.save(taken)
     overwrite(engine)
@@ -127,7 +128,7 @@ def test_copies_of_an_earlier_save_do_not_come_again(tmp_path, saver, place):
     overwrite(engine)
     saver.save(taken := snapshot(engine, 2))
     saver.wait()
-    Saver(tmp_path / "at once", CheckpointConfig(), WAIT, 1.0).save(taken)
+    Saver(tmp_path / "at once", CheckpointConfig(), WAIT, GUESS).save(taken)
     same_bytes(saver.directory / "step-2", tmp_path / "at once" / "step-2")
 
 
@@ -223,15 +224,14 @@ def test_closing_lets_a_save_end(saver, place, monkeypatch):
 
 
 def test_what_a_save_takes_is_reckoned_from_the_last_one(saver, place):
-    saver.seconds = 1000.0  # the first guess
-    assert saver.expected_seconds() == 2000.0
+    assert saver.expected_seconds() == 2 * GUESS
     saver.save(snapshot(stepped(place), 1))
     saver.wait()
-    assert 0 < saver.expected_seconds() == 2 * saver.seconds < 2000.0
+    assert 0 < saver.expected_seconds() == 2 * saver.seconds < 2 * GUESS
 
 
 def test_old_ones_go_with_each_save(tmp_path, place):
-    saver = Saver(tmp_path, CheckpointConfig(keep=1), WAIT, 1.0)
+    saver = Saver(tmp_path, CheckpointConfig(keep=1), WAIT, GUESS)
     (tmp_path / ".step-9.tmp").mkdir()
     for step in (1, 2):
         saver.save(snapshot(stepped(place), step))
@@ -241,7 +241,7 @@ def test_old_ones_go_with_each_save(tmp_path, place):
 @pytest.mark.parametrize("harm", ["{", "[]", '{"model.model.norm.weight": {}}', "{}"])
 def test_a_checkpoint_with_another_index_is_refused_in_words(tmp_path, place, harm):
     engine = stepped(place)
-    Saver(tmp_path, CheckpointConfig(), WAIT, 1.0).save(snapshot(engine, 1))
+    Saver(tmp_path, CheckpointConfig(), WAIT, GUESS).save(snapshot(engine, 1))
     (tmp_path / "step-1" / "tensors.json").write_text(harm)
     with pytest.raises(RefusedError, match=r"step-1: its tensors do not fit the model of config\.yaml") as error:
         states.load(tmp_path / "step-1", engine.model, engine.optimizers)
@@ -260,7 +260,7 @@ def fail_on_a_rank(directory):
     with runtime(CONFIG) as place:
         engine, told = stepped(place), []
         for name, asynchronous in (("at once", False), ("behind", True)):
-            saver = Saver(directory / name, CheckpointConfig(asynchronous=asynchronous), WAIT, 1.0)
+            saver = Saver(directory / name, CheckpointConfig(asynchronous=asynchronous), WAIT, GUESS)
             save_file = storage.save_file
             if place.rank == 1:
                 storage.save_file = full_disk

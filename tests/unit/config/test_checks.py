@@ -22,6 +22,10 @@ def config(*overrides):
         (["data.pack_max_length=50000"], 1, "data.pack_max_length"),
         (["trainer.global_batch_size=3"], 2, "trainer.global_batch_size"),
         ([], 2, "trainer.global_batch_size"),
+        (["checkpoint.keep_best=eval/loss", "data.eval_path=null"], 1, "checkpoint.keep_best"),
+        (["checkpoint.keep_best=eval/loss", "trainer.eval_interval=null"], 1, "checkpoint.keep_best"),
+        (["checkpoint.keep_best=eval/loss", "checkpoint.interval=4"], 1, "checkpoint.keep_best"),
+        (["checkpoint.keep_best=eval/loss", "checkpoint.interval=4", "trainer.eval_interval=6"], 1, "checkpoint.keep_best"),
         (["parallelism.dp_shard=2", "trainer.global_batch_size=4"], 4, "parallelism.dp_shard"),
         (["parallelism.dp_replicate=3", "trainer.global_batch_size=4"], 4, "parallelism.dp_replicate"),
     ],
@@ -30,6 +34,11 @@ def test_impossible_combination_is_refused_by_its_key(overrides, ranks, key):
     with pytest.raises(ConfigError) as caught:
         check(config(*overrides), ranks)
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize(("saves", "evaluations"), [(4, 2), (4, 8), (-1, 3), ("null", 3)])
+def test_the_best_can_be_kept_where_saves_and_evaluations_meet(saves, evaluations):
+    check(config("checkpoint.keep_best=eval/loss", f"checkpoint.interval={saves}", f"trainer.eval_interval={evaluations}"), 1)
 
 
 def test_fsdp_takes_one_pack_a_rank():
