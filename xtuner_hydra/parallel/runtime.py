@@ -105,7 +105,12 @@ def patience(parallelism: ParallelismConfig) -> timedelta:
 
 
 def _rendezvous() -> dict[str, Any]:
-    return {} if started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if not started_by_torchrun():
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # torchrun's store may outlive a crash of the ranks, and with it the addresses of those that are gone: each attempt has keys of its own
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def _share_cores() -> None:
