@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
-# Processes killed at random moments, full disks, ranks that hang: half an hour.
+# Processes killed at random moments, full disks, ranks that hang.
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m faults --timeout 3600 $(ARGS)
 

@@ -53,7 +53,7 @@ log = logging.getLogger("xtuner_hydra")
 
 
 def main() -> int:
-    """Entry of a worker process: RUN_DIR, and `resume` where it replaces one that failed."""
+    """Entry of a worker process: RUN_DIR, and `restarted` where it replaces one that failed."""
     die_with_parent()
     run_dir, *again = sys.argv[1:]
     return train(Path(run_dir), traceback_on_screen=False, restarted=bool(again))

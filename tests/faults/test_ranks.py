@@ -85,7 +85,6 @@ def test_torchrun_starts_ranks_again(faulty, reference, tmp_path, fault):
     assert_same(faulty.directory / "run", reference, STEPS)
 
 
-@pytest.mark.xfail(not (HERE.parents[1] / "xtuner_hydra/parallel/watchdog.py").exists(), reason="no watchdog", strict=False)
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_rank_that_hangs_is_named_with_its_stack(faulty, reference, rank):
     began = time.monotonic()
