@@ -5,8 +5,6 @@ a step does not cross the end of an epoch, so an epoch's last step may be short.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -145,7 +143,7 @@ class Epoch:
 class TrainPlan:
     """All steps of a run. Epochs are packed when they are asked for; the last two are kept.
 
-    total_steps: int, exact. fingerprint: changes when the order of the data would, the seed and the batch size apart."""
+    total_steps: int, exact."""
 
     def __init__(self, cache: Samples, selection: Selection, data: DataConfig, trainer: TrainerConfig) -> None:
         assert trainer.global_batch_size is not None, "resolved before the data is planned"
@@ -154,7 +152,6 @@ class TrainPlan:
         self.data = data
         self.batch_size = trainer.global_batch_size
         self.seed = trainer.seed
-        self.fingerprint = _fingerprint(cache, data)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         self._starts = [0]  # first step of each epoch that is known, and of the one after
         self.total_steps = self._count_steps(trainer)
@@ -289,9 +286,3 @@ def _nothing_left(cache: Samples, keep: np.ndarray, key: str) -> DataError:
         f"{where}: no supervised token in any sample; there is nothing to learn. Look for `loss: false` on the assistant's messages, "
         "and whether data.pack_max_length cuts every sample off before the assistant speaks"
     )
-
-
-def _fingerprint(cache: Samples, data: DataConfig) -> str:
-    parts = [cache.fingerprint, data.sample_ratio, data.max_length, data.overlong, data.pack_strategy, data.pack_max_length, data.shuffle]
-    parts += [[source.sample_ratio for source in data.sources or []], data.eval_ratio]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ def test_a_worker_opens_the_same_data_without_reading_the_files(config, tmp_path
     (tmp_path / "train.jsonl").unlink()
     loaded = PreparedData.load(tmp_path, config)
     assert loaded.plan.total_steps == prepared.plan.total_steps
-    assert loaded.plan.fingerprint == prepared.plan.fingerprint
+    assert loaded.train.cache.fingerprint == prepared.train.cache.fingerprint
     assert loaded.plan.epoch_packs(1).sample.tolist() == prepared.plan.epoch_packs(1).sample.tolist()
     assert (len(loaded.train.selection), len(loaded.eval.selection)) == (29, 4)
     assert loaded.summary() == prepared.summary()
