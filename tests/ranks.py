@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from xtuner_hydra.errors import leave
+
 
 def run_on_ranks(function, ranks, *args):
     """`function(*args)` on `ranks` processes with the variables torchrun sets; the list of what they return, by rank.
@@ -26,3 +28,4 @@ def _rank(rank, ranks, port, directory, function, args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     torch.set_num_threads(1)
     (Path(directory) / str(rank)).write_bytes(pickle.dumps(function(*args)))
+    leave(0)

@@ -8,20 +8,24 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
-from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError, leave
 from xtuner_hydra.safe_text import printable, redact
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's); returns the exit code."""
-    if argv is None:
-        from xtuner_hydra.parallel.allocator import preload
+def command() -> NoReturn:
+    """This process's command line, under a better malloc where there is one, to the end of the process."""
+    from xtuner_hydra.parallel.allocator import preload
 
-        preload()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    preload()
+    leave(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line `argv`; returns the exit code."""
     try:
-        return _verb(argv)(argv)
+        return _verb(list(argv))(list(argv))
     except (RefusedError, TrainingError) as error:
         print(f"xtuner_hydra: {printable(redact(str(error)))}", file=sys.stderr)
         code = error.exit_code
@@ -99,4 +103,4 @@ def _shown() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

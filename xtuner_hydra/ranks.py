@@ -18,7 +18,7 @@ from pathlib import Path
 
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, leave
 from xtuner_hydra.safe_text import printable, redact
 
 
@@ -145,4 +145,4 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -28,7 +28,7 @@ from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.show import first_sample
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.engine import Engine
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError, leave
 from xtuner_hydra.files import write_json
 from xtuner_hydra.metrics import Row
 from xtuner_hydra.model.adapters import blueprint
@@ -253,4 +253,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -106,10 +106,10 @@ def test_every_module_is_imported_by_another():
 
 
 def loaded_by(*command):
-    code = "import sys, runpy; sys.argv = ['xtuner_hydra', *sys.argv[1:]]\n"
-    code += "try: runpy.run_module('xtuner_hydra', run_name='__main__')\nexcept SystemExit: pass\n"
-    code += "print('LOADED', *sorted(name for name in sys.modules if '.' not in name))"
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True, timeout=60)
+    code = "import atexit, sys, runpy; sys.argv = ['xtuner_hydra', *sys.argv[1:]]\n"
+    code += "atexit.register(lambda: print('LOADED', *sorted(name for name in sys.modules if '.' not in name)))\n"
+    code += "runpy.run_module('xtuner_hydra', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
     return set(done.stdout.rsplit("LOADED", 1)[1].split())
 
 

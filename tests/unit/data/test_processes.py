@@ -52,15 +52,20 @@ def test_one_that_dies_at_work_is_reported():
     assert multiprocessing.active_children() == []
 
 
-def much(number):
+def much(item):
+    """After the first, only once it is there."""
+    number, first_is_there = item
+    while number and not first_is_there.exists():
+        time.sleep(0.01)
     return number.to_bytes(1) * (32 << 20 if number else 1)
 
 
 @pytest.mark.timeout(30)
-def test_one_that_dies_while_it_sends_its_result_is_reported():
+def test_one_that_dies_while_it_sends_its_result_is_reported(tmp_path):
     """More than a pipe holds, so it is still sending when it is killed."""
-    results = map_in_processes(much, iter(range(2)), 2)
+    results = map_in_processes(much, ((number, tmp_path / "first") for number in range(2)), 2)
     assert next(results) == b"\0"
+    (tmp_path / "first").touch()
     time.sleep(0.5)
     for process in multiprocessing.active_children():
         process.kill()
