@@ -7,7 +7,7 @@ go, peak memory; as a table, and with --out as JSON and PNG.
     python scripts/bench.py --of ours,lora,plain,plain_lora experiment=smollm2_sft model.pretrained=DIR     (DIR: see scripts/smollm2.py)
 
 A step is one pack; with model.pretrained all start from its weights. The plain loop is what one writes by hand: transformers' model with fp32
-weights, bf16 autocast, SDPA, full logits, fused AdamW, clipping; `plain_lora` the same with peft's adapter of the config's shape. A name may
+weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping; `plain_lora` the same with peft's adapter of the config's shape. A name may
 end in the malloc that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its command line would preload, the
 others the system's, as their users run them. Each contender runs in a process of its own, in turn; the first step of each is left out. Peak:
 the process's greatest resident memory, loading included, and what was resident before the first step. The last contender is what others are
@@ -205,7 +205,7 @@ def plain(config, stack: ExitStack, watch: Watch) -> tuple[Callable, int]:
 
     def step(batch) -> float:
         # positions that start again at 0 are how transformers knows packed documents apart
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.parallelism.param_dtype == "bfloat16"):
             logits = forward(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).logits[0]
         loss = watch.timed("loss", lambda: torch.nn.functional.cross_entropy(logits.float(), batch.labels))()
         watch.timed("backward", loss.backward)()
