@@ -1,37 +1,39 @@
-"""Ours beside a plain transformers loop, on the same packs, in one run: tokens a second, seconds a step and where they
+"""Ours beside a plain transformers loop and others, on the same packs, in one run: tokens a second, seconds a step and where they
 go, peak memory; as a table, and with --out as JSON and PNG.
 
     python scripts/bench.py [--steps 8] [--rounds 2] [--threads 2] [--of ours,plain] [--out scripts/results/NAME] [OVERRIDE...]
     python scripts/bench.py --of ours,ours/system,plain/tcmalloc,plain --steps 37
+    python scripts/bench.py --of ours,trl,plain                                (where TRL is installed: pip install trl)
+    python scripts/bench.py --of ours --ranks 2,1                              (two ranks of one thread beside one of two)
     python scripts/bench.py --of ours,plain --pack-length 4096 --layers 6 --vocab 32000
     python scripts/bench.py --of ours,lora,plain,plain_lora experiment=smollm2_sft model.pretrained=DIR     (DIR: see scripts/smollm2.py)
 
-A step is one pack; with model.pretrained all start from its weights. The plain loop is what one writes by hand: transformers' model with fp32
-weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping; `plain_lora` the same with peft's adapter of the config's shape. A name may
-end in the malloc that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its command line would preload, the
-others the system's, as their users run them. Each contender runs in a process of its own, in turn; the first step of each is left out. Peak:
-the process's greatest resident memory, loading included, and what was resident before the first step. The last contender is what others are
-compared with."""
+A step is one pack (or trainer.global_batch_size=N); with model.pretrained all start from its weights. The plain loop is what one writes by
+hand: transformers' model with fp32 weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping;
+`plain_lora` the same with peft's adapter of the config's shape. `trl`: TRL's SFTTrainer, see bench_trl.py. A name may end in the malloc
+that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its command line would preload, the others the
+system's, as their users run them. Each contender runs in a process of its own, in turn; the first step of each is left out. Peak: the
+process's greatest resident memory, loading included, and what was resident before the first step. The last contender is what others are
+compared with.
+
+--ranks N,M: ours (and lora) on each of these numbers of gloo ranks under torchrun, which share the threads evenly. A step is then as many
+packs as the most ranks, for everyone; tokens are those of all ranks, memory is added up (what the ranks share of it counts for each)."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-CONTENDERS = ("ours", "lora", "plain", "plain_lora")
+CONTENDERS = ("ours", "lora", "plain", "plain_lora", "trl")
+WITH_RANKS = ("ours", "lora")
 SHAPES = {"pack_length": "data.pack_max_length", "layers": "model.num_hidden_layers", "vocab": "model.vocab_size"}
 PHASES = ("forward", "loss", "backward", "clip", "optimizer", "other")
 
@@ -40,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="steps a round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the contenders take turns")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
+    parser.add_argument("--ranks", type=numbers, default=[1], help="how many ranks ours runs on, each of N,M,... in turn")
     parser.add_argument("--of", default="ours,plain", help=f"who takes part, of {', '.join(CONTENDERS)}, each perhaps with /MALLOC")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     for name, key in SHAPES.items():
@@ -50,183 +53,68 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *(f"{key}={value}" for name, key in SHAPES.items() if (value := getattr(args, name)) is not None)]
     if args.contender:
-        print(json.dumps(run(args.contender, args.steps, args.threads, overrides)))
+        from bench_contenders import run
+
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        result = run(args.contender, args.steps, max(args.ranks), args.threads // ranks, overrides)
+        if rank == 0:
+            print(json.dumps(result))
         return
-    if strangers := {name.partition("/")[0] for name in args.of.split(",")} - set(CONTENDERS):
+    names = {name.partition("/")[0] for name in args.of.split(",")}
+    if strangers := names - set(CONTENDERS):
         parser.error(f"--of: there is no {', '.join(sorted(strangers))}")
-    results: dict[str, list[dict]] = {name: [] for name in args.of.split(",")}
+    if "trl" in names and importlib.util.find_spec("trl") is None:
+        parser.error("--of: trl is not installed here; pip install trl")
+    if uneven := [ranks for ranks in args.ranks if args.threads % ranks]:
+        parser.error(f"--threads {args.threads} cannot be shared by {uneven[0]} ranks")
+    results: dict[str, list[dict]] = {entry: [] for name in args.of.split(",") for entry in entries(name, args.ranks)}
     for number in range(args.rounds):
-        for name in results:
-            results[name].append(in_own_process(name, sys.argv[1:]))
-            print(f"round {number + 1} {name}: {describe(results[name][-1])}", flush=True)
+        for entry in results:
+            results[entry].append(in_own_process(entry, args.threads, sys.argv[1:]))
+            print(f"round {number + 1} {entry}: {describe(results[entry][-1])}", flush=True)
     print(table(results))
     if args.out:
         save(args.out, results)
 
 
-def in_own_process(name: str, argv: list[str]) -> dict:
+def numbers(text: str) -> list[int]:
+    """`1,2` as numbers of at least 1."""
+    found = [int(number) for number in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
+def entries(name: str, ranks: list[int]) -> list[str]:
+    """NAME for one rank, `NAME x2` for two; what knows no ranks takes part once."""
+    return [name if number == 1 else f"{name} x{number}" for number in ranks] if name.partition("/")[0] in WITH_RANKS else [name]
+
+
+def in_own_process(entry: str, threads: int, argv: list[str]) -> dict:
+    name, _, ranks = entry.partition(" x")
     contender, _, malloc = name.partition("/")
-    command = [sys.executable, __file__, "--contender", contender, *argv]
-    output = subprocess.run(command, env=environment(contender, malloc), check=True, stdout=subprocess.PIPE, text=True).stdout
+    variables = environment(contender, malloc)
+    launcher = []
+    if ranks:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        variables["OMP_NUM_THREADS"] = str(threads // int(ranks))
+    command = [sys.executable, *launcher, __file__, "--contender", contender, *argv]
+    output = subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def environment(contender: str, malloc: str) -> dict[str, str]:
+def environment(contender: str, malloc: str = "") -> dict[str, str]:
     """This process's, with the malloc that the contender runs under."""
     from xtuner_hydra.parallel import allocator
 
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     libraries = allocator.found()
-    malloc = malloc or (next(iter(libraries), "system") if contender in ("ours", "lora") else "system")
+    malloc = malloc or (next(iter(libraries), "system") if contender in WITH_RANKS else "system")
     if malloc == "system":
         return plain
     if malloc not in libraries:
         raise SystemExit(f"{contender}/{malloc}: not on this machine. {allocator.HOW_TO_GET_ONE}")
     return plain | allocator.SETTINGS.get(malloc, {}) | {"LD_PRELOAD": str(libraries[malloc])}
-
-
-def run(name: str, steps: int, threads: int, overrides: list[str]) -> dict:
-    """Train `steps` steps; the median step's seconds without the first, tokens a second, peak memory, losses, where the time went."""
-    import torch
-
-    from xtuner_hydra.parallel import allocator
-
-    torch.set_num_threads(threads)
-    config, batches = packs(steps, [*overrides, *(["model.adapter=lora"] if "lora" in name else [])])
-    seconds, losses, watch = [], [], Watch()
-    with ExitStack() as stack:
-        step, trainable = {"plain": plain, "plain_lora": plain}.get(name, ours)(config, stack, watch)
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        for number, batch in enumerate(batches):
-            if number == 1:
-                watch.seconds.clear()
-            start = time.perf_counter()
-            losses.append(step(batch))
-            seconds.append(time.perf_counter() - start)
-    tokens = [batch.tokens for batch in batches]
-    split = {phase: watch.seconds[phase] / (steps - 1) for phase in PHASES}
-    split["other"] = sum(seconds[1:]) / (steps - 1) - sum(split.values())
-    return {
-        "malloc": allocator.active() or "system",
-        "step_s": statistics.median(seconds[1:]),
-        "tokens_per_s": sum(tokens[1:]) / sum(seconds[1:]),
-        "first_step_s": seconds[0],
-        "trainable": trainable,
-        "before_gb": before / 2**30,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "losses": losses,
-        "seconds": seconds,
-        "tokens": tokens,
-        "split": split,
-    }
-
-
-class Watch:
-    """Where a step's time goes: seconds in each phase, what is measured inside it apart."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._inner = [0.0]
-
-    def timed(self, phase: str, function: Callable) -> Callable:
-        """`function`, its time counted to `phase`."""
-
-        def call(*args, **kwargs):
-            start = time.perf_counter()
-            self._inner.append(0.0)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                took = time.perf_counter() - start
-                self.seconds[phase] += took - self._inner.pop()
-                self._inner[-1] += took
-
-        return call
-
-
-def packs(steps: int, overrides: list[str]):
-    """The first `steps` packs of the composed config's data."""
-    from xtuner_hydra.app import App
-    from xtuner_hydra.data.loader import train_batches
-    from xtuner_hydra.launch import prepare
-
-    length = [f"trainer.total_steps={steps}", "trainer.epochs=null", "trainer.global_batch_size=1"]
-    with App([*length, f"hydra.run.dir={tempfile.mkdtemp()}", *overrides]) as app:
-        prepared = prepare(app.compose(app.overrides), progress=False)
-    batches = [batch.micro_batches[0] for batch in train_batches(prepared.data.plan, start_step=0, dp_rank=0, dp_size=1)]
-    return prepared.config, batches
-
-
-def ours(config, stack: ExitStack, watch: Watch) -> tuple[Callable, int]:
-    import torch
-
-    from xtuner_hydra import loss
-    from xtuner_hydra.parallel.runtime import runtime
-    from xtuner_hydra.worker import build_engine
-
-    engine = build_engine(config, stack.enter_context(runtime(config)))
-    engine._loss_sum, engine._norm = watch.timed("forward", engine._loss_sum), watch.timed("clip", engine._norm)
-    torch.nn.utils.clip_grads_with_norm_ = watch.timed("clip", torch.nn.utils.clip_grads_with_norm_)
-    torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)
-    for name in ("forward", "backward"):
-        setattr(loss._LinearCrossEntropy, name, staticmethod(watch.timed("loss", getattr(loss._LinearCrossEntropy, name))))
-    for optimizer in engine.optimizers:
-        optimizer.step = watch.timed("optimizer", optimizer.step)
-    return lambda batch: float(engine.train_step([batch], len(batch.targets), config.optimizer.lr).loss), count(engine.model)
-
-
-def count(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def plain(config, stack: ExitStack, watch: Watch) -> tuple[Callable, int]:
-    import torch
-
-    torch.manual_seed(config.trainer.seed)
-    model = plain_model(config.model)
-    if config.model.adapter:
-        import peft
-
-        lora = config.model.lora
-        options = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.targets}
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    model.train()
-    beta1, beta2 = config.optimizer.betas
-    optimizer = torch.optim.AdamW(
-        [one for one in model.parameters() if one.requires_grad],
-        lr=config.optimizer.lr,
-        betas=(beta1, beta2),
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
-
-    forward, update = watch.timed("forward", model), watch.timed("optimizer", optimizer.step)
-    clip = watch.timed("clip", torch.nn.utils.clip_grad_norm_)
-
-    def step(batch) -> float:
-        # positions that start again at 0 are how transformers knows packed documents apart
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.parallelism.param_dtype == "bfloat16"):
-            logits = forward(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False).logits[0]
-        loss = watch.timed("loss", lambda: torch.nn.functional.cross_entropy(logits.float(), batch.labels))()
-        watch.timed("backward", loss.backward)()
-        clip(model.parameters(), config.optimizer.max_grad_norm)
-        update()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step, count(model)
-
-
-def plain_model(config):
-    """transformers' model with fp32 weights: those of `pretrained`, or random ones."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from xtuner_hydra.model.families import hf_config
-
-    if config.pretrained:
-        return AutoModelForCausalLM.from_pretrained(config.pretrained, dtype="float32", attn_implementation="sdpa").train()
-    shape = hf_config(config, "float32", bos_token_id=None, eos_token_id=257)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
 
 
 def describe(result: dict) -> str:
