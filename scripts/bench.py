@@ -7,11 +7,11 @@ go, peak memory; as a table, and with --out as JSON and PNG.
     python scripts/bench.py --of ours,lora,plain,plain_lora experiment=smollm2_sft model.pretrained=DIR     (DIR: see scripts/smollm2.py)
 
 A step is one pack; with model.pretrained all start from its weights. The plain loop is what one writes by hand: transformers' model with fp32
-weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping; `plain_lora` the same with peft's adapter of the config's shape. A name may
-end in the malloc that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its command line would preload, the
-others the system's, as their users run them. Each contender runs in a process of its own, in turn; the first step of each is left out. Peak:
-the process's greatest resident memory, loading included, and what was resident before the first step. The last contender is what others are
-compared with."""
+weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping; `plain_lora` the same with peft's adapter
+of the config's shape. A name may end in the malloc that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its
+command line would preload, the others the system's, as their users run them. Each contender runs in a process of its own, in turn; the first
+step of each is left out. Peak: the process's greatest resident memory, loading included, and what was resident before the first step. The last
+contender is what others are compared with."""
 
 from __future__ import annotations
 
