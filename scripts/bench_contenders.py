@@ -19,9 +19,10 @@ from xtuner_hydra import loss
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.loader import StepBatch, train_batches
+from xtuner_hydra.engine import Engine
 from xtuner_hydra.launch import prepare
 from xtuner_hydra.parallel import allocator
-from xtuner_hydra.parallel.runtime import runtime
+from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.worker import build_engine
 
 PHASES = ("forward", "loss", "backward", "clip", "optimizer", "other")
@@ -123,7 +124,7 @@ class Watch:
 def ours(config: Config, batches: list[StepBatch], watch: Watch) -> int:
     """Our engine, on as many ranks as torchrun started."""
     with runtime(config) as place:
-        engine = build_engine(config, place)
+        engine = our_engine(config, place)
         engine._loss_sum, engine._norm = watch.timed("forward", engine._loss_sum), watch.timed("clip", engine._norm)
         torch.nn.utils.clip_grads_with_norm_ = watch.timed("clip", torch.nn.utils.clip_grads_with_norm_)
         torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)
@@ -137,6 +138,15 @@ def ours(config: Config, batches: list[StepBatch], watch: Watch) -> int:
             watch.end(float(result.loss), batch.tokens)
         watch.all_ranks()
         return count(engine.model)
+
+
+def our_engine(config: Config, place: Runtime) -> Engine:
+    """The engine as a worker builds it, compiled with parallelism.compile=true only: `auto` decides by the length of a real run."""
+    if getattr(config.parallelism, "compile", None) == "true":  # compare_loss.py trains with older trees too, which do not compile
+        from xtuner_hydra.pointwise import compile_pointwise
+
+        compile_pointwise(True)
+    return build_engine(config, place)
 
 
 def count(model: torch.nn.Module) -> int:

@@ -7,6 +7,7 @@ forward phase, what gradient checkpointing computes again to the backward phase.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import deque
 
@@ -50,7 +51,7 @@ def documents(pack: PackedBatch) -> list[dict[str, list[int]]]:
     labels = torch.cat([torch.tensor([IGNORE]), pack.labels])
     ends = pack.cu_seqlens.tolist()
     ends[-1] += int(labels[-1] != IGNORE)
-    return [{"input_ids": ids[a:b].tolist(), "labels": labels[a:b].tolist()} for a, b in zip(ends, ends[1:], strict=False)]
+    return [{"input_ids": ids[a:b].tolist(), "labels": labels[a:b].tolist()} for a, b in itertools.pairwise(ends)]
 
 
 def _settings(config: Config, directory: str) -> SFTConfig:

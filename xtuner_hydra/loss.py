@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from xtuner_hydra.pointwise import pointwise
+
 CHUNK = 2**22
 _NARROWEST = 64  # a slice of fewer columns makes a slow product
 
@@ -40,27 +42,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         label_logit = torch.zeros(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         log_sums = []
-        for columns, logits, _ in _slices(hidden, weight, chunk):
+        for columns, logits, buffer in _slices(hidden, weight, chunk):
             index, inside = _labels_in(labels, columns)
             label_logit += logits.gather(1, index) * inside
-            largest = logits.amax(1, keepdim=True)
-            log_sums.append(logits.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest))
+            log_sums.append(_log_sum_exp(logits, buffer))
         log_sum = torch.logsumexp(torch.stack(log_sums), 0)
-        ctx.save_for_backward(hidden, weight, labels, log_sum)
+        ctx.save_for_backward(hidden, weight, labels, log_sum, label_logit)
         ctx.chunk = chunk
         return (log_sum - label_logit).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, labels, log_sum = ctx.saved_tensors
+        hidden, weight, labels, log_sum, label_logit = ctx.saved_tensors
+        label_gradient = torch.expm1(label_logit - log_sum).mul_(grad).to(hidden.dtype)
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for columns, logits, product in _slices(hidden, weight, ctx.chunk):
+        for columns, logits, buffer in _slices(hidden, weight, ctx.chunk):
             index, inside = _labels_in(labels, columns)
             # d loss / d logits = p - [this column is the label], scaled in fp32
-            logits.sub_(log_sum).exp_().scatter_add_(1, index, -inside).mul_(grad)
-            grad_logits = product.copy_(logits)
+            grad_logits = _scaled_probabilities(logits, buffer, log_sum, grad)
+            grad_logits.scatter_(1, index, label_gradient.where(inside, grad_logits.gather(1, index)))
             if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight[columns]
             if grad_weight is not None:
@@ -68,24 +70,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, None, None
 
 
-def _slices(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(columns, their logits in fp32, the product that gave them in hidden's dtype) for one slice of the vocabulary after another.
+@pointwise
+def _log_sum_exp(logits: Tensor, buffer: Tensor | None) -> Tensor:
+    """(N, 1) fp32 of logits (N, width), computed in `buffer`, fp32 of the same shape; without one, logits are fp32 and overwritten."""
+    floats = logits if buffer is None else buffer.copy_(logits)
+    largest = floats.amax(1, keepdim=True)
+    return floats.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
 
-    Both tensors are views of buffers that the next slice overwrites (one buffer, where hidden is fp32)."""
+
+@pointwise
+def _scaled_probabilities(logits: Tensor, buffer: Tensor | None, log_sum: Tensor, scale: Tensor) -> Tensor:
+    """exp(logits - log_sum) * scale, computed in `buffer`, as above, and left in `logits` (N, width)."""
+    floats = logits if buffer is None else buffer.copy_(logits)
+    floats.sub_(log_sum).exp_().mul_(scale)
+    return logits if buffer is None else logits.copy_(floats)
+
+
+def _slices(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(columns, their logits in hidden's dtype, a buffer of that shape in fp32) for one slice of the vocabulary after another.
+
+    Both tensors are views of what the next slice overwrites. No buffer where hidden is fp32."""
     rows, vocab = len(hidden), len(weight)
     width = min(vocab, max(_NARROWEST, chunk // max(rows, 1) // _NARROWEST * _NARROWEST))
     products = hidden.new_empty(rows * width)
-    buffer = products if hidden.dtype == torch.float32 else products.new_empty(rows * width, dtype=torch.float32)
+    floats = None if hidden.dtype == torch.float32 else products.new_empty(rows * width, dtype=torch.float32)
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
-        size = columns.stop - start
-        product, logits = (flat[: rows * size].view(rows, size) for flat in (products, buffer))
-        torch.mm(hidden, weight[columns].T, out=product)
-        yield columns, logits if logits.dtype == product.dtype else logits.copy_(product), product
+        logits = _view(products, rows, columns.stop - start)
+        torch.mm(hidden, weight[columns].T, out=logits)
+        yield columns, logits, None if floats is None else _view(floats, rows, columns.stop - start)
+
+
+def _view(flat: Tensor, rows: int, width: int) -> Tensor:
+    return flat[: rows * width].view(rows, width)
 
 
 def _labels_in(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """(N, 1) column of each label counted within `columns`, and 1.0 where it lies there, 0.0 (with a column that is valid) elsewhere."""
+    """(N, 1) column of each label counted within `columns`, and whether it lies there; a column that is valid elsewhere."""
     index = labels[:, None] - columns.start
     inside = (index >= 0) & (index < columns.stop - columns.start)
-    return index.where(inside, 0), inside.float()
+    return index.where(inside, 0), inside

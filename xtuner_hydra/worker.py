@@ -36,9 +36,11 @@ from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizers
 from xtuner_hydra.parallel import allocator
+from xtuner_hydra.parallel.compiling import Choice, choose_compile
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.parallel.watchdog import Watchdog
+from xtuner_hydra.pointwise import compile_pointwise
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, read_status, write_status
@@ -139,8 +141,10 @@ def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> 
     """Data, engine and trainer of this rank."""
     tokenizer = load_tokenizer(config.model)
     data = PreparedData.load(run_dir, config)
+    compiled = choose_compile(config, place.device.type, place.world_size, data.plan.total_tokens)
+    compile_pointwise(compiled.enabled)
     trainer = Trainer(config, run_dir, place, data, tokenizer, build_engine(config, place), stopping)
-    _tell(trainer)
+    _tell(trainer, compiled)
     return trainer
 
 
@@ -184,7 +188,7 @@ def with_trackers(trainer: Trainer) -> None:
         note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 
 
-def _tell(trainer: Trainer) -> None:
+def _tell(trainer: Trainer, compiled: Choice) -> None:
     """What is about to be trained, in XTuner's order: data, model, parameters, accumulation."""
     for line in [*trainer.data.summary(), first_sample(trainer.data, trainer.tokenizer)]:
         log.info(line)
@@ -196,6 +200,7 @@ def _tell(trainer: Trainer) -> None:
     log.info("trainable: " + ", ".join(_ranges(list(trained))))
     if trainer.runtime.device.type == "cpu":
         log.info("malloc: " + (allocator.active() or f"of the system; {allocator.HOW_TO_GET_ONE}"))
+    log.info(f"torch.compile: {compiled.why}")
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
         f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "

@@ -290,6 +290,8 @@ class ParallelismConfig:
     """Share of the decoder layers whose activations are recomputed in the backward pass instead of kept."""
     reshard_after_forward: bool = False
     """Free a layer's gathered weights after its forward pass: less memory, one more gather."""
+    compile: str = "auto"
+    """torch.compile for norms, rotations, SwiGLU and the loss: `true`, `false`, `auto` (where the run is long enough to win the time back)."""
     max_restarts: int = 0
     """Times that the ranks are started again, from the last checkpoint, after one of them crashed; under torchrun its own number counts."""
     timeout: float = 1800.0
@@ -303,6 +305,8 @@ class ParallelismConfig:
         _at_least(1, "parallelism.dp_replicate", self.dp_replicate)
         _at_least(0, "parallelism.max_restarts", self.max_restarts)
         _positive("parallelism.timeout", self.timeout)
+        self.compile = self.compile.lower()  # YAML's true arrives as True
+        _one_of("parallelism.compile", self.compile, ("auto", "true", "false"))
         _one_of("parallelism.param_dtype", self.param_dtype, ("auto", "bfloat16", "float32"))
         _one_of("parallelism.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
         _between(0, 1, "parallelism.recompute_ratio", self.recompute_ratio)

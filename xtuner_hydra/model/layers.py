@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from xtuner_hydra.config.schema import ModelConfig, RopeScaling
 from xtuner_hydra.model.attention import Cache, attention
+from xtuner_hydra.pointwise import pointwise
 
 
 class Embedding(nn.Embedding):
@@ -61,21 +62,33 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+        normed, scale = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).to(x.dtype) * weight
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        grad = grad.float()
-        normed = x.float() * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        grad_x = (grad - normed * (grad * normed).mean(-1, keepdim=True)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
+        grad_x, grad_weight = _norm_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return grad_x, grad_weight, None
+
+
+@pointwise
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x normed, and 1 / rms(x) (..., 1) fp32."""
+    x32 = x.float()
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+    return (x32 * scale).to(x.dtype) * weight, scale
+
+
+@pointwise
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, for_weight: bool) -> tuple[Tensor, Tensor | None]:
+    grad = grad.float()
+    normed = x.float() * scale
+    grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if for_weight else None
+    grad = grad * weight
+    grad_x = (grad - normed * (grad * normed).mean(-1, keepdim=True)).mul_(scale)
+    return grad_x.to(x.dtype), grad_weight
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
@@ -118,11 +131,12 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
+@pointwise
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty_like(x)
     (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    out_first.copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
+    out_second.copy_(second).mul_(cos).addcmul_(first, sin)
     return out
 
 
@@ -172,10 +186,19 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return _swiglu_backward(grad, *ctx.saved_tensors)
+
+
+@pointwise
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+@pointwise
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
