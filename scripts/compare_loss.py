@@ -47,21 +47,22 @@ def main() -> int:
     if args.side:
         print(json.dumps(train(args.steps, args.threads, args.overrides)))
         return 0
+    if not (tree := (args.against or ROOT).resolve()).joinpath("xtuner_hydra", "__init__.py").is_file():
+        parser.error(f"--against {tree}: there is no xtuner_hydra")
     sys.path.insert(0, str(ROOT))
     options = ["--steps", str(args.steps), "--threads", str(args.threads)]
-    tree = (args.against or ROOT).resolve()
     changed = args.reference if args.reference or args.against else [FLOAT32]
     try:
         side = in_own_process(ROOT, [*options, *args.overrides])
         reference = in_own_process(tree, [*options, *args.overrides, *changed])
-        is_bfloat16 = {one["dtype"] == "bfloat16" for one in (side, reference)}
-        truth = in_own_process(tree, [*options, *args.overrides, *changed, FLOAT32]) if is_bfloat16 == {True} else reference
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        in_bfloat16 = [side["dtype"], reference["dtype"]].count("bfloat16")
+        truth = in_own_process(tree, [*options, *args.overrides, *changed, FLOAT32]) if in_bfloat16 == 2 else reference
+    except subprocess.CalledProcessError as error:
         print(f"no verdict: {error}", file=sys.stderr)
         return 2
-    allowed = IN_BFLOAT16 if len(is_bfloat16) == 2 else IN_FLOAT32
-    if truth is not reference:
-        allowed = {name: max(allowed[name], TIMES * max(deviations(reference, truth, name))) for name in allowed}
+    allowed = IN_BFLOAT16 if in_bfloat16 == 1 else IN_FLOAT32
+    if in_bfloat16 == 2:
+        allowed = {name: TIMES * max(deviations(reference, truth, name)) for name in allowed}
     print(f"{side['dtype']} here, {reference['dtype']} in {tree}" + (f" with {' '.join(changed)}" if changed else ""))
     print(table(side, reference, truth))
     text, is_neutral = verdict(side, reference, truth, allowed)
@@ -78,8 +79,7 @@ def in_own_process(tree: Path, argv: list[str]) -> dict:
         command, env=environment("ours") | {"PYTHONPATH": str(tree)}, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     trained = json.loads(output.splitlines()[-1])
-    if not Path(trained["package"]).is_relative_to(tree):
-        raise FileNotFoundError(f"{tree} holds no package xtuner_hydra; {trained['package']} was found")
+    assert Path(trained["package"]).is_relative_to(tree), f"the package of {trained['package']} was found before that of {tree}"
     return trained
 
 

@@ -58,11 +58,10 @@ def test_sums_in_another_order_are_neutral(compare, checkout):
     assert "neutral: loss is off by" in done.out
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_a_wrong_scale_of_the_gradient_is_found(compare, checkout, dtype):
+def test_a_wrong_scale_of_the_gradient_is_found_in_bfloat16_too(compare, checkout):
     """Neither the loss of a step nor, after clipping, its update shows it."""
     edit(checkout / "xtuner_hydra" / "engine.py", "* self.dp_size).backward()", "* self.dp_size * 1.1).backward()")
-    done = compare("--against", checkout, *dtype)
+    done = compare("--against", checkout, *BFLOAT16)
     assert done.code == 1, done.text
     assert "NOT neutral: step 1: grad_norm is off by" in done.out
 
@@ -82,4 +81,4 @@ def test_other_data_is_found(compare):
 def test_no_verdict_without_the_other_package(compare, tmp_path):
     done = compare("--against", tmp_path)
     assert done.code == 2, done.text
-    assert "no verdict" in done.err
+    assert "there is no xtuner_hydra" in done.err
