@@ -14,7 +14,7 @@ hand: transformers' model with fp32 weights, bf16 autocast (where the config com
 that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its command line would preload, the others the
 system's, as their users run them. Each contender runs in a process of its own, in turn; the first step of each is left out. Peak: the
 process's greatest resident memory, loading included, and what was resident before the first step. The last contender is what others are
-compared with.
+compared with. Where the machine has other work, see its load (of the last minute), and each step's CPU seconds, which tell more then.
 
 --ranks N,M: ours (and lora) on each of these numbers of gloo ranks under torchrun, which share the threads evenly. A step is then as many
 packs as the most ranks, for everyone; tokens are those of all ranks, memory is added up (what the ranks share of it counts for each)."""
@@ -119,9 +119,10 @@ def environment(contender: str, malloc: str = "") -> dict[str, str]:
 
 def describe(result: dict) -> str:
     return (
-        f"{result['step_s']:.2f} s a step (median; the first {result['first_step_s']:.1f}), {result['tokens_per_s']:.0f} tokens/s, "
+        f"{result['step_s']:.2f} s a step (median; the first {result['first_step_s']:.1f}; {result['cpu_s']:.2f} CPU s), "
+        f"{result['tokens_per_s']:.0f} tokens/s, "
         f"peak {result['peak_gb']:.2f} GB ({result['before_gb']:.2f} before the first step), {result['trainable'] / 1e6:.2f} M trained, "
-        f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}, {result['malloc']} malloc"
+        f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}, {result['malloc']} malloc, load {result['load']:.1f}"
     )
 
 

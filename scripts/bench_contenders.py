@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench import PHASES
 
 from xtuner_hydra import loss
 from xtuner_hydra.app import App
@@ -24,8 +25,6 @@ from xtuner_hydra.launch import prepare
 from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.worker import build_engine
-
-PHASES = ("forward", "loss", "backward", "clip", "optimizer", "other")
 
 
 def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[str]) -> dict:
@@ -39,7 +38,9 @@ def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[st
     split["other"] = statistics.mean(seconds) - sum(split.values())
     return {
         "malloc": allocator.active() or "system",
+        "load": os.getloadavg()[0],
         "step_s": statistics.median(seconds),
+        "cpu_s": statistics.median(watch.cpu[1:]),
         "tokens_per_s": sum(tokens) / sum(seconds),
         "first_step_s": watch.steps[0],
         "trainable": trainable,
@@ -72,15 +73,16 @@ def packs(steps: int, batch_size: int, overrides: list[str]) -> tuple[Config, li
 
 
 class Watch:
-    """Seconds, tokens and loss of each step; seconds of each phase in all steps but the first, what is measured inside another apart;
+    """Seconds, CPU seconds, tokens and loss of each step; seconds of each phase in all steps but the first, what is measured inside another apart;
     resident bytes before the first step and at most."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
+        self.cpu: list[float] = []
         self.tokens: list[int] = []
         self.losses: list[float] = []
         self.seconds: Counter[str] = Counter()
-        self.before = self.peak = 0
+        self.before = self.peak = 0.0
         self._inner = [0.0]
 
     def begin(self) -> None:
@@ -89,20 +91,21 @@ class Watch:
             self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         if len(self.steps) == 1:
             self.seconds.clear()
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def end(self, loss: float, tokens: int) -> None:
         """The step is done."""
         self.steps.append(time.perf_counter() - self._began)
+        self.cpu.append(time.process_time() - self._cpu_began)
         self.losses.append(loss)
         self.tokens.append(tokens)
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
 
     def all_ranks(self) -> None:
         """Add up what all ranks take; pages that they share count for each. Collective."""
-        taken = torch.tensor([self.before, self.peak])
+        taken = torch.tensor([self.before, self.peak, *self.cpu], dtype=torch.float64)
         dist.all_reduce(taken)
-        self.before, self.peak = taken.tolist()
+        self.before, self.peak, *self.cpu = taken.tolist()
 
     def timed(self, phase: str, function: Callable) -> Callable:
         """`function`, its time counted to `phase`."""
