@@ -23,6 +23,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -59,6 +60,20 @@ class Composition:
     rerun_of: Path | None = None
 
 
+class _Hydra(Hydra):
+    """Hydra, whose search for groups copies all configuration sources for every group, as a search path may be added; here none is."""
+
+    def list_all_config_groups(self, parent: str = "") -> list[str]:
+        """Full names of the groups that have options, each before those in it."""
+        repository, groups = self.config_loader.repository, list[str]()  # type: ignore[attr-defined]
+        for name in repository.get_group_options(parent, ObjectType.GROUP):
+            group = f"{parent}/{name}" if parent else name
+            if repository.get_group_options(group, ObjectType.CONFIG):
+                groups.append(group)
+            groups += self.list_all_config_groups(group)
+        return groups
+
+
 class App:
     """Hydra, set up for one command line. Use as a context manager: Hydra keeps global state."""
 
@@ -78,7 +93,7 @@ class App:
                 raise RefusedError(f"--config-dir {self.args.config_dir}: no such directory")
             # behind our own files and before the schema, which Hydra wants last: Hydra's own --config-dir does the same
             search_path.prepend("command-line", f"file://{Path(self.args.config_dir).resolve()}", SearchPathQuery(provider="schema"))
-        self.hydra = Hydra.create_main_hydra2("xtuner_hydra", search_path)
+        self.hydra = _Hydra.create_main_hydra2("xtuner_hydra", search_path)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -17,9 +17,10 @@ import re
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from xtuner_hydra.config.names import is_plain
@@ -29,6 +30,9 @@ from xtuner_hydra.files import write_text
 from xtuner_hydra.safe_text import redact, redacted
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row, Sample
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -48,11 +52,8 @@ class WandbTracker:
     required = False
 
     def __init__(self, config: WandbConfig, run_dir: Path, resolved: dict[str, Any], overrides: list[str], start_step: int = 0) -> None:
-        import wandb
-
         self.config, self.run_dir, self.resolved = config, run_dir, resolved
         self.summary = Summary()
-        mode = resolve_mode(config)
         id_file = run_dir / "wandb" / "run_id"
         self.id, known = _run_id(id_file)
         arguments: dict[str, Any] = {
@@ -67,46 +68,63 @@ class WandbTracker:
             "id": self.id,
             "resume": "allow" if known else None,
             "reinit": "finish_previous",
-            # git, code: W&B would take the diff, the remote's address and the program as they are; environment.json has them redacted
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=ONLINE_SECONDS, disable_git=True, save_code=False),
         }
+        before = [row for row in jsonl.read(run_dir / "metrics.jsonl") if (row["train/step"] or 0) <= start_step]
+        opener = ThreadPoolExecutor(1, "wandb")
+        self._opened = opener.submit(self._open, resolve_mode(config), arguments, before)
+        opener.shutdown(wait=config.mode == "online")  # a run that insists on the server does not start without it
+        if config.mode == "online":
+            self._opened.result()
+
+    def _open(self, mode: Literal["online", "offline"], arguments: dict[str, Any], before: list[Row]) -> Run:
+        """Start the W&B run. Takes a second or two, in a thread: the first step is computed meanwhile."""
+        import wandb
+
+        # git, code: W&B would take the diff, the remote's address and the program as they are; environment.json has them redacted
+        settings = wandb.Settings(silent=True, console="off", init_timeout=ONLINE_SECONDS, disable_git=True, save_code=False)
         with _redacted_command():
             try:
-                self.run = wandb.init(mode=mode, **arguments)
+                run = wandb.init(mode=mode, settings=settings, **arguments)
             except wandb.Error as error:
-                if mode != "online" or config.mode == "online":
+                if mode != "online" or self.config.mode == "online":
                     raise
                 log.warning(
-                    f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {run_dir}` uploads it later"
+                    f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {self.run_dir}` uploads it later"
                 )
                 wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
-                self.run = wandb.init(mode="offline", **arguments)
-        self.known_step = int(self.run.summary.get("_step") or 0)  # the server's; a run that is new or offline starts from none
-        self.run.define_metric("train/step")
-        self.run.define_metric("*", step_metric="train/step")
-        self._continue_from([row for row in jsonl.read(run_dir / "metrics.jsonl") if (row["train/step"] or 0) <= start_step])
-        log.info(f"W&B: {self.run.dir if self.run.offline else self.run.url}")
+                run = wandb.init(mode="offline", settings=settings, **arguments)
+        self.known_step = int(run.summary.get("_step") or 0)  # the server's; a run that is new or offline starts from none
+        run.define_metric("train/step")
+        run.define_metric("*", step_metric="train/step")
+        self._continue_from(run, before)
+        log.info(f"W&B: {run.dir if run.offline else run.url}")
+        return run
+
+    @property
+    def run(self) -> Run:
+        """W&B's own object, once it is there. Raises what opening it raised."""
+        return self._opened.result()
 
     def log(self, row: Row) -> None:
         """Send the row. A step and its evaluation are one row of W&B's history, numbered by `train/step`.
 
         A resumed run repeats the steps after its checkpoint. W&B takes none twice, so those it has already go into the summary alone."""
-        values, step = {name: value for name, value in row.items() if value is not None}, int(row["train/step"] or 0)
+        values, step, run = {name: value for name, value in row.items() if value is not None}, int(row["train/step"] or 0), self.run
         if step <= self.known_step:
-            self.run.summary.update(values)
+            run.summary.update(values)
         else:
-            self.run.log(values, step=step)
+            run.log(values, step=step)
         if better := self.summary.improve(row):
-            self.run.summary.update(better)
+            run.summary.update(better)
 
     def show(self, samples: list[Sample]) -> None:
         """Log the answers as the table `samples`, in the step's row of the history. A resumed run's repeated steps have theirs already."""
         import wandb
 
-        step = int(samples[0]["train/step"])
+        step, run = int(samples[0]["train/step"]), self.run
         if step > self.known_step:
             table = wandb.Table(columns=["prompt", "text"], data=[[sample["prompt"], sample["text"]] for sample in samples])
-            self.run.log({"train/step": step, "samples": table}, step=step)
+            run.log({"train/step": step, "samples": table}, step=step)
 
     def finish(self, state: str, exit_code: int) -> None:
         """End the W&B run as this one ended; a completed one uploads what was asked for."""
@@ -115,14 +133,14 @@ class WandbTracker:
             self._upload()
         self.run.finish(exit_code=exit_code)
 
-    def _continue_from(self, rows: list[Row]) -> None:
+    def _continue_from(self, run: Run, rows: list[Row]) -> None:
         """A resumed run goes on from the summary that its earlier part had reached."""
         last: Row = {}
         for row in rows:
             self.summary.improve(row)
             last |= {name: value for name, value in row.items() if value is not None}
         if last:
-            self.run.summary.update({**last, **self.summary.best})
+            run.summary.update({**last, **self.summary.best})
 
     def _upload(self) -> None:
         """Log export and checkpoint as artifacts. One that cannot be logged costs a warning, not the run."""
