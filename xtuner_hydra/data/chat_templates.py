@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +289,7 @@ def choose(own: ChatTemplate | None, chosen: str | None, special: dict[str, str]
     return own
 
 
+@cache
 def _is_marked(template: str) -> bool:
     """Whether it has {% generation %}, comments apart."""
     return bool(_MARKED.search(re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)))
