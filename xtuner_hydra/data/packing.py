@@ -1,7 +1,7 @@
 """Packing: from sample lengths to packs of at most `capacity` tokens. Pure functions of their arguments.
 
 best_fit   longest first, each sample into the fullest pack that still has room (best-fit decreasing): 99.9 % full on log-normal
-           lengths, 0.3 s for a million samples. A random generator jitters the order, so that packs differ from epoch to epoch.
+           lengths, about a second for a million samples. A random generator jitters the order, so that packs differ from epoch to epoch.
 soft       XTuner's: shuffle, then next-fit; a sample that does not fit closes the pack. Samples stay whole.
 hard       one stream of shuffled samples, cut every `capacity` tokens.
 none       a pack a sample."""
