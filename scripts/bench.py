@@ -141,10 +141,6 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def save(out: Path, results: dict[str, list[dict]]) -> None:
     """OUT.json: everything, with date, machine, versions, commit. OUT.png: tokens a second, peak memory, where a step's time goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import torch
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +148,17 @@ def save(out: Path, results: dict[str, list[dict]]) -> None:
     about = {"date": datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv), "commit": commit, "cores": os.cpu_count()}
     about |= {"machine": platform.platform(), "torch": torch.__version__, "python": platform.python_version()}
     out.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8")
+    draw(out.with_suffix(".png"), results)
+
+
+def draw(png: Path, results: dict[str, list[dict]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     names = list(results)[::-1]
-    figure, (speed, memory, split) = plt.subplots(1, 3, figsize=(13, 1 + 0.6 * len(names)), constrained_layout=True)
+    figure, (speed, memory, split) = plt.subplots(1, 3, figsize=(13, 1.4 + 0.6 * len(names)), constrained_layout=True)
     for axes, key, title in ((speed, "tokens_per_s", "tokens/s"), (memory, "peak_gb", "peak memory, GB")):
         bars = axes.barh(names, [_median(results[name], key) for name in names], color="#4477aa")
         axes.bar_label(bars, fmt="%.0f" if key == "tokens_per_s" else "%.2f", padding=3)
@@ -165,8 +170,8 @@ def save(out: Path, results: dict[str, list[dict]]) -> None:
         split.barh(names, seconds, left=left, label=phase)
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     split.set_title("seconds a step")
-    split.legend(fontsize="small", ncols=2)
-    figure.savefig(out.with_suffix(".png"), dpi=110)
+    figure.legend(loc="outside lower right", fontsize="small", ncols=len(PHASES))
+    figure.savefig(png, dpi=110)
 
 
 def _median(results: list[dict], key: str) -> float:
