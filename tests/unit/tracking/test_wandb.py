@@ -12,6 +12,7 @@ import wandb_server
 
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.tracking.base import Trackers
 from xtuner_hydra.tracking.wandb import Summary, WandbTracker, nested_overrides, resolve_mode
 
 
@@ -302,3 +303,19 @@ def test_without_netrc_variable_the_home_directory_is_looked_into(tmp_path, monk
 def test_online_without_a_key_is_refused_instead_of_asking():
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
         resolve_mode(WandbConfig(mode="online"))
+
+
+def test_what_fails_while_wandb_opens_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, caplog):
+    """It opens beside the first step; a mode that is asked for by name is waited for."""
+
+    def fail(**arguments):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    trackers = Trackers([begin(tmp_path, mode="auto")])
+    trackers.log(ROWS[0])
+    trackers.log(ROWS[1])
+    assert [record.message for record in caplog.records] == ["WandbTracker failed and is left out from now on: no room"]
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.raises(RuntimeError, match="no room"):
+        begin(tmp_path / "insists", mode="online")
