@@ -24,8 +24,9 @@ def command() -> NoReturn:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv`; returns the exit code."""
+    argv = list(argv)
     try:
-        return _verb(list(argv))(list(argv))
+        return _verb(argv)(argv)
     except (RefusedError, TrainingError) as error:
         print(f"xtuner_hydra: {printable(redact(str(error)))}", file=sys.stderr)
         code = error.exit_code
