@@ -33,7 +33,8 @@ from xtuner_hydra.files import write_json
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained
-from xtuner_hydra.parallel.runtime import param_dtype, ranks_here, started_by_torchrun, world_size
+from xtuner_hydra.parallel.compiling import choose_compile
+from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.environment import environment
@@ -93,6 +94,8 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     sample_prompts(config, tokenizer)  # refuses what cannot be asked
     data = prepare_data(config, tokenizer, progress=progress)
     refuse_ids_without_a_row((data.train, data.eval), config.model.vocab_size, tokenizer)
+    if config.parallelism.compile == "true" and not elsewhere:
+        choose_compile(config, device_type(config.trainer.device), ranks, data.plan.expected_tokens)  # refuses where there is no compiler
     if checkpoint is not None:
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)

@@ -141,7 +141,7 @@ def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> 
     """Data, engine and trainer of this rank."""
     tokenizer = load_tokenizer(config.model)
     data = PreparedData.load(run_dir, config)
-    compiled = choose_compile(config, place.device.type, place.world_size, data.plan.total_tokens)
+    compiled = choose_compile(config, place.device.type, place.world_size, data.plan.expected_tokens)
     compile_pointwise(compiled.enabled)
     trainer = Trainer(config, run_dir, place, data, tokenizer, build_engine(config, place), stopping)
     _tell(trainer, compiled)

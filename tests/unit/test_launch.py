@@ -6,6 +6,8 @@ from run_dirs import make_config
 from xtuner_hydra import launch
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
+from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.parallel import compiling
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,11 @@ def test_a_config_of_ones_own_that_leaves_values_open_is_compared_with_the_schem
     (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override model: hf\n  - _self_\n")
     with App(["--config-dir", str(tmp_path), "--config-name", "mine", "model=qwen3_tiny"]) as app:
         assert app.compose(app.overrides).defaults() == Config()
+
+
+def test_compiling_without_a_compiler_is_refused_before_a_run_directory_is_made(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_lacking", lambda: "C++ compiler")
+    changes("debug=fast", f"hydra.run.dir={tmp_path / 'run'}")
+    with pytest.raises(ConfigError, match=r"parallelism\.compile=true: there is no C\+\+ compiler"):
+        changes("debug=fast", "parallelism.compile=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()

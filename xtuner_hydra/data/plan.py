@@ -201,6 +201,11 @@ class TrainPlan:
         return total
 
     @property
+    def expected_tokens(self) -> int:
+        """Tokens of all steps, if all epochs are like the first: the others need not be packed to know it."""
+        return int(self.total_steps * self.batch_size * self.epoch(0).tokens.mean())
+
+    @property
     def utilization(self) -> float:
         """Share of the first epoch's packs that holds tokens."""
         lengths = self.epoch(0).packs.lengths

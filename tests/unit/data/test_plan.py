@@ -74,6 +74,12 @@ def test_total_tokens_stops_with_the_step_that_reaches_them(cache, tokens, batch
     assert fewer < tokens <= plan.total_tokens
 
 
+def test_expected_tokens_take_all_epochs_for_the_first(cache):
+    plan = plan_of(cache, epochs=3, batch=1)
+    assert plan.expected_tokens == pytest.approx(plan.total_tokens, rel=0.1)
+    assert plan_of(cache, epochs=1, batch=1).expected_tokens == plan_of(cache, epochs=1, batch=1).total_tokens
+
+
 @pytest.mark.parametrize("strategy", ["best_fit", "soft", "hard", "none"])
 def test_an_epoch_holds_every_sample_and_the_next_has_another_order(cache, strategy):
     plan = plan_of(cache, pack_strategy=strategy, epochs=2)
