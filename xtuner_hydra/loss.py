@@ -1,12 +1,13 @@
 """Cross-entropy at the supervised positions without ever holding their logits.
 
 The vocabulary is taken in slices as narrow as a buffer of fixed size asks for. The forward pass keeps one number a row, log sum
-exp(logits); the backward pass computes each slice's logits again, turns them into their gradient in place and multiplies it into the
-gradients of hidden states and head. A slice's head gradient is one product over all rows, summed in fp32 inside it and rounded once: it
-needs no accumulator, as chunks of rows would. That costs one more product and saves the passes over the accumulator: on 2 cores with AMX
-(1,100 rows, hidden 512, vocab 151,936, bf16) 0.64 s and 0.15 GB, the gradient itself, against 0.70 s and 0.6 GB for chunks of 512 rows.
+exp(logits), and the logits of the first slices, as many as KEPT allows; the backward pass computes those of the others again, turns each
+slice's into their gradient in place and multiplies it into the gradients of hidden states and head. A slice's head gradient is one product
+over all rows, summed in fp32 inside it and rounded once: it needs no accumulator, as chunks of rows would.
 
-Source: Cut Cross-Entropy (Wijmans et al. 2024)."""
+What is kept is gone before the layers' gradients come, so that a training step's peak, which is there, is no higher for it.
+
+Source: Cut Cross-Entropy (Wijmans et al. 2024), which keeps none."""
 
 from __future__ import annotations
 
@@ -20,29 +21,34 @@ from torch.autograd.function import once_differentiable
 from xtuner_hydra.pointwise import pointwise
 
 CHUNK = 2**22
+"""Logits at a time."""
+KEPT = 2**28
+"""Bytes of logits that the backward pass finds and need not compute again."""
 _NARROWEST = 64  # a slice of fewer columns makes a slow product
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK, kept: int = KEPT) -> Tensor:
     """Sum of -log p(label) over all rows, where p = softmax(hidden weight^T), without ever holding all the logits.
 
     hidden: (N, hidden) bf16 or fp32; weight: (vocab, hidden) of the same dtype; labels: (N,) int64, every one from 0 to vocab - 1.
     Returns a scalar fp32 sum (divide by the global count of supervised tokens); with N = 0 it is 0, and so are the gradients.
     Sums over rows and vocabulary are fp32; gradients are rounded once to the dtype of their tensor.
-    Memory: `chunk` logits, in fp32 and in the dtype of `hidden`. Raises ValueError if shapes or dtypes disagree."""
+    Memory: `chunk` logits, in fp32 and in the dtype of `hidden`, and until the backward pass up to `kept` bytes of them, on which neither the
+    result nor the gradients depend. Raises ValueError if shapes or dtypes disagree."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(f"shapes disagree: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"dtypes disagree: hidden {hidden.dtype}, weight {weight.dtype}")
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, kept // hidden.itemsize if torch.is_grad_enabled() else 0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, room: int) -> Tensor:
+        ctx.kept = {}
         label_logit = torch.zeros(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         log_sums = []
-        for columns, logits, buffer in _slices(hidden, weight, chunk):
+        for columns, logits, buffer in _slices(hidden, weight, chunk, ctx.kept, room):
             index, inside = _labels_in(labels, columns)
             label_logit += logits.gather(1, index) * inside
             log_sums.append(_log_sum_exp(logits, buffer))
@@ -53,12 +59,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, labels, log_sum, label_logit = ctx.saved_tensors
         label_gradient = torch.expm1(label_logit - log_sum).mul_(grad).to(hidden.dtype)
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for columns, logits, buffer in _slices(hidden, weight, ctx.chunk):
+        for columns, logits, buffer in _slices(hidden, weight, ctx.chunk, ctx.kept):
             index, inside = _labels_in(labels, columns)
             # d loss / d logits = p - [this column is the label], scaled in fp32
             grad_logits = _scaled_probabilities(logits, buffer, log_sum, grad)
@@ -67,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden += grad_logits @ weight[columns]
             if grad_weight is not None:
                 torch.mm(grad_logits.T, hidden, out=grad_weight[columns])
-        return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, None, None
+        return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, None, None, None
 
 
 @pointwise
@@ -86,18 +92,26 @@ def _scaled_probabilities(logits: Tensor, buffer: Tensor | None, log_sum: Tensor
     return logits if buffer is None else logits.copy_(floats)
 
 
-def _slices(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _slices(
+    hidden: Tensor, weight: Tensor, chunk: int, kept: dict[int, Tensor], room: int = 0
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """(columns, their logits in hidden's dtype, a buffer of that shape in fp32) for one slice of the vocabulary after another.
 
-    Both tensors are views of what the next slice overwrites. No buffer where hidden is fp32."""
+    Logits that are in `kept`, by their first column, are taken from there; up to `room` new ones are put there. Tensors that are not are views
+    of what the next slice overwrites. No buffer where logits are fp32 and may be overwritten."""
     rows, vocab = len(hidden), len(weight)
     width = min(vocab, max(_NARROWEST, chunk // max(rows, 1) // _NARROWEST * _NARROWEST))
     products = hidden.new_empty(rows * width)
-    floats = None if hidden.dtype == torch.float32 else products.new_empty(rows * width, dtype=torch.float32)
+    floats = None if hidden.dtype == torch.float32 and not room else products.new_empty(rows * width, dtype=torch.float32)
     for start in range(0, vocab, width):
         columns = slice(start, min(start + width, vocab))
-        logits = _view(products, rows, columns.stop - start)
-        torch.mm(hidden, weight[columns].T, out=logits)
+        logits = kept.pop(start, None)
+        if logits is None:
+            logits = _view(products, rows, columns.stop - start)
+            if room >= logits.numel():
+                room -= logits.numel()
+                kept[start] = logits = torch.empty_like(logits)
+            torch.mm(hidden, weight[columns].T, out=logits)
         yield columns, logits, None if floats is None else _view(floats, rows, columns.stop - start)
 
 

@@ -155,19 +155,51 @@ def test_what_does_not_fit_together_is_refused(x, weight, labels):
         linear_cross_entropy(x, weight, labels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_change_no_bit(dtype):
+    """None, half and all of the logits kept: the same loss and gradients, and a second backward pass still has them."""
+    x, weight, labels = example(dtype=dtype)
+    every = x.itemsize * len(x) * len(weight)
+    losses, gradients = [], []
+    for kept in (0, every // 2, every):
+        losses.append(linear_cross_entropy(x, weight, labels, chunk=64 * 37, kept=kept))
+        gradients.append(torch.autograd.grad(losses[-1], (x, weight), retain_graph=True))
+        gradients.append(torch.autograd.grad(losses[-1], (x, weight)))
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    for of_x, of_weight in gradients:
+        assert torch.equal(of_x, gradients[0][0])
+        assert torch.equal(of_weight, gradients[0][1])
+
+
+class Made(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor that was made, and how many matrix products."""
+
+    largest = products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket is torch.ops.aten.mm
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
 def test_memory_does_not_hold_the_logits():
     """Of 2,048 x 8,192 logits (64 MiB in fp32) no tensor larger than `chunk` of them is ever made."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
     x, weight, labels = example(rows=2048, hidden=8, vocab=8192)
-    with Watch():
+    with Made() as made:
         linear_cross_entropy(x, weight, labels, chunk=2**18).backward()
-    assert largest <= 2**18
+    assert made.largest <= 2**18
+
+
+@pytest.mark.parametrize(("kept", "slices"), [(0, 0), (2**20, 1), (5 * 2**20 + 1, 5), (2**30, 64)])
+def test_no_more_logits_are_kept_than_there_is_room_for(kept, slices):
+    """64 slices of 2,048 x 128 logits, 1 MiB each; what is kept is not computed a second time."""
+    x, weight, labels = example(rows=2048, hidden=8, vocab=8192)
+    with Made() as made:
+        loss = linear_cross_entropy(x, weight, labels, chunk=2**18, kept=kept)
+        held = loss.grad_fn.kept
+        assert sum(logits.nbytes for logits in held.values()) == slices * 2**20
+        loss.backward()
+    assert made.products == 4 * 64 - slices
+    assert not held

@@ -1,10 +1,12 @@
 """Hand-written backward passes against autograd and finite differences."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from xtuner_hydra.model.layers import Embedding, RMSNorm, _Rotate, _SwiGLU, rotary
+from xtuner_hydra.model.layers import MLP, Embedding, RMSNorm, _Rotate, _SwiGLU, rotary
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -53,6 +55,22 @@ def test_swiglu_and_its_gradient_are_autograds():
     ours, theirs = _SwiGLU.apply(gate, up), F.silu(gate) * up
     assert torch.equal(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, (gate, up), grad), torch.autograd.grad(theirs, (gate, up), grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_mlp_is_autograds_and_keeps_two_inner_states_a_token(frozen):
+    config = SimpleNamespace(hidden_size=8, intermediate_size=40)
+    mlp, x, grad = MLP(config), normal(6, 8), torch.randn(6, 8)
+    mlp.down_proj.weight.requires_grad_(not frozen)
+    inputs = [x, *(one for one in mlp.parameters() if one.requires_grad)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ours = mlp(x)
+    theirs = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert torch.equal(ours, theirs)
+    assert sum(tensor.shape == (6, 40) for tensor in kept) == 2
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
         torch.testing.assert_close(a, b)
 
 
