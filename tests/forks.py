@@ -11,6 +11,7 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from faults.injection import inject
 
@@ -99,6 +100,13 @@ def ranks(run_dir, number=1, **environment):
     if number > 1:
         started[0].store = store
     return started
+
+
+def tell_place(directory, ranks):
+    """A job that says which devices and how many threads it was given, and then waits."""
+    print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), ranks, flush=True)
+    time.sleep(60)
+    return 0
 
 
 def _environment(directory):

@@ -72,7 +72,10 @@ def parts_used_by(part):
         ),
         (
             "sweeps",
-            {"app", "config", "cost", "errors", "files", "launch", "parallel", "reports", "results", "run_dir", "safe_text", "tracking"},
+            {
+                *("app", "config", "cost", "errors", "files", "launch", "parallel", "ranks", "reports", "results", "run_dir", "safe_text"),
+                *("tracking", "worker"),
+            },
         ),
         ("cost", {"config", "model"}),
         ("ranks", {"config", "errors", "parallel", "run_dir", "safe_text", "worker"}),

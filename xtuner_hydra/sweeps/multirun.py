@@ -24,7 +24,7 @@ from xtuner_hydra.reports.sweep import text, write_sweep
 from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
 from xtuner_hydra.safe_text import printable, redact
 from xtuner_hydra.sweeps import draft as drafts
-from xtuner_hydra.sweeps import space
+from xtuner_hydra.sweeps import forks, space
 from xtuner_hydra.sweeps.draft import Draft
 from xtuner_hydra.sweeps.driver import Driver, Launcher
 from xtuner_hydra.sweeps.screen import Screen
@@ -45,6 +45,8 @@ def sweep(app: App) -> int:
     options = app.sweep_config()
     if secret := [override for override in app.overrides if redact(override) != override]:
         raise RefusedError(f"{redact(secret[0])}: holds a secret, and sweep.json keeps the command; leave it in the environment")
+    if app.launcher()[1].get("_target_") == SLOTS:
+        forks.begin_imports()  # beside what is yet to be prepared
     if app.sweeper != "basic":
         return _under_plugin(app, options)
     if options.resume is None:

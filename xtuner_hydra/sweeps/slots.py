@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.ranks import start_ranks
+from xtuner_hydra.sweeps import forks
 
 
 @dataclass
@@ -66,19 +67,11 @@ class Slots:
     def start(self, directory: Path) -> LocalJob:
         """Start the job of a prepared run directory in a free slot."""
         slot = self.free.pop(0)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads_each)}
+        variables = {"OMP_NUM_THREADS": str(self.threads_each)}
         if self.on_gpus:
             mine = self.gpus[slot * self.ranks : (slot + 1) * self.ranks]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, _visible(mine)))
-        with (directory / "logs" / "console.log").open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "xtuner_hydra.ranks", str(directory), str(self.ranks)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the sweep alone, which then stops its jobs
-            )
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, _visible(mine)))
+        process = forks.start(start_ranks, directory, self.ranks, variables)
         return LocalJob(process, self, slot)
 
     def adopt(self, directory: Path) -> None:
@@ -90,13 +83,13 @@ class Slots:
 class LocalJob:
     """A job's process, the leader of its group."""
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     slots: Slots
     slot: int | None
 
     def poll(self) -> int | None:
         """The exit code (negative: the signal that ended it), or None while it runs. Its slot is free from then on."""
-        code = self.process.poll()
+        code = self.process.exitcode
         if code is not None and self.slot is not None:
             self._signal_group(signal.SIGKILL)  # ranks that outlived it
             self.slots.free.append(self.slot)
@@ -106,14 +99,15 @@ class LocalJob:
 
     def stop(self) -> None:
         """Ask it to close its files and end."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        self.process.terminate()
 
     def kill(self) -> None:
         """End it at once."""
+        self.process.kill()  # it may not lead its group yet
         self._signal_group(signal.SIGKILL)
 
     def _signal_group(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 

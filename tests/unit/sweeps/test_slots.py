@@ -1,10 +1,10 @@
 """How a machine is shared out among jobs."""
 
 import os
-import sys
 import time
 
 import pytest
+from forks import tell_place
 
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.sweeps import slots
@@ -66,25 +66,24 @@ def test_what_does_not_fit_is_refused(arguments, words):
 
 
 def console(directory, monkeypatch, found):
-    """What a job that prints its environment wrote, started by `found`; the job."""
+    """What a job that tells its place wrote, started by `found`; the job."""
     (directory / "logs").mkdir(parents=True)
-    code = "import os, time; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['OMP_NUM_THREADS'], flush=True); time.sleep(60)"
-    popen = slots.subprocess.Popen
-    monkeypatch.setattr(slots.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", code], **options))
+    monkeypatch.setattr(slots, "start_ranks", tell_place)
     job = found.start(directory)
-    monkeypatch.setattr(slots.subprocess, "Popen", popen)
-    end = time.monotonic() + 20
-    while not (text := (directory / "logs" / "console.log").read_text()) and time.monotonic() < end:
+    end = time.monotonic() + 60
+    while not (path := directory / "logs" / "console.log").exists() or not path.read_text():
+        assert time.monotonic() < end
         time.sleep(0.02)
-    return text.split(), job
+    return path.read_text().split(), job
 
 
 def test_jobs_see_different_devices_and_a_slot_is_free_again_when_its_job_has_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     found = fitted(gpus=4, ranks=2)
-    (first, threads), one = console(tmp_path / "a", monkeypatch, found)
-    (second, _), two = console(tmp_path / "b", monkeypatch, found)
-    assert (first, second, threads) == ("4,5", "6,7", "4")
+    first, one = console(tmp_path / "a", monkeypatch, found)
+    second, two = console(tmp_path / "b", monkeypatch, found)
+    assert first == ["4,5", "4", "4", "2"]
+    assert second == ["6,7", "4", "4", "2"]
     assert found.free == []
     assert one.poll() is None
     one.stop()
@@ -93,7 +92,7 @@ def test_jobs_see_different_devices_and_a_slot_is_free_again_when_its_job_has_en
         time.sleep(0.02)
     assert (one.poll(), found.free) == (-15, [0])
     two.kill()
-    two.process.wait()
+    two.process.join()
     assert two.poll() == -9
     with pytest.raises(ProcessLookupError):
         os.kill(two.process.pid, 0)

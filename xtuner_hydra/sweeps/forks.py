@@ -1,0 +1,49 @@
+"""A job's process: forked from one that has imported what all jobs need, which takes longer than a short job's training.
+
+That one, multiprocessing's fork server, does nothing but import: it has no thread whose locks a fork would copy half-way, and touches no GPU
+before a job has been given its own. It ends with the process that asked for it, and its jobs then as well."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from xtuner_hydra.errors import leave
+from xtuner_hydra.worker import die_with_parent
+
+_context = multiprocessing.get_context("forkserver")
+# what a job would import on its way, beside what this file does: torch._dynamo at its first update, matplotlib for its picture
+_context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+
+
+def begin_imports() -> None:
+    """Start the server, whose imports take seconds, without waiting for them."""
+    forkserver.ensure_running()
+
+
+def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variables: dict[str, str]) -> BaseProcess:
+    """Call `job(directory, ranks)`, a function of a module, in a process that leads a group of its own and ends with its result as exit code.
+
+    variables: OMP_NUM_THREADS and others, over this process's environment. Output goes to logs/console.log in `directory`."""
+    process = _context.Process(target=_be, args=(job, directory, ranks, dict(os.environ) | variables))
+    process.start()
+    return process
+
+
+def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environment: dict[str, str]) -> None:
+    os.setsid()  # Ctrl-C reaches the sweep alone, which then stops its jobs
+    die_with_parent()
+    output = os.open(directory / "logs" / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream, descriptor in ((sys.stdin, os.open(os.devnull, os.O_RDONLY)), (sys.stdout, output), (sys.stderr, output)):
+        os.dup2(descriptor, stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read the server's
+    leave(job(directory, ranks))
