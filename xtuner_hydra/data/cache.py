@@ -87,9 +87,10 @@ class TokenCache:
         index = np.fromfile(directory / "index.bin", dtype=np.int64).reshape(-1, 3)
         self.lengths, self.supervised_lengths, self.lines = np.ascontiguousarray(index.T)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        # plain arrays over the maps: slices of np.memmap are several times slower
+        # a plain array over the map: slices of np.memmap are several times slower
         self._ids = np.asarray(np.memmap(directory / "ids.bin", dtype=meta["dtype"], mode="r"))
-        self._supervised = np.asarray(np.memmap(directory / "supervised.bin", dtype=np.bool_, mode="r"))
+        # not mapped: a plan looks at every sample that is cut, and the pages would stay
+        self._supervised = (directory / "supervised.bin").open("rb", buffering=0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,7 +101,7 @@ class TokenCache:
 
     def supervised(self, sample: int) -> NDArray[np.bool_]:
         """Which tokens of a sample are labels, (tokens,), read-only. Never the first: no token comes before it to predict it."""
-        return self._supervised[self.offsets[sample] : self.offsets[sample + 1]]
+        return np.frombuffer(os.pread(self._supervised.fileno(), int(self.lengths[sample]), int(self.offsets[sample])), dtype=np.bool_)
 
     def locate(self, sample: int) -> tuple[Path, int]:
         """(file, line number) that a sample was read from."""
