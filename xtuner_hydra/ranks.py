@@ -1,6 +1,6 @@
 """A prepared run directory -> its ranks: one inside this process, several as workers under torch's elastic launcher.
 
-    python -m xtuner_hydra.ranks RUN_DIR RANKS          (how a sweep starts a job)
+    python -m xtuner_hydra.ranks RUN_DIR RANKS          (how submitit starts a job of a sweep)
 
 Workers that crash are started anew from the last commit, up to parallelism.max_restarts times. What would fail the same way again (bad data,
 a NaN, a full disk) is not tried again, for which torch's own restarts have no word.
