@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import smollm2 as smollm2_model
+from forks import command, tests_environment
 
 REPOSITORY = Path(__file__).parents[1]
 QUIET = ("tracking=none", "checkpoint=none", "data.eval_path=null")  # for tests that look at something else
@@ -30,30 +32,26 @@ class Finished:
 
 
 class CommandLine:
-    """`python -m xtuner_hydra` (or another module) in `directory`."""
+    """`python -m xtuner_hydra` in `directory`: in a fork (forks.py), or as a shell starts it, `fresh`."""
 
     def __init__(self, directory):
         self.directory = directory
-        self.environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
-            },
-            "XDG_CACHE_HOME": str(directory / ".cache"),
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1",
-            "HOME": str(directory),  # no netrc, no W&B settings of the person who runs the tests
-        }
+        self.environment = tests_environment(directory)
 
-    def __call__(self, *args, module="xtuner_hydra", timeout=180):
+    def __call__(self, *args, timeout=180):
+        with tempfile.TemporaryDirectory() as outside:  # the directory holds what the command makes, and no more
+            out, err = Path(outside) / "out", Path(outside) / "err"
+            fork = command(self.directory, *args, name=out, errors=err, **self.environment)
+            return Finished(fork.wait(timeout), out.read_text(), err.read_text())
+
+    def fresh(self, *args, module="xtuner_hydra", timeout=180):
         done = subprocess.run(
             self._command(args, module), cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=timeout
         )
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def torchrun(self, ranks, *args, timeout=180):
-        return self("--nproc-per-node", str(ranks), "-m", "xtuner_hydra", *args, module="torch.distributed.run", timeout=timeout)
+        return self.fresh("--nproc-per-node", str(ranks), "-m", "xtuner_hydra", *args, module="torch.distributed.run", timeout=timeout)
 
     def start(self, *args, module="xtuner_hydra"):
         """A process to send signals to; its output goes to a file `output` in the directory."""

@@ -1,6 +1,7 @@
 """Commands and ranks in processes that start at once: forked from a server that has imported everything and started no thread.
 
-For tests that start very many. How a command starts is tested with conftest.CommandLine."""
+A command is all that `python -m xtuner_hydra` runs, with its own arguments, environment, directory and output; only the interpreter's start
+and the imports, 3 s of them, are not repeated. How a command starts is tested with conftest.CommandLine.fresh."""
 
 import faulthandler
 import multiprocessing
@@ -17,6 +18,7 @@ from faults.injection import inject
 
 from xtuner_hydra.__main__ import main
 from xtuner_hydra.app import App
+from xtuner_hydra.errors import leave
 from xtuner_hydra.launch import create
 from xtuner_hydra.launch import prepare as prepare_composed
 from xtuner_hydra.worker import train
@@ -27,14 +29,17 @@ _forks = multiprocessing.get_context("forkserver")
 
 
 class Fork:
-    """`function(*args)` in `directory`; `environment` over that of the tests. Its output goes to the file `output`, at SIGUSR2 its stacks too.
+    """`function(*args)` in `directory` and `environment`. Its output goes to the file `output`, or what it says on stderr to `errors`; at SIGUSR2
+    its stacks too.
 
     started: by time.monotonic()."""
 
-    def __init__(self, function, *args, directory, output, environment):
+    def __init__(self, function, *args, directory, output, environment, errors=None):
+        _serve()
         self.output = output
         self.started = time.monotonic()
-        self.process = _forks.Process(target=_run, args=(function, args, str(directory), str(output), environment), daemon=True)
+        place = (str(directory), str(output), str(errors or output), environment)
+        self.process = _forks.Process(target=_run, args=(function, args, *place), daemon=function is not _command)  # which starts others
         self.process.start()
 
     @property
@@ -52,18 +57,16 @@ class Fork:
         return self.process.exitcode
 
 
-def command(directory, *args, name="output", **environment):
-    """`python -m xtuner_hydra ARGS` in `directory`."""
-    _serve()
-    return Fork(main, [*map(str, args)], directory=directory, output=directory / name, environment=_environment(directory) | environment)
+def command(directory, *args, name="output", errors=None, **environment):
+    """`python -m xtuner_hydra ARGS` in `directory`; `environment` over that of tests."""
+    words, environment = [*map(str, args)], tests_environment(directory) | environment
+    return Fork(_command, words, directory=directory, output=directory / name, errors=errors, environment=environment)
 
 
 def prepare(directory, *args):
     """A run directory `run` in `directory`, ready for its ranks, of what `python -m xtuner_hydra ARGS` would train."""
-    _serve()
-    fork = Fork(
-        _prepare, [*args, "hydra.run.dir=run"], directory=directory, output=directory / "output", environment=_environment(directory)
-    )
+    arguments, environment = [*args, "hydra.run.dir=run"], tests_environment(directory)
+    fork = Fork(_prepare, arguments, directory=directory, output=directory / "output", environment=environment)
     assert fork.wait(120) == 0, fork.text
     return directory / "run"
 
@@ -78,7 +81,6 @@ def train_on(run_dir, number=1, *, seconds=120, **environment):
 
 def ranks(run_dir, number=1, **environment):
     """The ranks of a prepared run directory, each as a launcher starts it; they resume if its config says so."""
-    _serve()
     if number == 1:
         places = [{}]
     else:
@@ -93,7 +95,7 @@ def ranks(run_dir, number=1, **environment):
             run_dir,
             directory=run_dir.parent,
             output=run_dir.parent / f"output-{rank}",
-            environment=_environment(run_dir.parent) | place | environment,
+            environment=tests_environment(run_dir.parent) | place | environment,
         )
         for rank, place in enumerate(places)
     ]
@@ -109,8 +111,12 @@ def tell_place(directory, ranks):
     return 0
 
 
-def _environment(directory):
-    return {"XDG_CACHE_HOME": str(directory / ".cache"), "HOME": str(directory), "OMP_NUM_THREADS": "1"}
+def tests_environment(directory):
+    """Of the tests, without what is a rank's or a person's: no netrc, no W&B settings, no token cache."""
+    foreign = ("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    own = {"XDG_CACHE_HOME": str(directory / ".cache"), "HOME": str(directory), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    return kept | own
 
 
 def _serve():
@@ -131,15 +137,21 @@ def _prepare(args):
     create(prepare_composed(composition))
 
 
-def _run(function, args, directory, output, environment):
-    for name in [name for name in os.environ if name.startswith(("WANDB", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))]:
-        del os.environ[name]
+def _command(words):
+    sys.argv = [str(TESTS.parent / "xtuner_hydra" / "__main__.py"), *words]
+    return main(words)
+
+
+def _run(function, args, directory, output, errors, environment):
+    os.environ.clear()
     os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    os.setsid()
     os.chdir(directory)
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(handle, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     faulthandler.register(signal.SIGUSR2)
     inject()
-    sys.exit(function(*args))
+    leave(function(*args) or 0)

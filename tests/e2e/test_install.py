@@ -53,7 +53,7 @@ def test_a_wheel_works_from_any_directory(source, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     cli = command_line(tmp_path / "elsewhere", site)
     assert where(cli).is_relative_to(site)
-    done = cli(*JOB)
+    done = cli.fresh(*JOB)
     assert done.code == 0, done.text
     assert read_status(cli.directory / "run")["state"] == "completed"
     script = subprocess.run(
@@ -87,5 +87,5 @@ def test_help_works_from_the_root_of_a_checkout(source, tmp_path):
     cli = command_line(tmp_path, source)
     cli.directory = source
     assert where(cli).is_relative_to(source)
-    done = cli("--help")
+    done = cli.fresh("--help")
     assert (done.code, "GROUP=OPTION" in done.out) == (0, True), done.text

@@ -20,7 +20,7 @@ STEP_LINE = re.compile(
 def job(tmp_path_factory):
     """`debug=fast` with evaluations, checkpoints and exports at an interval."""
     cli = CommandLine(tmp_path_factory.mktemp("job"))
-    done = cli(
+    done = cli.fresh(
         "debug=fast", "trainer.total_steps=4", "trainer.eval_interval=2", "checkpoint.interval=1", "checkpoint.keep=2", "hydra.run.dir=run"
     )
     assert done.code == 0, done.text
@@ -89,7 +89,7 @@ def test_config_yaml_repeats_the_run(job):
     own = job.cli.directory / "own" / "experiment"
     own.mkdir(parents=True)
     (own / "again.yaml").write_text("# @package _global_\n" + (job.run / "config.yaml").read_text())
-    done = job.cli("--config-dir", "own", "experiment=again", "checkpoint=none", "tracking=none", "hydra.run.dir=repeated")
+    done = job.cli.fresh("--config-dir", "own", "experiment=again", "checkpoint=none", "tracking=none", "hydra.run.dir=repeated")
     assert done.code == 0, done.text
     again = [row for row in read_rows(job.cli.directory / "repeated") if "train/loss" in row]
     assert [row["train/loss"] for row in again] == [row["train/loss"] for row in read_rows(job.run) if "train/loss" in row]
@@ -125,7 +125,7 @@ def test_transformers_loads_the_export_with_equal_logits(job):
 
 def test_the_export_is_the_trained_model(job):
     """Continuing from the export with lr=0 starts at the loss at which the run ended (the same packs, the weights of its last step)."""
-    done = job.cli(
+    done = job.cli.fresh(
         *(
             "debug=fast",
             f"model.pretrained={job.run}/hf/latest",
@@ -143,7 +143,7 @@ def test_the_export_is_the_trained_model(job):
 
 def test_the_directory_of_a_run_is_refused_to_another(job):
     before = (job.run / "metrics.jsonl").read_bytes()
-    done = job.cli("debug=fast", "hydra.run.dir=run")
+    done = job.cli.fresh("debug=fast", "hydra.run.dir=run")
     assert done.code == 2
     assert "holds a run already" in done.err
     assert (job.run / "metrics.jsonl").read_bytes() == before

@@ -218,7 +218,7 @@ def test_a_sweeper_plugin_of_hydra_gets_each_jobs_metric(tmp_path):
     (tmp_path / "hydra_plugins" / "twice" / "__init__.py").write_text(SWEEPER)
     cli = CommandLine(tmp_path)
     cli.environment["PYTHONPATH"] += os.pathsep + str(tmp_path)
-    done = cli("-m", "hydra/sweeper=twice", "debug=fast", "tracking=none", "checkpoint=none", "hydra.sweep.dir=sweep")
+    done = cli.fresh("-m", "hydra/sweeper=twice", "debug=fast", "tracking=none", "checkpoint=none", "hydra.sweep.dir=sweep")
     assert done.code == 0, done.text
     returned = next(line for line in done.out.splitlines() if line.startswith("RETURNED")).split()[1:]
     jobs = sorted((tmp_path / "sweep").glob("[01]_*"))

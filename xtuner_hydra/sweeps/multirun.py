@@ -45,8 +45,6 @@ def sweep(app: App) -> int:
     options = app.sweep_config()
     if secret := [override for override in app.overrides if redact(override) != override]:
         raise RefusedError(f"{redact(secret[0])}: holds a secret, and sweep.json keeps the command; leave it in the environment")
-    if app.launcher()[1].get("_target_") == SLOTS:
-        forks.begin_imports()  # beside what is yet to be prepared
     if app.sweeper != "basic":
         return _under_plugin(app, options)
     if options.resume is None:
@@ -199,6 +197,7 @@ def _launcher(app: App, draft: Draft) -> Launcher:
         raise RefusedError(f"hydra.launcher.{min(unknown)}: there is no such option; slots has slots, threads, devices")
     slots = Slots(**options)
     slots.fit(ranks, gpu_count(draft.jobs[0].config.trainer.device), max(job.memory_gb for job in draft.jobs), draft.total)
+    forks.begin_imports()  # beside what is yet to be prepared; nothing is refused any more
     return slots
 
 
