@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 
-import torch
-
 from xtuner_hydra.checkpoint.state import TrainState
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.loader import StepBatch
 from xtuner_hydra.engine import StepResult
 from xtuner_hydra.model.flops import training_flops
-from xtuner_hydra.parallel.device import memory_gb, peak_flops
+from xtuner_hydra.parallel.device import memory_gb
 from xtuner_hydra.parallel.runtime import Runtime
 
 Row = dict[str, float | int | None]
@@ -25,12 +23,12 @@ def evaluation(loss: float, tokens: int) -> Row:
 
 
 class Meter:
-    """Measures steps: call `data_ready` when a batch has come, `row` when its step is done."""
+    """Measures steps: call `data_ready` when a batch has come, `row` when its step is done. peak_flops: FLOP/s of a device (device.py)."""
 
-    def __init__(self, runtime: Runtime, model: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, runtime: Runtime, model: ModelConfig, peak_flops: float) -> None:
         self.runtime = runtime
         self.model = model
-        self.peak_flops = peak_flops(runtime.device, dtype)
+        self.peak_flops = peak_flops
         self.tokens = 0
         self.started = self.step_started = time.perf_counter()
         self.data_time = 0.0

@@ -23,6 +23,7 @@ from xtuner_hydra.errors import Stopped, TrainingError
 from xtuner_hydra.files import sync_file
 from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.optim.schedules import learning_rate
+from xtuner_hydra.parallel.device import peak_flops
 from xtuner_hydra.parallel.profiling import Profiler
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
 from xtuner_hydra.stopping import Stopping
@@ -63,6 +64,8 @@ class Trainer:
         self.trajectory = state.trajectory(config, data.train.cache.fingerprint)
         guess = engine.state_bytes() / SLOW_DISK
         self.saver = Saver(run_dir / "checkpoints", config.checkpoint, patience(config.parallelism), guess)
+        # measured now: in `fit` W&B opens beside it, and half a machine's speed would make more than all of it in use
+        self.peak_flops = peak_flops(runtime.device, DTYPES[config.parallelism.param_dtype])
         self.profiler = Profiler(run_dir, config.trainer.profile_steps if runtime.rank == 0 else 0)
         self.metrics: Row = {}
         self.exported: int | None = None
@@ -105,7 +108,7 @@ class Trainer:
         """Train to the end of the plan; returns the last metrics.
 
         Raises Stopped, after a save, where the run is asked to end before, and TrainingError when training cannot go on."""
-        self.meter = Meter(self.runtime, self.config.model, DTYPES[self.config.parallelism.param_dtype])
+        self.meter = Meter(self.runtime, self.config.model, self.peak_flops)
         self.engine.at_edge = self.stopping.check
         self.stopping.reserve = lambda: self.saver.expected_seconds() + ENDING_SECONDS
         self.stopping.save_failed = self.saver.failed

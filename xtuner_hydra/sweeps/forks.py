@@ -40,9 +40,12 @@ def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variable
 def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environment: dict[str, str]) -> None:
     os.setsid()  # Ctrl-C reaches the sweep alone, which then stops its jobs
     die_with_parent()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(directory / "logs" / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    for stream, descriptor in ((sys.stdin, os.open(os.devnull, os.O_RDONLY)), (sys.stdout, output), (sys.stderr, output)):
-        os.dup2(descriptor, stream.fileno())
+    for number in (1, 2):
+        os.dup2(output, number)
+    # the server's own are missing where the sweep was started without
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False, errors="backslashreplace") for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read the server's
