@@ -18,8 +18,16 @@ def command() -> NoReturn:
     """This process's command line, under a better malloc where there is one, to the end of the process."""
     from xtuner_hydra.parallel.allocator import preload
 
+    _open_standard_streams()
     preload()
     leave(main(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """Where one was closed (`<&-`, some daemons), the next file or pipe would take its number, and what is written to it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ def leave(code: int) -> NoReturn:
     sys.exit would tear the interpreter down first. A thread of gloo that then still lets go of a tensor is ended by Python in the middle of C++,
     and the whole process with it (SIGABRT, "terminate called without an active exception"): a run that is complete would end in an error."""
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the start
         with suppress(BrokenPipeError):  # a reader that has seen enough (`| head`) is no error
             stream.flush()
     os._exit(code)

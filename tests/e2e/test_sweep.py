@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import REPOSITORY, CommandLine, read_rows, read_status, stop, wait_for
@@ -255,3 +257,23 @@ def test_a_sweep_that_cannot_be_is_refused_before_it_starts(tmp_path, arguments,
     assert (done.code, words in done.err) == (2, True), done.text
     assert "Traceback" not in done.text
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_a_sweep_needs_no_standard_streams(cli, closed):
+    command = f"{sys.executable} -m xtuner_hydra -m debug=fast tracking=none optimizer.lr=1e-3,2e-3 hydra.sweep.dir=sweep {closed}"
+    assert subprocess.run(["bash", "-c", command], cwd=cli.directory, env=cli.environment, timeout=120).returncode == 0
+    assert "completed at step 2" in (cli.directory / "sweep" / "0_lr0.001" / "logs" / "console.log").read_text()
+
+
+def test_jobs_end_with_a_sweep_that_is_killed(cli):
+    process = cli.start(
+        *("-m", "debug=fast", "tracking=none", "optimizer.lr=1e-3,2e-3", "trainer.total_steps=100000", "hydra.sweep.dir=sweep"),
+        "hydra.launcher.slots=1",
+    )
+    job = cli.directory / "sweep" / "0_lr0.001"
+    wait_for(lambda: (job / "metrics.jsonl").exists() and read_rows(job), process)
+    process.kill()
+    process.wait()
+    wait_for(lambda: read_status(job)["state"] == "interrupted", seconds=60)
+    assert read_status(job)["exit_code"] == 75

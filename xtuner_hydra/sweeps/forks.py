@@ -1,13 +1,15 @@
 """A job's process: forked from one that has imported what all jobs need, which takes longer than a short job's training.
 
 That one, multiprocessing's fork server, does nothing but import: it has no thread whose locks a fork would copy half-way, and touches no GPU
-before a job has been given its own. It ends with the process that asked for it, and its jobs then as well."""
+before a job has been given its own. A job is asked to stop when either the server or the sweep is gone, and the server ends after both."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -39,7 +41,8 @@ def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variable
 
 def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environment: dict[str, str]) -> None:
     os.setsid()  # Ctrl-C reaches the sweep alone, which then stops its jobs
-    die_with_parent()
+    die_with_parent()  # the server, which lives as long as a job does
+    threading.Thread(target=_die_with_sweep, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(directory / "logs" / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for number in (1, 2):
@@ -50,3 +53,10 @@ def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environmen
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read the server's
     leave(job(directory, ranks))
+
+
+def _die_with_sweep() -> None:
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
+    os.kill(os.getpid(), signal.SIGTERM)
