@@ -14,6 +14,9 @@ from xtuner_hydra.data.packing import Int64s, Packs
 
 IGNORE = -100
 """Label of a token that is not supervised."""
+_MOST_PAIRS = 2**17
+"""Packs of the heaviest rank times packs of all ranks up to which exchanges are sought, a millisecond each; with more packs they are not needed."""
+_MOST_EXCHANGES = 100
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,33 @@ def empty_batch() -> PackedBatch:
 def deal(work: Int64s, ranks: int) -> list[list[int | None]]:
     """Numbers of packs for each rank, as many for each (None: an empty one), so that the ranks' sums of `work` (packs,) are near each other.
 
-    Heaviest first to the rank with the least so far; so the packs that ranks compute at the same time are of like size too."""
+    Heaviest first to the rank with the least so far, then exchanges between the heaviest rank and others for as long as they help. A rank
+    computes its heaviest pack first: so the packs that ranks compute at the same time are of like size too."""
     share = -(-len(work) // ranks)
-    dealt: list[list[int | None]] = [[] for _ in range(ranks)]
+    costs = np.concatenate([work, np.zeros(share * ranks - len(work), dtype=np.int64)])  # empty packs last
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for pack in np.argsort(-work, kind="stable").tolist():
+    for pack in np.argsort(-costs, kind="stable").tolist():
         rank = min((rank for rank in range(ranks) if len(dealt[rank]) < share), key=lambda rank: load[rank])
         dealt[rank].append(pack)
-        load[rank] += int(work[pack])
-    return [packs + [None] * (share - len(packs)) for packs in dealt]
+        load[rank] += int(costs[pack])
+    if ranks > 1 and share * share * ranks <= _MOST_PAIRS:
+        dealt = [sorted(packs, key=lambda pack: (-costs[pack], pack)) for packs in _exchanged(costs, np.array(dealt)).tolist()]
+    return [[pack if pack < len(work) else None for pack in packs] for packs in dealt]
+
+
+def _exchanged(costs: Int64s, dealt: Int64s) -> Int64s:
+    """`dealt` (ranks, share) after exchanges of two packs that each lower the heavier load of two ranks, the heaviest rank being one of them."""
+    for _ in range(_MOST_EXCHANGES):
+        load = costs[dealt].sum(axis=1)
+        heaviest = int(load.argmax())
+        moved = costs[dealt[heaviest]][:, None, None] - costs[dealt]  # (share, ranks, share): work that leaves the heaviest rank
+        heavier = np.maximum(load[heaviest] - moved, load[:, None] + moved)
+        mine, other, theirs = np.unravel_index(heavier.argmin(), heavier.shape)
+        if heavier[mine, other, theirs] >= load[heaviest]:
+            break
+        dealt[heaviest, mine], dealt[other, theirs] = dealt[other, theirs], dealt[heaviest, mine]
+    return dealt
 
 
 def _batch(ids: Int64s, labels: Int64s, lengths: Int64s, tokens: int) -> PackedBatch:

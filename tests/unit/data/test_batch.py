@@ -95,3 +95,20 @@ def test_deal_balances_better_than_taking_turns():
     turns = [int(work[rank::4].sum()) for rank in range(4)]
     assert max(loads) < max(turns)
     assert max(loads) / (work.sum() / 4) < 1.05
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_deal_exchanges_packs_where_the_heaviest_first_is_not_enough(seed):
+    """Nothing is lighter than an even share, nor than the heaviest pack with the seven lightest."""
+    work = np.sort(np.random.default_rng(seed).lognormal(6, 1, 64).astype(np.int64))
+    dealt = deal(work, 8)
+    heaviest = max(sum(int(work[pack]) for pack in packs) for packs in dealt)
+    assert heaviest < 1.002 * max(work.sum() / 8, work[-1] + work[:7].sum())
+    assert all(packs == sorted(packs, key=lambda pack: -work[pack]) for packs in dealt)
+
+
+def test_deal_puts_empty_packs_last():
+    dealt = deal(np.array([5, 1, 1, 1, 1]), 3)
+    assert sorted(map(len, dealt)) == [2, 2, 2]
+    assert [pack for packs in dealt for pack in packs if pack is None] == [None]
+    assert all(None not in packs[:-1] for packs in dealt)
