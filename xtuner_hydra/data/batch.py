@@ -75,7 +75,7 @@ def deal(work: Int64s, ranks: int) -> list[list[int | None]]:
         rank = min((rank for rank in range(ranks) if len(dealt[rank]) < share), key=lambda rank: load[rank])
         dealt[rank].append(pack)
         load[rank] += int(costs[pack])
-    if ranks > 1 and share * share * ranks <= _MOST_PAIRS:
+    if ranks > 1 and 0 < share * share * ranks <= _MOST_PAIRS:
         dealt = [sorted(packs, key=lambda pack: (-costs[pack], pack)) for packs in _exchanged(costs, np.array(dealt)).tolist()]
     return [[pack if pack < len(work) else None for pack in packs] for packs in dealt]
 

@@ -112,3 +112,7 @@ def test_deal_puts_empty_packs_last():
     assert sorted(map(len, dealt)) == [2, 2, 2]
     assert [pack for packs in dealt for pack in packs if pack is None] == [None]
     assert all(None not in packs[:-1] for packs in dealt)
+
+
+def test_deal_of_no_packs_gives_every_rank_none():
+    assert deal(np.array([], dtype=np.int64), 2) == [[], []]
