@@ -125,7 +125,11 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 def _trained(model: torch.nn.Module, optimizers: Optimizers) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights that are trained, and the optimizer's state under flat names, its hyperparameters among them. Collective."""
+    untouched = [optimizer for optimizer in optimizers if not optimizer.state]
     weights, moments = get_state_dict(model, optimizers, options=_FLAT)
+    for optimizer in untouched:  # torch has made their state by a step of its own, which is counted and has weight decay in it
+        for value in (value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)):
+            value.zero_()
     return _without_frozen(model, weights), moments
 
 

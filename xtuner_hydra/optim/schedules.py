@@ -40,11 +40,12 @@ def warmup_steps(config: SchedulerConfig, total: int) -> int:
 def learning_rate(config: SchedulerConfig, step: int, total: int, lr: float) -> float:
     """Learning rate at 0-based `step` of `total`: a straight line up to the peak `lr` that starts above 0, then the schedule over the rest.
 
-    Past the planned end the last rate holds."""
+    Past the planned end the last rate holds. A peak below `lr_min` holds throughout: a schedule never raises the rate."""
     warmup = warmup_steps(config, total)
     if step < warmup:
         return lr * (step + 1) / warmup
     after, rest = min(step, total) - warmup, max(1, total - warmup)
+    lr_min = min(config.lr_min, lr)
     if config.name == "wsd":
-        return wsd(after, rest, lr, config.lr_min, min(rest, round(config.decay_ratio * total)))
-    return SCHEDULES[config.name](after, rest, lr, config.lr_min)
+        return wsd(after, rest, lr, lr_min, min(rest, round(config.decay_ratio * total)))
+    return SCHEDULES[config.name](after, rest, lr, lr_min)

@@ -48,6 +48,12 @@ def test_a_zero_learning_rate_stays_zero():
     assert rates(5, lr=0.0, name="constant", warmup_steps=2) == [0.0] * 5
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("lr", [0.0, 0.05])
+def test_a_peak_below_lr_min_is_never_raised(name, lr):
+    assert rates(6, lr=lr, name=name, lr_min=0.1, warmup_ratio=0.0) == pytest.approx([lr] * 6)
+
+
 def test_wsd_is_constant_then_goes_down_in_a_straight_line():
     seen = rates(10, name="wsd", lr_min=0.0, warmup_steps=2, decay_ratio=0.4)
     assert seen == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
