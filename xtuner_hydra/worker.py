@@ -37,7 +37,7 @@ from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizers
 from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.compiling import Choice, choose_compile
-from xtuner_hydra.parallel.runtime import Runtime, runtime
+from xtuner_hydra.parallel.runtime import DTYPES, Runtime, runtime
 from xtuner_hydra.parallel.sharding import parallelize
 from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.pointwise import compile_pointwise
@@ -162,7 +162,7 @@ def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None)
         initialise(model, config.trainer.seed)
     if checkpoint is not None:
         load_weights(checkpoint, model)
-    optimizers = build_optimizers(model, config.optimizer)
+    optimizers = build_optimizers(model, config.optimizer, DTYPES[config.parallelism.param_dtype])
     return Engine(
         model, optimizers, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
     )

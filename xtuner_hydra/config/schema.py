@@ -319,7 +319,7 @@ class OptimizerConfig:
     lr: float = 6e-5
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decoupled decay."""
+    """Decoupled decay; with `sgd`, times the weights and added to the gradient."""
     decay_all: bool = False
     """Decay norms and biases too (XTuner does)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

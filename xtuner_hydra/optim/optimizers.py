@@ -1,4 +1,4 @@
-"""The optimizers of a config: parameter groups and torch's own implementations."""
+"""The optimizers of a config: what each parameter gets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from xtuner_hydra.config.schema import OptimizerConfig
+from xtuner_hydra.optim.muon import Muon
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """One optimizer for all trained parameters, or with `muon` one for the hidden matrices and one for the rest.
+def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """One optimizer for all trained parameters, or with `muon` one for the hidden matrices, in `compute_dtype`, and one for the rest.
 
-    `adamw` (Loshchilov & Hutter 2019): fused, one pass over weights, gradients and moments. `sgd`: with Nesterov's momentum where that is not 0.
-    `muon` (Jordan et al. 2024): the update of a hidden matrix is made orthogonal and scaled to AdamW's usual size (Liu et al. 2025, section
-    2.2), so that one learning rate and weight decay serve both; embeddings, head, norms and biases keep AdamW."""
+    `adamw` (Loshchilov & Hutter 2019): fused, one pass over weights, gradients and moments. `sgd`: with Nesterov's momentum where that is not 0;
+    weight decay is added to the gradient. `muon` (Jordan et al. 2024): for hidden matrices, each of a mixture's experts by itself; embeddings,
+    head, norms and biases keep AdamW, at the same learning rate and weight decay."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.name == "sgd":
         nesterov = config.momentum > 0
@@ -25,13 +26,13 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     hidden = {name: parameter for name, parameter in trained.items() if is_hidden_matrix(name, parameter)}
     rest = {name: parameter for name, parameter in trained.items() if name not in hidden}
     groups = _groups(hidden, config)
-    muon = torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw") if groups else None
+    muon = Muon(groups, lr=config.lr, momentum=config.momentum, dtype=compute_dtype) if groups else None
     return [optimizer for optimizer in (muon, _adamw(rest, config) if rest else None) if optimizer is not None]
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix between hidden states: not the embedding, the head, a norm, a bias."""
-    return parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+    """Whether a parameter is a matrix between hidden states, or a stack of experts': not the embedding, the head, a norm, a bias."""
+    return parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
