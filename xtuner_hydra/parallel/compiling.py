@@ -61,7 +61,8 @@ def _elements(model: ModelConfig) -> int:
 
 def _lacking() -> str | None:
     """What inductor needs to compile for a CPU and this machine has not."""
-    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
-        return "C++ compiler"
+    compiler = os.environ.get("CXX", "g++")  # inductor tries no other
+    if shutil.which(compiler) is None:
+        return f"C++ compiler {compiler} (CXX names another)"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return None if header.exists() else f"{header}"

@@ -59,11 +59,14 @@ def test_a_compiler_and_pythons_headers_are_looked_for(monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert compiling._lacking() == "C++ compiler"
+    (tmp_path / "clang++").touch(mode=0o755)  # which inductor does not look for
+    assert compiling._lacking() == "C++ compiler g++ (CXX names another)"
     (tmp_path / "g++").touch(mode=0o755)
     assert compiling._lacking() in (None, str(compiling.Path(compiling.sysconfig.get_path("include")) / "Python.h"))
     monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: str(tmp_path))
     assert compiling._lacking() == str(tmp_path / "Python.h")
+    monkeypatch.setenv("CXX", "icpx")
+    assert compiling._lacking() == "C++ compiler icpx (CXX names another)"
 
 
 @pytest.mark.parametrize("typed", [True, "true", "True"])
