@@ -126,7 +126,9 @@ class Trainer:
             self.saver.wait()
         except Stopped as stop:
             self.save_last_step(str(stop))
+            self.profiler.close()
             raise
+        self.profiler.close()
         self.warn_of_changed_data()
         return self.metrics
 

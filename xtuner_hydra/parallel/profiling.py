@@ -21,7 +21,8 @@ log = logging.getLogger("xtuner_hydra")
 
 
 class Profiler:
-    """Profiles `steps` steps after WARM_UP others. Call `begin` before each step and `end` after it; 0 steps: does nothing."""
+    """Profiles `steps` steps after WARM_UP others. Call `begin` before each step, `end` after it and `close` after the last; 0 steps:
+    does nothing."""
 
     def __init__(self, run_dir: Path, steps: int) -> None:
         self.directory = run_dir / FOLDER
@@ -48,13 +49,22 @@ class Profiler:
         if self.profile is None:
             return
         self.left -= 1
-        if self.left > 0:
+        if self.left == 0:
+            self._write(self.profile)
+
+    def close(self) -> None:
+        """No step follows: write what was seen of steps that were to be more, or say that nothing was."""
+        if self.left == 0:
             return
-        self.profile.stop()
+        if self.profile is None:
+            log.warning(f"no profile: the run ended within the first {WARM_UP} steps, which are not profiled")
+            return
+        log.warning(f"the profile is shorter than asked for: the run ended {self.left} steps too soon")
         self._write(self.profile)
-        self.profile = None
 
     def _write(self, done: profile) -> None:
+        done.stop()
+        self.profile, self.left = None, 0
         self.directory.mkdir(exist_ok=True)
         done.export_chrome_trace(str(self.directory / "trace.json"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from xtuner_hydra.parallel.profiling import FOLDER, WARM_UP, Profiler
@@ -12,6 +13,7 @@ def steps(profiler, number):
         profiler.begin()
         torch.mm(torch.ones(size, size), torch.ones(size, size))
         profiler.end()
+    profiler.close()
 
 
 def test_the_steps_after_the_warm_up_are_in_the_trace_and_in_the_table(tmp_path):
@@ -22,6 +24,29 @@ def test_the_steps_after_the_warm_up_are_in_the_trace_and_in_the_table(tmp_path)
     assert "aten::mm" in (tmp_path / FOLDER / "operators.txt").read_text()
 
 
-def test_no_steps_no_profile(tmp_path):
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_a_run_that_ends_sooner_leaves_what_was_seen(tmp_path, caplog, broken_off):
+    profiler = Profiler(tmp_path, 5)
+    if broken_off:  # within the second of the profiled steps
+        for _ in range(WARM_UP + 1):
+            profiler.begin()
+            profiler.end()
+        profiler.begin()
+        torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+        profiler.close()
+    else:
+        steps(profiler, WARM_UP + 1)
+    assert "aten::mm" in (tmp_path / FOLDER / "operators.txt").read_text()
+    assert "the run ended 4 steps too soon" in caplog.text
+
+
+def test_a_run_without_a_step_after_the_warm_up_says_so(tmp_path, caplog):
+    steps(Profiler(tmp_path, 2), WARM_UP)
+    assert not list(tmp_path.iterdir())
+    assert "no profile: the run ended within the first 2 steps" in caplog.text
+
+
+def test_no_steps_no_profile(tmp_path, caplog):
     steps(Profiler(tmp_path, 0), 4)
+    assert not caplog.text
     assert not list(tmp_path.iterdir())
