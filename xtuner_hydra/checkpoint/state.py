@@ -166,10 +166,18 @@ def trajectory(config: Config, content: str) -> dict[str, Any]:
         **{f"model.{key}": value for key, value in model.items()},
         "model.pretrained": base and fingerprint(base),
         "optimizer.name": plain["optimizer"]["name"],
+        "optimizer.momentum": _keeps_momentum(config),
         "trainer.global_batch_size": plain["trainer"]["global_batch_size"],
         "trainer.seed": plain["trainer"]["seed"],
         "trainer.freeze": plain["trainer"]["freeze"],
     }
+
+
+def _keeps_momentum(config: Config) -> str | None:
+    """Whether sgd has a buffer to restore; the other optimizers always have."""
+    if config.optimizer.name != "sgd":
+        return None
+    return "above 0" if config.optimizer.momentum > 0 else "0"
 
 
 def state_file(checkpoint: Path) -> dict[str, Any]:

@@ -125,6 +125,17 @@ def test_what_alters_the_trajectory_is_refused_by_name(tmp_path, key, changes):
         refuse(tmp_path, changes)
 
 
+def test_momentum_that_comes_or_goes_is_refused(tmp_path):
+    """Of sgd, which keeps nothing without it."""
+    sgd = config_of(optimizer__name="sgd")
+    checkpoint = make_checkpoint(tmp_path, 3, trajectory=trajectory(sgd, "files"))
+    sgd.optimizer.momentum = 0.5
+    resume.refuse_other_trajectory(checkpoint, trajectory(sgd, "files"), [])
+    sgd.optimizer.momentum = 0.0
+    with pytest.raises(RefusedError, match=r"another optimizer\.momentum: above 0 -> 0"):
+        resume.refuse_other_trajectory(checkpoint, trajectory(sgd, "files"), [])
+
+
 def test_other_data_is_refused(tmp_path):
     with pytest.raises(RefusedError, match=r"another data\.path: files -> other files"):
         refuse(tmp_path, {}, content="other files")
@@ -142,6 +153,7 @@ def test_all_that_differs_is_listed(tmp_path):
     "changes",
     [
         {"optimizer__lr": 3.0},
+        {"optimizer__momentum": 0.0},  # adamw's is not used
         {"trainer__log_interval": 99},
         {"parallelism__nproc_per_node": 5},
         {"parallelism__recompute_ratio": 0.5},
