@@ -10,14 +10,16 @@ from torch import Tensor
 from xtuner_hydra.config.schema import CheckpointConfig, Config
 from xtuner_hydra.model.adapters import blueprint, is_adapter
 from xtuner_hydra.model.pretrained import pretrained_dtype
+from xtuner_hydra.optim.optimizers import count_moments
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters."""
+    """Numbers of parameters. moments: those that the optimizer keeps of the trained ones."""
 
     total: int
     trainable: int
+    moments: int
     exported: int
     """In a Hugging Face export."""
     export_itemsize: int = 4
@@ -25,18 +27,20 @@ class Sizes:
 
     @property
     def state_bytes(self) -> int:
-        """fp32 weights, gradients and two moments of what is trained, weights of what is frozen (half of that where they are bfloat16)."""
-        return 16 * self.trainable + 4 * (self.total - self.trainable)
+        """fp32 weights, gradients and moments of what is trained, weights of what is frozen (half of that where they are bfloat16)."""
+        return 4 * (self.total + self.trainable + self.moments)
 
 
 def count_parameters(config: Config) -> Sizes:
     """Count those of the model. Raises ConfigError where it cannot be built."""
     parameters = dict(blueprint(config).named_parameters())
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     adapter = _count(parameter for name, parameter in parameters.items() if is_adapter(name))
     total = _count(parameters.values())
     return Sizes(
         total=total,
-        trainable=_count(parameter for parameter in parameters.values() if parameter.requires_grad),
+        trainable=_count(trained.values()),
+        moments=sum(parameter.numel() * count_moments(name, parameter, config.optimizer) for name, parameter in trained.items()),
         exported=adapter if config.exports_adapter else total - adapter,
         export_itemsize=_export_itemsize(config),
     )
@@ -55,14 +59,14 @@ def memory_gb(sizes: Sizes) -> float:
 
 
 def disk_bytes(config: Config, sizes: Sizes, total_steps: int) -> int:
-    """Bytes of the checkpoints (fp32 weights and two moments of what is trained) and exports that a run leaves."""
+    """Bytes of the checkpoints (fp32 weights and moments of what is trained) and exports that a run leaves."""
     checkpoints, exports = kept(config.checkpoint, total_steps)
     return checkpoint_bytes(sizes) * checkpoints + export_bytes(sizes) * exports
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:
     """Bytes of one checkpoint."""
-    return 12 * sizes.trainable
+    return 4 * (sizes.trainable + sizes.moments)
 
 
 def export_bytes(sizes: Sizes) -> int:

@@ -77,7 +77,7 @@ def parts_used_by(part):
                 *("tracking", "worker"),
             },
         ),
-        ("cost", {"config", "model"}),
+        ("cost", {"config", "model", "optim"}),
         ("ranks", {"config", "errors", "parallel", "run_dir", "safe_text", "worker"}),
         ("app", {"config", "errors", "model", "safe_text"}),
     ],

@@ -35,6 +35,13 @@ def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
 
 
+def count_moments(name: str, parameter: torch.Tensor, config: OptimizerConfig) -> int:
+    """How many tensors of a trained parameter's size its optimizer keeps."""
+    if config.name == "sgd":
+        return int(config.momentum > 0)
+    return 1 if config.name == "muon" and is_hidden_matrix(name, parameter) else 2
+
+
 def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     beta1, beta2 = config.betas
     return torch.optim.AdamW(_groups(parameters, config), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)

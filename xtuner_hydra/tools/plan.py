@@ -53,7 +53,7 @@ def describe(prepared: Prepared) -> list[str]:
         _line("tokens", f"{data.plan.total_tokens:,}"),
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
-        _line("memory", f"{_gb(sizes.state_bytes / prepared.ranks)} GB a rank for weights, gradients and two moments, activations apart"),
+        _line("memory", f"{_gb(sizes.state_bytes / prepared.ranks)} GB a rank for weights, gradients and moments, activations apart"),
         _line("disk", _disk(config, sizes, data.plan.total_steps)),
     ]
 

@@ -101,13 +101,19 @@ def test_a_large_model_is_not_built_for_it(cli):
     assert used.ru_utime + used.ru_stime < 30
 
 
-def test_disk_and_memory_follow_from_the_parameters(say):
-    """fp32 weights and two moments a checkpoint, fp32 weights an export; in training a gradient too."""
-    _, text = say("model=qwen3_8b", "trainer.total_steps=30", "checkpoint.interval=10")
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [(["adamw"], 2), (["sgd"], 1), (["sgd", "optimizer.momentum=0"], 0), (["muon"], 1 + 2 * 151936 * 4096 / 8190735360)],
+)
+def test_disk_and_memory_follow_from_the_parameters(say, optimizer, moments):
+    """fp32 weights and the optimizer's moments (Muon's one, but AdamW's two of embedding and head) a checkpoint, fp32 weights an export; in training
+    a gradient too."""
+    _, text = say("model=qwen3_8b", "trainer.total_steps=30", "checkpoint.interval=10", f"optimizer={optimizer[0]}", *optimizer[1:])
     weights = 4 * decoder_parameters(*SHAPES["model=qwen3_8b"]) / 2**30
     disk, memory = ([float(number) for number in gigabytes(text, name)] for name in ("disk", "memory"))
-    assert disk == pytest.approx([7 * weights, 3 * weights, weights], rel=0.01)
-    assert memory == pytest.approx([4 * weights], rel=0.01)
+    one = (1 + moments) * weights
+    assert disk == pytest.approx([2 * one + weights, one, weights], rel=0.01)
+    assert memory == pytest.approx([one + weights], rel=0.01)
     assert "2 checkpoints" in text
 
 
