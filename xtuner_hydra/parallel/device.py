@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from pathlib import Path
 
 import torch
 
-# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the name that torch reports.
+# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a word of the name that torch reports.
 _PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165}
 
 
@@ -24,10 +25,9 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that `throughput/mfu` divides by: the data sheet's for a GPU it knows, else the best of a few square products measured here."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, tflops in _PEAK_TFLOPS.items():
-            if part in name and dtype == torch.bfloat16:
-                return tflops * 1e12
+        known = _known_flops(torch.cuda.get_device_name(device))
+        if known is not None and dtype == torch.bfloat16:
+            return known
     size = 1536
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
@@ -36,3 +36,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(a, a).flatten()[0].item()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def _known_flops(name: str) -> float | None:
+    """bf16 FLOP/s of a GPU as torch names it: `NVIDIA L4`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`."""
+    words = re.split(r"[ -]", name)
+    return next((tflops * 1e12 for word, tflops in _PEAK_TFLOPS.items() if word in words), None)

@@ -1,0 +1,21 @@
+"""A GPU's speed is looked up by its whole name."""
+
+import pytest
+
+from xtuner_hydra.parallel.device import _known_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA L40", None),  # not an L4
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_only_the_gpus_that_are_known(name, tflops):
+    assert _known_flops(name) == (tflops and tflops * 1e12)
