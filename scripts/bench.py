@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="config overrides, e.g. model=qwen3_0p6b")
     args = parser.parse_intermixed_args()
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: the first step, which also loads and compiles, is not measured")
     overrides = [*args.overrides, *(f"{key}={value}" for name, key in SHAPES.items() if (value := getattr(args, name)) is not None)]
     if args.contender:
         from bench_contenders import run

@@ -69,7 +69,7 @@ def measure(directory: Path, cache: Path, is_cold: bool, overrides: list[str], s
         seconds[name].append(timed(words, directory)[0])
     run = directory / "run"
     warmth = "cold" if is_cold else "warm"
-    took, lines = timed([*MAIN_JOB, *overrides, f"data.cache_dir={cache}", f"hydra.run.dir={run}"], directory)
+    took, lines = timed([*MAIN_JOB, *overrides, "trainer.log_interval=1", f"data.cache_dir={cache}", f"hydra.run.dir={run}"], directory)
     row = next(row for row in rows(run) if "throughput/step_time" in row)
     ended = next(at for at, line in lines if "] Step 1/" in line)
     seconds[f"command to end of step 1, {warmth}"].append(ended)

@@ -199,7 +199,7 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
     log.info(f"parameters: {count / 1e6:.2f} M, trainable: {trainable / 1e6:.2f} M")
     log.info("trainable: " + ", ".join(_ranges(list(trained))))
     if trainer.runtime.device.type == "cpu":
-        log.info("malloc: " + (allocator.active() or f"of the system; {allocator.HOW_TO_GET_ONE}"))
+        log.info("malloc: " + (allocator.active() or f"of the system; {allocator.advice()}"))
     log.info(f"torch.compile: {compiled.why}")
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(

@@ -15,7 +15,7 @@ LIBRARIES = {"tcmalloc": ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4"), "jema
 """What is looked for, the best one first."""
 SETTINGS = {"jemalloc": {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}}
 """What a library needs to be told to keep its memory."""
-HOW_TO_GET_ONE = "training on a CPU is much faster with another malloc: apt install libtcmalloc-minimal4, or conda install gperftools"
+HOW_TO_GET_ONE = "apt install libtcmalloc-minimal4, or conda install gperftools"
 
 
 def preload() -> None:
@@ -42,6 +42,15 @@ def found() -> dict[str, Path]:
     folders = [Path(sys.prefix) / "lib", *usual, *sorted(Path("/usr/lib").glob("*-linux-gnu"))]
     candidates = {name: [folder / file for folder in folders for file in files] for name, files in LIBRARIES.items()}
     return {name: path for name, paths in candidates.items() if (path := next((one for one in paths if one.exists()), None))}
+
+
+def advice() -> str:
+    """What to do in a process that runs with the system's malloc."""
+    if (library := find()) is None:
+        how = HOW_TO_GET_ONE
+    else:
+        how = f"{library[0]} is on this machine, but LD_PRELOAD={os.environ.get('LD_PRELOAD', '')} leaves it out"
+    return f"training on a CPU is much faster with another malloc: {how}"
 
 
 def active() -> str | None:

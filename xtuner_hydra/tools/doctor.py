@@ -128,7 +128,7 @@ def malloc() -> Check:
     """The memory allocator of runs on a CPU."""
     if (name := allocator.active()) is not None:
         return Check("malloc", "ok", name)
-    return Check("malloc", "note", f"the system's. {allocator.HOW_TO_GET_ONE}")
+    return Check("malloc", "note", f"the system's; {allocator.advice()}")
 
 
 def memory() -> Check:

@@ -42,3 +42,12 @@ def test_the_best_library_comes_first(tmp_path, monkeypatch):
     (tmp_path / "lib" / "libtcmalloc_minimal.so.4").touch()
     (tmp_path / "lib" / "libjemalloc.so.2").touch()
     assert allocator.find() == ("tcmalloc", tmp_path / "lib" / "libtcmalloc_minimal.so.4")
+
+
+def test_advice_is_how_to_get_one_or_who_leaves_it_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "")
+    monkeypatch.setattr(allocator, "find", lambda: None)
+    assert "apt install" in allocator.advice()
+    monkeypatch.setattr(allocator, "find", lambda: ("tcmalloc", tmp_path))
+    assert "apt install" not in allocator.advice()
+    assert "tcmalloc is on this machine, but LD_PRELOAD= leaves it out" in allocator.advice()
