@@ -12,7 +12,7 @@ def test_a_signal_saves_and_marks_the_run_interrupted(cli, number, code, ranks):
     """To the command, or with two ranks to the launcher that passes it on."""
     run = cli.directory / "run"
     process = cli.start(
-        *("debug=fast", "trainer.total_steps=100000", "tracking=none", "data.eval_path=null", "hydra.run.dir=run"),
+        *("debug=fast", "trainer.total_steps=5000", "tracking=none", "data.eval_path=null", "hydra.run.dir=run"),
         *("trainer.global_batch_size=2", f"parallelism.nproc_per_node={ranks}"),
     )
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_rows(run)) > 2, process)

@@ -123,7 +123,7 @@ def _runs(pid):
 def test_ctrl_c_stops_all_jobs_marks_them_and_writes_the_report(tmp_path):
     cli = CommandLine(tmp_path)
     process = cli.start(
-        *("-m", "debug=fast", "optimizer.lr=1e-3,1e-4,1e-5", "trainer.total_steps=100000", "hydra.launcher.slots=2", "tracking=none"),
+        *("-m", "debug=fast", "optimizer.lr=1e-3,1e-4,1e-5", "trainer.total_steps=5000", "hydra.launcher.slots=2", "tracking=none"),
         *("checkpoint=none", "hydra.sweep.dir=sweep"),
     )
     jobs = [tmp_path / "sweep" / name for name in ("0_lr0.001", "1_lr0.0001")]
@@ -268,7 +268,7 @@ def test_a_sweep_needs_no_standard_streams(cli, closed):
 
 def test_jobs_end_with_a_sweep_that_is_killed(cli):
     process = cli.start(
-        *("-m", "debug=fast", "tracking=none", "optimizer.lr=1e-3,2e-3", "trainer.total_steps=100000", "hydra.sweep.dir=sweep"),
+        *("-m", "debug=fast", "tracking=none", "optimizer.lr=1e-3,2e-3", "trainer.total_steps=5000", "hydra.sweep.dir=sweep"),
         "hydra.launcher.slots=1",
     )
     job = cli.directory / "sweep" / "0_lr0.001"

@@ -83,7 +83,9 @@ def test_a_second_ctrl_c_stops_now(whole, tmp_path):
 
 def test_max_seconds_ends_in_time_after_a_save(tmp_path):
     limit = 25
-    stopped = command(tmp_path, *JOB, "trainer.total_steps=100000", f"trainer.max_seconds={limit}", "hydra.run.dir=run")
+    stopped = command(
+        tmp_path, *JOB, "trainer.total_steps=20000", "parallelism.compile=false", f"trainer.max_seconds={limit}", "hydra.run.dir=run"
+    )
     assert stopped.wait(90) == 75, stopped.text
     status = read_status(tmp_path / "run")
     assert status["state"] == "interrupted"
