@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,23 @@ class ChatTemplate:
 
     def _answer(self, conversation: Conversation, text: str, i: int) -> tuple[int, int]:
         """The span of assistant message `i`: from the end of the prompt that asks for it to the end of its turn."""
-        asked, turn = self._prefix(conversation, text, i, ask=True), self._prefix(conversation, text, i + 1)
+        turn, message = self._prefix(conversation, text, i + 1), conversation.messages[i]
+        if i > 0 or message.thinking or message.tool_calls:
+            asked = self._prefix(conversation, text, i, ask=True)
+        else:  # no chat asks for a greeting, and templates refuse to render none
+            asked = self._content(conversation, text, i, 0, turn)
         if turn < asked:
             raise ValueError(f"message {i + 1}: the chat template renders no more of it than the prompt that asks for it; {_REMEDY}")
         return asked, self._end_of_turn(text, asked, turn)
 
     def _other(self, conversation: Conversation, text: str, i: int) -> tuple[int, int]:
         """The span of a message that is not the assistant's and yet to be learnt (`loss`: true): its content to the end of its turn."""
-        begin, stop = self._prefix(conversation, text, i), self._prefix(conversation, text, i + 1)
+        stop = self._prefix(conversation, text, i + 1)
+        place = self._content(conversation, text, i, self._prefix(conversation, text, i), stop)
+        return place, self._end_of_turn(text, place, stop)
+
+    def _content(self, conversation: Conversation, text: str, i: int, begin: int, stop: int) -> int:
+        """Where the content of message `i` begins, whose turn is text[begin:stop]."""
         message = conversation.messages[i]
         marked = replace(conversation, messages=[*conversation.messages[:i], replace(message, content=_PLACE)])
         # from where the content stands: a short one may be found in the header of the turn too
@@ -198,7 +208,7 @@ class ChatTemplate:
         place = text.find(message.content.strip(), header, stop) if header >= 0 else -1
         if place < 0:
             raise ValueError(f"message {i + 1}: the chat template changes its content, so its `loss` cannot be taken")
-        return place, self._end_of_turn(text, place, stop)
+        return place
 
     def _end_of_turn(self, text: str, start: int, stop: int) -> int:
         """`stop` without the white space after the token that ends the turn, where one does."""
@@ -357,9 +367,9 @@ def _as_dict(message: Message) -> dict[str, Any]:
         {
             "type": "function",
             "function": {"name": call["name"], "arguments": call["arguments"]},
-            **({"id": call["id"]} if "id" in call else {}),
+            **({} if identity is None else {"id": identity}),
         }
-        for call in message.tool_calls
+        for call, identity in zip_longest(message.tool_calls, message.call_ids)  # calls made on the spot have none
     ]
     values = {
         "role": message.role,

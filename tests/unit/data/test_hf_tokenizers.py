@@ -214,6 +214,24 @@ CALLS = {
     ],
     "tools": [{"type": "function", "function": {"name": "add", "description": "Adds <a> & é"}}],
 }
+
+
+def test_a_template_gets_the_ids_of_calls(load, tmp_path):
+    """Mistral's refuses a chat without them."""
+    call = "'[' ~ call.id ~ call.function.name ~ call.function.arguments | tojson ~ ']'"
+    calls = "{% for call in message.tool_calls or [] %}{{ " + call + " }}{% endfor %}"
+    (tmp_path / "ids.jinja").write_text(made.CHATML.replace("+ '<|im_end|>' +", "}}" + calls + "{{ '<|im_end|>' +"))
+    made_call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    record = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [made_call]}]
+    assert supervised_text(load("chatml", str(tmp_path / "ids.jinja")), record) == "[abcdefghiadd{}]<|im_end|>"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("chatml", "hello<|im_end|>|c<|im_end|>"), ("llama3", "hello<|eot_id|>|c<|eot_id|>")])
+def test_a_greeting_before_the_first_question_is_learnt_without_its_header(load, name, expected):
+    record = [{"role": "assistant", "content": "hello"}, *chat("c", "b")]
+    assert supervised_text(load(name), record) == expected
+
+
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
