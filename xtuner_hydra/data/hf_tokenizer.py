@@ -24,7 +24,7 @@ from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_text
 
 _KEY = "model.tokenizer"
-_VERSION = 2
+_VERSION = 3
 """Raise it when the same tokenizer and template would give other ids or labels."""
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -36,10 +36,11 @@ _NO_TEMPLATE = "the tokenizer has no chat template; give one with model.chat_tem
 
 
 class HFTokenizer:
-    """The tokenizer in `directory`. `chosen`: model.chat_template. Raises ConfigError for one that cannot be loaded or used."""
+    """The tokenizer in `directory`. `chosen`: model.chat_template; family: of the model, which has a say in what transformers makes of the files.
+    Raises ConfigError for one that cannot be loaded or used."""
 
-    def __init__(self, directory: Path, source: str, chosen: str | None = None) -> None:
-        loaded = _load(directory, source)
+    def __init__(self, directory: Path, source: str, chosen: str | None = None, family: str | None = None) -> None:
+        loaded = _load(directory, source, family)
         backend = loaded.backend_tokenizer
         self._before, self._after = _around(backend)
         self._backend = _bare(backend)
@@ -203,12 +204,13 @@ class HFTokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _load(directory: Path, source: str) -> Any:
-    """transformers' fast tokenizer of a directory; never code from there."""
-    from transformers import AutoTokenizer
+def _load(directory: Path, source: str, family: str | None) -> Any:
+    """transformers' fast tokenizer of a directory, as it will be beside an export's config.json; never code from there."""
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        beside = AutoConfig.for_model(family) if family else None  # for qwen2, another class than tokenizer_config.json names
+        loaded = AutoTokenizer.from_pretrained(directory, config=beside, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(_KEY, source, f"transformers cannot load the tokenizer ({type(error).__name__}: {_first_line(error)})") from None
     if not getattr(loaded, "is_fast", False):

@@ -153,7 +153,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         return _byte(model, own)
     from xtuner_hydra.data.hf_tokenizer import HFTokenizer
 
-    return HFTokenizer(directory, source, model.chat_template)
+    return HFTokenizer(directory, source, model.chat_template, model.family)
 
 
 def tokenizer_directory(source: str) -> Path:
