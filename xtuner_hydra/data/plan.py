@@ -90,6 +90,10 @@ def select_samples(
     learnt = supervised_tokens(cache, samples, np.zeros_like(stops), stops) > 0
     used = keep & learnt
     if not used.any():
+        if among is not None and not len(samples):
+            raise DataError(
+                f"{key}: {', '.join(map(str, cache.files))}: data.eval_ratio holds out every sample of it; lower that, or hold out a file"
+            )
         raise _nothing_left(cache, keep, key)
     lost = {"truncated": overlong & used, "dropped": ~keep, "unsupervised": keep & ~learnt}
     counts = {name: int(which.sum()) for name, which in lost.items()}
@@ -236,7 +240,7 @@ class TrainPlan:
 def eval_packs(selection: Selection, data: DataConfig) -> Packs:
     """Held-out samples in few packs, in their order, the same ones whatever the training's packing; sample numbers are the cache's."""
     if data.pack_strategy == "hard":  # its samples may be longer than any pack
-        packs = packing.hard(selection.lengths, data.pack_max_length, None)
+        packs = packing.hard(selection.lengths, EVAL_PACK, None)
         packs = packs.take(np.flatnonzero(packs.lengths > 1))
     else:
         packs = packing.best_fit(selection.lengths, max(EVAL_PACK, int(selection.lengths.max())), None)

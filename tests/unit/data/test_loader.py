@@ -7,7 +7,7 @@ from chats import cache_of, chat
 from xtuner_hydra.config.schema import DataConfig, TrainerConfig
 from xtuner_hydra.data import loader
 from xtuner_hydra.data.loader import eval_batches, step_batch, train_batches
-from xtuner_hydra.data.plan import TrainPlan, select_samples, training_limit
+from xtuner_hydra.data.plan import EVAL_PACK, TrainPlan, select_samples, training_limit
 
 DATA = DataConfig(path="x", pack_max_length=128)
 
@@ -97,12 +97,14 @@ def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(cache, pl
     )
 
 
-def test_evaluation_with_hard_cuts_sees_every_token_but_the_packs_firsts_as_a_label(cache):
-    data = DataConfig(path="x", pack_max_length=64, pack_strategy="hard")
+@pytest.mark.parametrize("pack_max_length", [64, 1000])
+def test_evaluation_with_hard_cuts_sees_the_same_labels_whatever_the_training_s_packs(cache, pack_max_length):
+    """Every token that is to be learnt but the first of each pack of held-out data."""
+    data = DataConfig(path="x", pack_max_length=pack_max_length, pack_strategy="hard")
     selection = select_samples(cache, data, training_limit(data), seed=1, sample_ratio=1.0, key="data.eval_path")
     stream = [
         (token, learnt) for sample in range(len(cache)) for token, learnt in zip(cache.ids(sample), cache.supervised(sample), strict=True)
     ]
-    expected = [int(token) for place, (token, learnt) in enumerate(stream) if learnt and place % 64]
+    expected = [int(token) for place, (token, learnt) in enumerate(stream) if learnt and place % EVAL_PACK]
     found = [target for batch in eval_batches(cache, selection, data, dp_rank=0, dp_size=1) for target in batch.targets.tolist()]
     assert sorted(found) == sorted(expected)
