@@ -245,10 +245,15 @@ def window(config: HFConfig) -> int | None:
     if kinds == ["full_attention"]:
         return None
     if kinds == ["sliding_attention"] and used:
-        return config.size("sliding_window", 4096)
+        return window_size(config)
     raise config.unsupported(
         f"a mixture of attentions over the layers ({', '.join(kinds)}; use_sliding_window, max_window_layers, layer_types)"
     )
+
+
+def window_size(config: HFConfig) -> int | None:
+    """`sliding_window` of a model that uses it: null is none, and left out it is 4,096."""
+    return config.size("sliding_window", 4096) if config.values.get("sliding_window", 4096) is not None else None
 
 
 def write_window(model: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Mistral 7B: Llama with a sliding window in every layer (v0.1), or without (v0.2 and later)."""
 
-from xtuner_hydra.model.families.family import Family, HFConfig
+from xtuner_hydra.model.families.family import Family, HFConfig, window_size
 
 
 def _window(config: HFConfig) -> int | None:
@@ -8,7 +8,7 @@ def _window(config: HFConfig) -> int | None:
     kinds = set(config.names("layer_types"))
     if len(kinds) > 1:
         raise config.unsupported(f"a mixture of attentions over the layers (layer_types {', '.join(sorted(kinds))})")
-    return config.size("sliding_window", 4096) if config.values.get("sliding_window", 4096) is not None else None
+    return window_size(config)
 
 
 FAMILY = Family(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from xtuner_hydra.config.schema import ModelConfig, MoEConfig
-from xtuner_hydra.model.families.family import Family, HFConfig, Piece, biased, whole
+from xtuner_hydra.model.families.family import Family, HFConfig, Piece, biased, whole, window_size
 
 
 def _read_moe(config: HFConfig) -> MoEConfig:
@@ -28,7 +28,7 @@ def _read_moe(config: HFConfig) -> MoEConfig:
 
 def _window(config: HFConfig) -> int | None:
     """Unlike the dense Qwen3, all layers have it or none."""
-    return config.size("sliding_window", 4096) if config.switch("use_sliding_window") else None
+    return window_size(config) if config.switch("use_sliding_window") else None
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
