@@ -1,4 +1,4 @@
-"""The records of a file, in parts that different processes can read: JSON Lines (plain, .gz, .zst), a JSON array (.json), Parquet.
+"""The records of a file, in parts that different processes can read: JSON Lines or, in a .json, a JSON array (plain, .gz, .zst), Parquet.
 
 Parquet and .zst need pyarrow (the extra `data`). A record has a number by which people find it: its line, or its row in Parquet.
 A file of lines is never held as a whole, whatever its lines; a JSON array is, and so is a row group of Parquet."""
@@ -6,10 +6,11 @@ A file of lines is never held as a whole, whatever its lines; a JSON array is, a
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,13 +22,15 @@ from xtuner_hydra.errors import DataError
 ROWS = 50_000
 """Rows of Parquet that are read at once."""
 
+_COMPRESSED = (".gz", ".zst")
+
 
 @dataclass(frozen=True)
 class Part:
     """Bytes [start, stop) of a file, or rows [start, stop) of a Parquet file's row group.
 
     size: bytes on the disk, about, for a progress bar. content: what stands there, where it cannot be read from the middle of the file
-    (start and stop are 0 then); BadLine for a line that is too long to be kept."""
+    (start and stop are 0 then); BadLine for a line that is too long to be kept. is_array: the content is a JSON array, not lines."""
 
     file: Path
     start: int
@@ -35,6 +38,7 @@ class Part:
     size: int
     content: bytes | BadLine | None = None
     row_group: int = 0
+    is_array: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ def split(file: Path, size: int) -> Iterator[Part]:
     """`file` in parts of about `size` bytes, in order. Raises DataError where it cannot be read."""
     if file.suffix == ".parquet":
         yield from _rows_of(file)
-    elif file.suffix in (".gz", ".zst"):
+    elif ".json" in (file.suffix, file.with_suffix("").suffix) and (array := _array(file)) is not None:
+        yield Part(file, 0, 0, file.stat().st_size, array, is_array=True)
+    elif file.suffix in _COMPRESSED:
         yield from _decompressed(file, size)
-    elif file.suffix == ".json" and (array := _array(file)) is not None:
-        yield Part(file, 0, 0, len(array), array)
     else:
         for start, stop in chunks(file, size):
             yield Part(file, start, stop, stop - start)
@@ -70,7 +74,7 @@ def records(part: Part) -> Records:
     if part.file.suffix == ".parquet":
         rows = _read_rows(part)
         return Records(list(enumerate(rows, 1)), len(rows))
-    if part.file.suffix == ".json" and isinstance(part.content, bytes):
+    if part.is_array and isinstance(part.content, bytes):
         return Records(list(_items(part.content)), part.content.count(b"\n"))
     pairs: list[tuple[int, Any]] = []
     count = 0
@@ -87,20 +91,32 @@ def records(part: Part) -> Records:
 def _decompressed(file: Path, size: int) -> Iterator[Part]:
     """Whole lines, decompressed one after the other: such a file has no middle to start from."""
     told, on_disk = 0, file.stat().st_size
+    with _opened(file) as (stream, raw):
+        for block in blocks(stream.read, size, begins_file=True):
+            read = min(raw.tell(), on_disk)
+            yield Part(file, 0, 0, read - told, block)
+            told = read
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """(what the file holds, decompressed; the file itself). Raises DataError where it cannot be read."""
     try:
-        with file.open("rb") as raw, _decompressor(file, raw) as stream:
-            for block in blocks(stream.read, size, begins_file=True):
-                read = min(raw.tell(), on_disk)
-                yield Part(file, 0, 0, read - told, block)
-                told = read
+        with file.open("rb") as raw:
+            if file.suffix not in _COMPRESSED:
+                yield raw, raw
+                return
+            with _unpacked(file, raw) as stream:
+                yield stream, raw
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{file} cannot be decompressed: {error}") from None
+        what = "decompressed" if file.suffix in _COMPRESSED else "read"
+        raise DataError(f"{file} cannot be {what}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _decompressor(file: Path, raw: Any) -> Any:
+def _unpacked(file: Path, raw: BinaryIO) -> Any:
     if file.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    return _pyarrow(file).CompressedInputStream(raw, "zstd")
+    return io.BufferedReader(_pyarrow(file).CompressedInputStream(raw, "zstd"))
 
 
 def _rows_of(file: Path) -> Iterator[Part]:
@@ -162,28 +178,19 @@ def _pyarrow(file: Path) -> Any:
 
 
 def _array(file: Path) -> bytes | None:
-    """The content of a .json file that is one list of records; None for one that holds a record a line (each perhaps a list of messages)."""
-    try:
-        with file.open("rb") as stream:
-            if not _begins_list(stream):
-                return None
-            first = stream.readline().rstrip()
-            if first.endswith(b"]") and (not _is_records(first) or any(not line.isspace() for line in stream)):
-                return None
-            stream.seek(0)
-            return stream.read().removeprefix(BYTE_ORDER_MARK)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _begins_list(stream: BinaryIO) -> bool:
-    """Whether the first character that is not blank is a [; the stream stands before it then."""
-    if stream.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
-        stream.seek(0)
-    while (character := stream.read(1)).isspace():
-        pass
-    stream.seek(-len(character), os.SEEK_CUR)
-    return character == b"["
+    """The content of a file that is one list of records; None for one that holds a record a line (each perhaps a list of messages)."""
+    with _opened(file) as (stream, _):
+        first = b""
+        while not first and (line := stream.readline(LINE_BYTES)):
+            first = line.removeprefix(BYTE_ORDER_MARK).strip()
+        if not first.startswith(b"["):
+            return None
+        if not line.endswith(b"\n"):
+            first += stream.readline().rstrip()
+        if first.endswith(b"]") and (not _is_records(first) or any(not line.isspace() for line in stream)):
+            return None
+    with _opened(file) as (stream, _):
+        return stream.read().removeprefix(BYTE_ORDER_MARK)
 
 
 def _is_records(line: bytes) -> bool:

@@ -31,14 +31,20 @@ def jsonl(path):
 
 
 def gz(path):
-    path.write_bytes(gzip.compress(jsonl(path.with_suffix("")).read_bytes()))
-    return path
+    return compressed(path, jsonl(path.with_suffix("")).read_bytes())
 
 
 def zst(path):
-    pyarrow = pytest.importorskip("pyarrow")
-    with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
-        stream.write(jsonl(path.with_suffix("")).read_bytes())
+    return compressed(path, jsonl(path.with_suffix("")).read_bytes())
+
+
+def compressed(path, content):
+    """`content` in a file that is what its name says."""
+    if path.suffix == ".zst":
+        with pytest.importorskip("pyarrow").CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
@@ -70,19 +76,28 @@ def test_what_parquet_fills_up_with_null_is_not_in_the_record(tmp_path):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_of_records_has_the_lines_where_they_start(tmp_path, indent):
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+def test_a_json_array_of_records_has_the_lines_where_they_start(tmp_path, name, indent):
     wrapped = [{"messages": record} for record in RECORDS]
-    (tmp_path / "a.json").write_text("\n\n" + json.dumps(wrapped, indent=indent))
-    found = read(tmp_path / "a.json")
+    text = "\ufeff\n\n" + json.dumps(wrapped, indent=indent)
+    found = read(compressed(tmp_path / name, text.encode()))
     assert [record for _, record in found] == wrapped
-    lines = (tmp_path / "a.json").read_text().splitlines()
+    lines = text.splitlines()
     assert all(lines[number - 1].lstrip().startswith(("{", "[{")) for number, _ in found)
     assert len({number for number, _ in found}) == (len(wrapped) if indent else 1)
 
 
-def test_one_conversation_in_a_json_file_is_no_array_of_records(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(RECORDS[0]))
-    assert read(tmp_path / "a.json") == [(1, RECORDS[0])]
+@pytest.mark.parametrize("limit", [16, 16 << 20])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_one_conversation_in_a_json_file_is_no_array_of_records(tmp_path, monkeypatch, name, limit):
+    monkeypatch.setattr(readers, "LINE_BYTES", limit)
+    assert read(compressed(tmp_path / name, json.dumps(RECORDS[0]).encode())) == [(1, RECORDS[0])]
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.json.zst"])
+def test_lines_in_a_compressed_json_file_are_still_read_in_parts(tmp_path, name):
+    content = jsonl(tmp_path / "lines").read_bytes()
+    assert len(list(split(compressed(tmp_path / name, content), 300))) > 5
 
 
 def test_blank_lines_and_a_byte_order_mark_in_a_compressed_file(tmp_path):
