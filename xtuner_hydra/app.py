@@ -493,12 +493,15 @@ def _readable_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         # Hydra's advice would be to force the key in
         if (key := re.match(r"Could not override '([\w.]+)'", str(error))) and key[1] in known_keys():
-            parent = key[1].rpartition(".")[0]
+            unknown, parent = str(getattr(error.__cause__, "full_key", key[1])), key[1].rpartition(".")[0]
+            if unknown not in known_keys():
+                raise unknown_key(unknown, "the command line") from None
             raise RefusedError(
                 f"{key[1]}: there is no {parent} here to set a part of; set it whole: '{parent}={{KEY:VALUE,...}}'"
             ) from None
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip() and not _is_advice(line)]
-        raise RefusedError("config: " + " ".join(lines[:2])) from None
+        culprit = getattr(error.__cause__, "full_key", None)  # for a value that does not fit, Hydra's own words tell the override only
+        raise RefusedError(f"{culprit or 'config'}: {' '.join(lines[:2])}") from None
 
 
 def _is_advice(line: str) -> bool:

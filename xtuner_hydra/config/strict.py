@@ -9,7 +9,8 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -71,6 +72,7 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
         for key in targets(plain):
             raise unknown_key(key, where(key))
         _refuse_bad_sources(plain, where)
+        _refuse_misplaced(plain, Config, "", where)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
         config = OmegaConf.to_object(merged)
@@ -187,6 +189,36 @@ def _refuse_bad_sources(plain: Any, where: Callable[[str], str]) -> None:
             ) from None
         except ValidationError as error:
             raise RefusedError(f"{prefix}.{error.full_key}: {_first_line(error)} (set in {set_in})") from None
+
+
+def _refuse_misplaced(values: Any, schema: type, prefix: str, where: Callable[[str], str]) -> None:
+    """Refuse, by its full key, a value where a group of keys belongs, a group where a value does, and a list or its absence; OmegaConf
+    does not always tell the key."""
+    hints = get_type_hints(schema)
+    for name, value in values.items():
+        key, kinds = f"{prefix}{name}", _kinds(hints.get(name))
+        group = next(filter(is_dataclass, kinds), None)
+        if not kinds or Any in kinds or value == "???":
+            continue  # unknown keys and missing values are refused elsewhere
+        if group is not None and isinstance(value, dict):
+            _refuse_misplaced(value, group, f"{key}.", where)
+        elif group is not None and not (value is None and type(None) in kinds):
+            names = ", ".join(field.name for field in fields(group))
+            raise RefusedError(f"{key}: must be a group of keys ({names}), got {value!r} (set in {where(key)})")
+        elif isinstance(value, dict) and dict not in kinds:
+            raise RefusedError(f"{key}: must be {' or '.join(map(_spoken, kinds))}, got the group {value!r} (set in {where(key)})")
+        elif list in kinds and not isinstance(value, list) and type(value) not in kinds:
+            raise RefusedError(f"{key}: must be a list, got {value!r} (set in {where(key)})")
+
+
+def _kinds(hint: Any) -> list[type]:
+    """The types that a hint allows: of `list[int] | None`, list and NoneType."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    return [get_origin(part) or part for part in parts if part is not None]
+
+
+def _spoken(kind: type) -> str:
+    return {type(None): "null", str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}[kind]
 
 
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:

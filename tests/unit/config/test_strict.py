@@ -55,6 +55,14 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
         ("model.rope_scaling={rope_type:linear,factor:0.5}", "at least 1"),
         ("model.rope_scaling.factr=4", "Did you mean model.rope_scaling.factor?"),
         ("model.sliding_window=0", "at least 1"),
+        ("tracking.wandb=false", "tracking.wandb: must be a group of keys (enabled, mode,"),
+        ("model.lora=5", "model.lora: must be a group of keys (rank, alpha,"),
+        ("model.moe=[1]", "model.moe: must be a group of keys (num_experts,"),
+        ("model.lora={rnk: 8}", "model.lora.rnk: there is no such key (set in the command line). Did you mean model.lora.rank?"),
+        ("sweep.params={foo: 1}", "sweep.params.foo: there is no such key"),
+        ("optimizer.betas=5", "optimizer.betas: must be a list, got 5 (set in the command line: optimizer.betas=5)"),
+        ("optimizer.lr={a: 1}", "optimizer.lr: must be a number, got the group {'a': 1}"),
+        ("trainer.freeze={a: 1}", "trainer.freeze: "),
     ],
 )
 def test_refusals_name_culprit_and_remedy(override, words):
@@ -69,7 +77,8 @@ def test_refusals_name_culprit_and_remedy(override, words):
         ("[{path: a,sample_ratio: x}]", "data.sources[0].sample_ratio: Value 'x' of type 'str' could not be converted to Float"),
         ("[{path: a,sample_ratio: -1}]", "data.sources[0].sample_ratio=-1.0: must be a number above 0 (set in the command line"),
         ("[a]", "data.sources[0]: must be {path, format, sample_ratio}, got 'a'"),
-        ("a", "data.sources"),
+        ("a", "data.sources: must be a list, got 'a'"),
+        ("{path: a}", "data.sources: must be a list or null, got the group {'path': 'a'}"),
         ("[]", "data.path: needs a value"),
     ],
 )
