@@ -134,12 +134,16 @@ class Trainer:
 
     def complete_step(self) -> None:
         """Whatever is due after the step just taken, and not done yet."""
+        is_saved, known = self.saver.step == self.state.step, self.state.evaluation
         if self.due(self.config.trainer.eval_interval):
             if not self.state.evaluation:
                 self.evaluate()
             if not self.state.sampled:
                 self.sample()
-        if self.due(self.config.checkpoint.interval) and self.saver.step != self.state.step:
+        interval = self.config.checkpoint.interval
+        # a checkpoint that a signal called for before its step's evaluation; the best one is chosen by that
+        is_news = is_saved and interval is not None and self.state.evaluation != known
+        if is_news or (not is_saved and self.due(interval)):
             self.save()
         if self.due(self.config.checkpoint.hf_interval) and self.exported != self.state.step:
             self.export()

@@ -181,6 +181,8 @@ def with_trackers(trainer: Trainer) -> None:
             overrides=read_overrides(trainer.run_dir),
             total_steps=trainer.total_steps,
             start_step=step or 0,
+            evaluated=bool(trainer.state.evaluation),
+            sampled=trainer.state.sampled,
             samples=bool(config.trainer.sample_prompts),
         )
         for row in read(trainer.run_dir / "metrics.jsonl"):  # a run that has nothing left to do has its last metrics too

@@ -7,6 +7,8 @@ import pytest
 from conftest import CommandLine, read_rows, read_status
 from exactness import assert_same, trajectory
 
+from xtuner_hydra.files import checksum
+
 JOB = (
     "debug=fast",
     "trainer.total_steps=6",
@@ -122,6 +124,43 @@ def test_prompts_are_answered_once_a_step(whole):
         assert done.code == 0, done.text
     lines = (whole.directory / "asks" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["train/step"] for line in lines] == [1, 2]
+
+
+def test_what_a_step_was_saved_without_is_done_once_and_saved_too(whole):
+    """A signal during an evaluation saves the step without it; a crash after the next evaluation leaves a row that no checkpoint knows."""
+    job = (
+        "debug=fast",
+        "trainer.total_steps=2",
+        "checkpoint.hf_interval=null",
+        "tracking=none",
+        "trainer.sample_prompts=[a]",
+        "hydra.run.dir=late",
+    )
+    assert whole(*job, "trainer.sample_tokens=2").code == 0
+    run = whole.directory / "late"
+    evaluation, rows, samples = change_state(run, 2, evaluation={}, sampled=False)["evaluation"], read_rows(run), samples_of(run)
+    (run / "status.json").unlink()
+    done = whole(*job, "trainer.sample_tokens=2", "checkpoint.resume=auto")
+    assert done.code == 0, done.text
+    assert read_rows(run) == rows
+    assert samples_of(run) == samples
+    assert change_state(run, 2)["evaluation"] == evaluation
+
+
+def samples_of(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def change_state(run, step, **values):
+    """Make a checkpoint one that was taken in another state; returns the state it had."""
+    checkpoint = run / "checkpoints" / f"step-{step}"
+    file, manifest = checkpoint / "state.json", checkpoint / "manifest.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"state": before["state"] | values}))
+    listed = json.loads(manifest.read_text())
+    listed["files"]["state.json"] = {"size": file.stat().st_size, "crc32": checksum(file)}
+    manifest.write_text(json.dumps(listed))
+    return before["state"]
 
 
 def test_another_trajectory_is_accepted_where_it_is_named(whole):

@@ -19,17 +19,20 @@ def build_trackers(
     overrides: list[str],
     total_steps: int,
     start_step: int,
+    evaluated: bool = True,
+    sampled: bool = True,
     samples: bool = False,
 ) -> Trackers:
     """The trackers of a run, for its first rank only.
 
     resolved: the whole config, for W&B and TensorBoard's hyper-parameters. start_step: the step that a resumed run goes on from, 0 for a new
-    one; later rows are dropped. samples: whether there will be any."""
+    one; later rows are dropped. evaluated, sampled: whether that step was when it was saved; if not, it will be again, and rows of it are
+    dropped too. samples: whether there will be any."""
     trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step)]
     if config.jsonl:
-        trackers.append(JsonlTracker(run_dir / "metrics.jsonl", start_step))
+        trackers.append(JsonlTracker(run_dir / "metrics.jsonl", start_step, finished=evaluated))
     if samples:
-        trackers.append(SampleTracker(run_dir / "samples.jsonl", start_step))
+        trackers.append(SampleTracker(run_dir / "samples.jsonl", start_step, finished=sampled))
     if config.tensorboard:
         from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
 

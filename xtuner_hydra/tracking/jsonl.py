@@ -12,12 +12,12 @@ from xtuner_hydra.tracking.base import Row, Sample
 
 
 class _Lines:
-    """A file that grows by a line at a time; a resumed run goes on after `start_step`."""
+    """A file that grows by a line at a time; a resumed run goes on after `start_step`. finished: whether what follows that step has been done."""
 
     required = True
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        truncate_after(path, start_step)
+    def __init__(self, path: Path, start_step: int, *, finished: bool = True) -> None:
+        truncate_after(path, start_step, finished=finished)
         self.file = path.open("a", encoding="utf-8")
 
     def append(self, value: dict[str, Any]) -> None:
@@ -86,8 +86,14 @@ class Tail:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run will write again, and a line cut short. Atomic."""
+def truncate_after(path: Path, step: int, *, finished: bool = True) -> None:
+    """Drop the rows after `step`, which a resumed run will write again, and a line cut short; where the step is not `finished`, what follows its
+    own row too: its evaluation or samples. Atomic."""
+
+    def stays(row: Row) -> bool:
+        place = row["train/step"] or 0
+        return place < step or (place == step and (finished or "train/loss" in row))
+
     if path.exists():
-        kept = [row for row in read(path) if (row["train/step"] or 0) <= step]
+        kept = [row for row in read(path) if stays(row)]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

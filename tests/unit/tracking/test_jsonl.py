@@ -41,6 +41,14 @@ def test_what_a_resumed_run_keeps_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_step_that_was_saved_before_its_evaluation_keeps_its_own_row_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"train/step": 1, "eval/loss": 3.0}, {"train/step": 2, "train/loss": 2.0}, {"train/step": 2, "eval/loss": 2.5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    JsonlTracker(path, 2, finished=False).finish("completed", 0)
+    assert read(path) == rows[:2]
+
+
 def test_a_new_run_keeps_no_row_of_an_earlier_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"train/step": 1}\n')
