@@ -24,6 +24,9 @@ _TOKEN_WORK = 16384  # a token's matrix products cost about as much as attending
 EVAL_PACK = 2048
 """Tokens in a pack of held-out data, unless a sample is longer; without gradients it needs little memory."""
 
+COUNTED = 2_000_000
+"""Samples, over all epochs, that are packed at most only to count tokens: some seconds."""
+
 EXAMPLES = 3
 """Samples of each kind of loss that are told by name."""
 
@@ -193,9 +196,17 @@ class TrainPlan:
         start, stop = self._starts[epoch : epoch + 2]
         return epoch + (step - start) / (stop - start)
 
+    @property
+    def is_countable(self) -> bool:
+        """Whether total_tokens is exact."""
+        epochs = -(-self.total_steps // self._steps_in(0))
+        return epochs * (len(self.selection.samples) + 500) <= COUNTED  # an epoch costs as much as 500 samples however few it has
+
     @cached_property
     def total_tokens(self) -> int:
-        """Tokens of all steps."""
+        """Tokens of all steps; in a run of very many epochs about, or counting them would take minutes."""
+        if not self.is_countable:
+            return self.expected_tokens
         total = done = epoch = 0
         while done < self.total_steps:
             steps = min(self._steps_in(epoch), self.total_steps - done)

@@ -50,7 +50,7 @@ def describe(prepared: Prepared) -> list[str]:
         _line("model", f"{config.model.family}, {sizes.total / 1e6:.2f} M parameters{_trained(sizes)}"),
         _line("ranks", f"{prepared.ranks} ({config.parallelism.param_dtype} compute, fp32 master weights)"),
         _line("steps", f"{data.plan.total_steps} ({config.trainer.global_batch_size} packs a step over all ranks)"),
-        _line("tokens", f"{data.plan.total_tokens:,}"),
+        _line("tokens", f"{'' if data.plan.is_countable else 'about '}{data.plan.total_tokens:,}"),
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
         _line("memory", f"{_gb(sizes.state_bytes / prepared.ranks)} GB a rank for weights, gradients and moments, activations apart"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
+        self.inode: int | None = None
 
     def read(self) -> list[Row]:
-        """The rows that have been added since the last call. A file that a resumed run has cut is read from where it was cut."""
+        """The rows that have been added since the last call; all of them where a resumed run has put a shorter file in the place of the old one."""
         try:
             with self.path.open("rb") as file:
-                self.offset = min(self.offset, file.seek(0, 2))
+                if self.inode != (inode := os.fstat(file.fileno()).st_ino):
+                    self.inode, self.offset = inode, 0
                 file.seek(self.offset)
                 whole, _, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:

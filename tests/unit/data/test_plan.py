@@ -80,6 +80,13 @@ def test_expected_tokens_take_all_epochs_for_the_first(cache):
     assert plan_of(cache, epochs=1, batch=1).expected_tokens == plan_of(cache, epochs=1, batch=1).total_tokens
 
 
+def test_the_tokens_of_very_many_epochs_are_estimated_and_not_counted(cache):
+    endless, exact = plan_of(cache, total_steps=10_000_000), plan_of(cache, total_steps=1000)
+    assert exact.is_countable
+    assert not endless.is_countable
+    assert endless.total_tokens == pytest.approx(10_000 * exact.total_tokens, rel=0.05)
+
+
 @pytest.mark.parametrize("strategy", ["best_fit", "soft", "hard", "none"])
 def test_an_epoch_holds_every_sample_and_the_next_has_another_order(cache, strategy):
     plan = plan_of(cache, pack_strategy=strategy, epochs=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from xtuner_hydra.errors import TrainingError
-from xtuner_hydra.tracking.jsonl import JsonlTracker, SampleTracker, read
+from xtuner_hydra.tracking.jsonl import JsonlTracker, SampleTracker, Tail, read
 
 
 def test_rows_keep_full_precision_and_can_be_read_at_once(tmp_path):
@@ -64,6 +64,25 @@ def test_a_full_disk_stops_the_run(tmp_path):
         tracker.log({"train/step": 1})
     with pytest.raises(OSError, match="No space left"):
         tracker.finish("failed", 1)
+
+
+def test_a_follower_hears_each_row_and_begins_again_with_a_file_that_a_resumed_run_has_cut_and_regrown(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    tracker = JsonlTracker(path, 0)
+    tracker.log({"train/step": 1, "train/loss": 2.5})
+    tracker.log({"train/step": 2, "train/loss": 2.25})
+    assert [row["train/step"] for row in tail.read()] == [1, 2]
+    tracker.file.write('{"train/step": 3')
+    tracker.file.flush()
+    assert tail.read() == []
+    tracker.finish("interrupted", 130)
+    resumed = JsonlTracker(path, 1)
+    for step in (2, 3, 4):  # longer rows than the first time: the old place would be in the middle of one
+        resumed.log({"train/step": step, "train/loss": 1.0, "train/grad_norm": 0.123456789})
+    assert [row["train/step"] for row in tail.read()] == [1, 2, 3, 4]
+    assert tail.read() == []
 
 
 def test_no_file_has_no_rows(tmp_path):
