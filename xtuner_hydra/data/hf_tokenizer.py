@@ -167,9 +167,9 @@ class HFTokenizer:
         )
 
     def _spaces(self, ids: list[int]) -> int:
-        """Spaces at the beginning, as tokenizers in SentencePiece's manner write them; 0 for others."""
+        """Spaces at the beginning, as tokenizers in the manner of SentencePiece (▁) and of byte-level BPE (Ġ) write them."""
         text = "".join(str(self._backend.id_to_token(number)) for number in ids[:8])
-        return len(text) - len(text.lstrip("▁"))
+        return len(text) - len(text.lstrip("▁Ġ"))
 
     def _ids(self, text: str) -> list[int]:
         """The ids of a text; those of short ones, such as the header of a turn, are remembered."""

@@ -11,7 +11,8 @@ import pytest
 from chats import chat, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer
 
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data import cache as cache_module
@@ -486,6 +487,18 @@ def test_where_such_a_tokenizer_is_cut_it_adds_no_space(tmp_path, prepend):
             tokenizer._in_pieces(tokenizer.template.spans(parse_openai(chat(answer))))
 
 
+def test_a_byte_level_tokenizer_that_adds_a_space_is_not_cut_before_a_word(tmp_path):
+    """GPT-2's with add_prefix_space; ids of a piece that begins with a space are those of the whole."""
+    tokenizer = made.byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.save(tmp_path, tokenizer, made.NO_MARKERS.replace("Answer: ", "Answer:"), eos_token="<|endoftext|>")
+    ours = HFTokenizer(tmp_path, "here")
+    rendered = ours.template.spans(parse_openai(chat(" Hello.")))
+    assert ours._in_pieces(rendered)[0].tolist() == ours._backend.encode(rendered.text, add_special_tokens=False).ids
+    with pytest.raises(ValueError, match="cannot be cut there"):
+        ours._in_pieces(ours.template.spans(parse_openai(chat("Hello."))))
+
+
 def test_processes_that_tokenise_get_all_they_need(load):
     for name in ("chatml", "qwen3"):
         copy = pickle.loads(pickle.dumps(load(name)))
@@ -512,6 +525,21 @@ def test_an_export_has_the_same_files_and_the_original_template(directories, loa
         again.apply_chat_template(RECORDS[1], return_dict=True).input_ids
         == theirs(name).apply_chat_template(RECORDS[1], return_dict=True).input_ids
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_ids_are_those_that_the_export_s_tokenizer_gives_whatever_the_family(tmp_path, family):
+    """For qwen2 transformers takes a class of its own, which composes characters and splits digits, whatever tokenizer_config.json names."""
+    directory, export = tmp_path / "source", tmp_path / "export"
+    tokenizer = made.byte_level()
+    tokenizer.normalizer = normalizers.NFD()
+    made.save(directory, tokenizer, made.CHATML, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    used = load_tokenizer(model(tokenizer=str(directory), family=family))
+    used.save(export)
+    AutoConfig.for_model(family).save_pretrained(export)
+    record = chat("caf\u00e9 cafe\u0301 12345", "e\u0301?")
+    expected = AutoTokenizer.from_pretrained(export).apply_chat_template(record, return_dict=True).input_ids
+    assert used.encode(parse_openai(record))[0].tolist() == expected
 
 
 def test_a_template_of_ours_is_exported_where_there_is_no_original(load, tmp_path):

@@ -275,6 +275,14 @@ def test_mistral_without_the_key_has_a_window_and_with_null_none(tmp_path):
     assert read_hf_config(tmp_path)["sliding_window"] == 4096  # as MistralConfig has it
 
 
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_window_that_is_used_and_null_is_none(tmp_path, case):
+    make_checkpoint(tmp_path, case)
+    for value, expected in ((16, 16), (None, None)):
+        change_config(tmp_path, use_sliding_window=True, max_window_layers=0, layer_types=None, sliding_window=value)
+        assert read_hf_config(tmp_path)["sliding_window"] == expected
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "key"),
     [
