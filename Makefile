@@ -10,7 +10,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m xtuner_hydra model=qwen3_tiny data=openai_sft $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # Processes killed at random moments, full disks, ranks that hang.
 test-faults: $(VENV)/.installed

@@ -6,8 +6,13 @@ import pytest
 from conftest import QUIET, read_rows, read_status, stop, wait_for
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code", "ranks"),
+    [
+        *((signal.SIGINT, 130, 1), (signal.SIGTERM, 75, 1), (signal.SIGUSR1, 75, 1), (signal.SIGTERM, 75, 2)),
+        *(pytest.param(*case, marks=pytest.mark.faults) for case in [(signal.SIGINT, 130, 2), (signal.SIGUSR1, 75, 2)]),
+    ],
+)
 def test_a_signal_saves_and_marks_the_run_interrupted(cli, number, code, ranks):
     """To the command, or with two ranks to the launcher that passes it on."""
     run = cli.directory / "run"

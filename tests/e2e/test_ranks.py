@@ -38,7 +38,7 @@ def test_two_workers_compute_what_one_does(one):
     assert done.out.count("Step 3/3") == 1
 
 
-@pytest.mark.parametrize("extra", [[], ["parallelism.dp_replicate=2"]])
+@pytest.mark.parametrize("extra", [[], pytest.param(["parallelism.dp_replicate=2"], marks=pytest.mark.faults)])
 def test_torchrun_makes_one_run_directory(one, extra):
     name = f"torchrun{len(extra)}"
     done = one.torchrun(2, *JOB, *extra, f"hydra.run.dir=outputs/{name}")

@@ -50,7 +50,7 @@ def unmoved(job):
 @pytest.fixture(scope="module")
 def trained(job):
     """Four steps of the experiment, in bf16 where the machine has instructions for it: without them products take minutes."""
-    return job("trained", "trainer.total_steps=4", "trainer.epochs=null", "checkpoint=none")
+    return job("trained", "trainer.total_steps=4", "trainer.epochs=null", "trainer.global_batch_size=1", "checkpoint=none")
 
 
 def reference_loss(directory, run_dir, dtype):

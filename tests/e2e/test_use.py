@@ -67,7 +67,7 @@ def test_samples_are_in_the_log_the_report_and_wandb(job):
     assert content["data"] == [[sample["prompt"], sample["text"]] for sample in read_samples(job.run)[2:]]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_samples_change_no_bit_of_training(job, ranks):
     runs = []
     for name, more in (("with", SAMPLED), ("without", ())):

@@ -77,6 +77,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(driver, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(multirun, "write_sweep", lambda directory: None)  # pictures after every job: half of the time
 
 
 def run(directory, launcher, *overrides, plan=None, swept=LRS, search=None):
