@@ -28,7 +28,7 @@ from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE, ConfigError, RefusedError, Stopped
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, Stopped
 from xtuner_hydra.files import write_json
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
@@ -132,11 +132,8 @@ def run(composition: Composition) -> int:
     """Prepare and train; returns the exit code. Raises Stopped for a signal that comes while data is prepared."""
     stopping = Stopping()
     with stopping.listening():
-        try:
+        with stopping.heeding():
             prepared = prepare(composition)
-        except RefusedError:
-            stopping.heed()
-            raise
         stopping.heed()
     return start(prepared)
 
@@ -146,9 +143,13 @@ def start(prepared: Prepared) -> int:
     stopping = Stopping()
     with stopping.listening():
         try:
-            return _start(prepared, stopping)
+            with stopping.heeding():
+                return _start(prepared, stopping)
         except Stopped as stop:
             _mark_stopped(prepared.composition.run_dir, stop)
+            raise
+        except KeyboardInterrupt:
+            _mark_stopped(prepared.composition.run_dir, Stopped("interrupted twice (Ctrl-C): stopped at once", EXIT_INTERRUPTED))
             raise
 
 

@@ -70,10 +70,23 @@ class Stopping:
         self.training = False
         self.heed()
 
+    @contextmanager
+    def heeding(self) -> Iterator[None]:
+        """Before training, end this block as Stopped where a signal has come and a library has made an error of its own of the exception that
+        the handler raised."""
+        try:
+            yield
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException:  # DCP's is no Exception
+            if not self.training:
+                self.heed()
+            raise
+
     def heed(self) -> None:
-        """Raise Stopped where a signal has come: libraries may have dropped the exception that its handler raised, or made another of it."""
+        """Raise Stopped where a signal has come: libraries may have dropped the exception that its handler raised."""
         if self.wish != Wish.NONE:
-            raise _stopped(self.wish)
+            raise _stopped(self.wish) from None
 
     def check(self) -> None:
         """At an edge: raise Stopped, on all ranks or on none, where any rank wishes to stop. Collective."""

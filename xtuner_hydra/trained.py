@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from xtuner_hydra.checkpoint.commit import committed, step_of
+from xtuner_hydra.checkpoint.commit import newest_whole, step_of
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config, ModelConfig
 from xtuner_hydra.errors import RefusedError
@@ -96,17 +96,17 @@ def refuse_several_ranks(verb: str) -> None:
 
 def _of_run(run: Run) -> Trained:
     """The newest; of a checkpoint and an export of one step the checkpoint, whose weights are not rounded."""
-    checkpoints, exports = (committed(run.directory / name) for name in ("checkpoints", "hf"))
-    if checkpoints and (not exports or step_of(checkpoints[-1]) >= step_of(exports[-1])):
-        return Trained(run.config.model, checkpoints[-1], is_checkpoint=True, run=run)
-    if not exports:
+    checkpoint, export = (newest_whole(run.directory / name) for name in ("checkpoints", "hf"))
+    if checkpoint and (not export or step_of(checkpoint) >= step_of(export)):
+        return Trained(run.config.model, checkpoint, is_checkpoint=True, run=run)
+    if not export:
         raise RefusedError(
             f"{run.directory}: this run holds no whole checkpoint or export (checkpoints/step-N, hf/step-N); "
             "its last step leaves one with checkpoint.interval=-1"
         )
-    if (exports[-1] / ADAPTER).exists():
-        return Trained(run.config.model, exports[-1], is_adapter=True, run=run)
-    return Trained(replace(run.config.model, pretrained=str(exports[-1])), exports[-1], run=run)
+    if (export / ADAPTER).exists():
+        return Trained(run.config.model, export, is_adapter=True, run=run)
+    return Trained(replace(run.config.model, pretrained=str(export)), export, run=run)
 
 
 def _of_adapter(directory: Path) -> Trained:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from xtuner_hydra.checkpoint import export, resume, state
+from xtuner_hydra.checkpoint.commit import damage
 from xtuner_hydra.checkpoint.saver import Saver
 from xtuner_hydra.checkpoint.state import Snapshot, TrainState
 from xtuner_hydra.config.schema import Config
@@ -80,8 +81,11 @@ class Trainer:
             return None
         self.state = state.load(checkpoint, self.engine.model, self.engine.optimizers)
         self.rng = state.rng_state()
-        exported = [export.exists(self.run_dir / "hf", self.state.step)]
+        latest = self.run_dir / "hf" / f"step-{self.state.step}"
+        exported = [damage(latest) is None]
         dist.broadcast_object_list(exported)
+        if exported[0]:
+            export.finish(latest, self.config.checkpoint.hf_keep)
         is_own = checkpoint.resolve().parent == self.saver.directory.resolve()
         self.saver.step = self.state.step if is_own else None  # a new directory does not hold it yet
         self.metrics |= self.state.evaluation

@@ -73,16 +73,17 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
     stopping = Stopping()
     with stopping.listening():
         try:
-            config = read_config(run_dir)
-            if restarted and numbered(run_dir / "checkpoints"):
-                config.checkpoint.resume = "auto"
-            stopping.deadline = deadline(config, run_dir)
-            with runtime(config) as place:
-                trainer = build(config, run_dir, place, stopping)
-                with closing(trainer.saver):
-                    with_trackers(trainer)
-                    with watchdog(config, run_dir, place, stopping):
-                        trainer.fit()
+            with stopping.heeding():
+                config = read_config(run_dir)
+                if restarted and numbered(run_dir / "checkpoints"):
+                    config.checkpoint.resume = "auto"
+                stopping.deadline = deadline(config, run_dir)
+                with runtime(config) as place:
+                    trainer = build(config, run_dir, place, stopping)
+                    with closing(trainer.saver):
+                        with_trackers(trainer)
+                        with watchdog(config, run_dir, place, stopping):
+                            trainer.fit()
             code, final = EXIT_DONE, {"state": "completed"}
         except Stopped as stop:
             code, final = stop.exit_code, {"state": "interrupted", "error": str(stop)}

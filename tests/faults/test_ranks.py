@@ -64,7 +64,10 @@ def test_the_rank_that_raises_is_named_with_its_traceback(faulty, reference):
     assert_resumes_exactly(faulty, run, reference, 2)
 
 
-@pytest.mark.parametrize(("fault", "words"), [pytest.param("raise@3", "raised on purpose", marks=pytest.mark.faults), ("kill@3", "rank 1 was killed by signal 9")])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [pytest.param("raise@3", "raised on purpose", marks=pytest.mark.faults), ("kill@3", "rank 1 was killed by signal 9")],
+)
 def test_ranks_are_started_again_from_the_last_commit(faulty, reference, tmp_path, fault, words):
     done, run = fails(faulty, fault, "parallelism.max_restarts=1", FAULT_ONCE=str(tmp_path / "struck"))
     assert done.code == 0, done.text

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
+from torch.distributed.checkpoint import CheckpointException
 
 from xtuner_hydra.errors import Stopped
 from xtuner_hydra.stopping import SIGNALS, Stopping, Wish, ignore_signals
@@ -110,6 +111,33 @@ def test_a_signal_whose_exception_was_dropped_is_heeded(stopping):
         os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped):
         stopping.heed()
+
+
+def signalled(stopping, error):
+    """A signal, and what a library makes of the exception that its handler raises."""
+    with stopping.heeding():
+        with suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise error
+
+
+@pytest.mark.parametrize("error", [TypeError("__init__() missing 1 argument"), CheckpointException("load", {})])
+def test_what_a_library_makes_of_a_signal_before_training_is_still_a_stop(stopping, error):
+    stopping.training = False
+    with pytest.raises(Stopped) as caught:
+        signalled(stopping, error)
+    assert caught.value.exit_code == 75
+
+
+def test_an_error_of_training_is_not_taken_for_the_signal_that_came_before_it(stopping):
+    with pytest.raises(TypeError):
+        signalled(stopping, TypeError("a bug"))
+
+
+def test_an_error_without_a_signal_stays_one(stopping):
+    stopping.training = False
+    with pytest.raises(TypeError), stopping.heeding():
+        raise TypeError("a bug")
 
 
 def test_a_second_ctrl_c_does_not_wait(stopping):

@@ -7,6 +7,7 @@ A crash leaves a staging directory, which the next save of that name removes. Wh
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from xtuner_hydra.files import checksum, sync_directory, sync_tree, write_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+
+log = logging.getLogger("xtuner_hydra")
 
 
 Checksums = dict[str, str]
@@ -71,6 +74,15 @@ def _together(action: Callable[[], Any], directory: Path, group: dist.ProcessGro
 def committed(parent: Path) -> list[Path]:
     """The committed step-N directories under `parent`, oldest first. Those whose files do not fit their manifest in size are left out."""
     return [path for path in numbered(parent) if damage(path) is None]
+
+
+def newest_whole(parent: Path) -> Path | None:
+    """The newest step-N directory under `parent` that is whole, every file read; damaged ones are passed over with a warning."""
+    for path in reversed(numbered(parent)):
+        if (problem := damage(path, content=True)) is None:
+            return path
+        log.warning(f"{path} is passed over: {problem}")
+    return None
 
 
 def numbered(parent: Path) -> list[Path]:
@@ -130,7 +142,7 @@ def remove(directory: Path) -> None:
 
 def leftovers(parent: Path) -> list[Path]:
     """What interrupted saves and removals left under `parent`."""
-    return [path for path in parent.glob(".step-*") if path.suffix in (".tmp", ".old") and path.is_dir()]
+    return [path for path in parent.glob(".step-*") if path.suffix in (".tmp", ".old", ".replaced") and path.is_dir()]
 
 
 def _begin(staging: Path) -> None:
@@ -144,15 +156,26 @@ def _finish(staging: Path, directory: Path, known: Checksums) -> None:
     write_json(staging / MANIFEST, {"name": directory.name, "files": files})
     sync_tree(staging)
     # the same step may be saved again, by a run that was resumed from before it
-    old = _set_aside(directory) if directory.exists() else None
-    os.rename(staging, directory)
+    old = _set_aside(directory, ".replaced") if directory.exists() else None
+    try:
+        os.rename(staging, directory)
+    except OSError:
+        put_back(directory.parent)
+        raise
     sync_directory(directory.parent)
     if old is not None:
         shutil.rmtree(old)
 
 
-def _set_aside(directory: Path) -> Path:
-    aside = directory.with_name(f".{directory.name}.old")
+def put_back(parent: Path) -> None:
+    """Give what a crash left set aside, between a saved step and the same one saved again, its name back."""
+    for aside in parent.glob(".step-*.replaced"):
+        if not (directory := aside.with_name(aside.stem[1:])).exists():
+            os.rename(aside, directory)
+
+
+def _set_aside(directory: Path, suffix: str = ".old") -> Path:
+    aside = directory.with_name(f".{directory.name}{suffix}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(directory, aside)
     return aside

@@ -4,6 +4,7 @@ adapter with its adapter_config.json, beside the tokenizer."""
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from xtuner_hydra.checkpoint.commit import commit, damage, on_first_rank, remove
+from xtuner_hydra.checkpoint.commit import MANIFEST, commit, has_step_name, on_first_rank, remove, step_of
 from xtuner_hydra.checkpoint.retention import surplus
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
@@ -45,11 +46,6 @@ def export(
 
     `dtype`: of the weights in the files, `float32`, `bfloat16` or `float16`; None: each as in `config.pretrained`, fp32 without one."""
     return _publish(export_to(directory / f"step-{step}", model, config, tokenizer, dtype=dtype, shard_bytes=shard_bytes), keep)
-
-
-def exists(directory: Path, step: int) -> bool:
-    """Whether hf/step-N stands and is whole."""
-    return damage(directory / f"step-{step}") is None
 
 
 def export_adapter(directory: Path, step: int, model: CausalLM, config: ModelConfig, tokenizer: Tokenizer, *, keep: int) -> Path:
@@ -92,16 +88,27 @@ def peft_config(model: CausalLM, config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def finish(path: Path, keep: int) -> None:
+    """Do what a crash may have left undone after the export `path` was committed, where no later one stands. Collective."""
+
+    def act() -> None:
+        latest = (path.parent / "latest").resolve()
+        if not (latest.is_dir() and has_step_name(latest) and step_of(latest) > step_of(path)):
+            _show(path, keep)
+
+    on_first_rank(act, path)
+
+
 def _publish(path: Path, keep: int) -> Path:
-    """Point hf/latest at a committed export, and only then remove those that it follows."""
-
-    def publish() -> None:
-        point_latest(path)
-        for old in surplus(path.parent, keep, just_saved=path):
-            remove(old)
-
-    on_first_rank(publish, path)
+    on_first_rank(lambda: _show(path, keep), path)
     return path
+
+
+def _show(path: Path, keep: int) -> None:
+    """Point hf/latest at a committed export, and only then remove those that it follows."""
+    point_latest(path)
+    for old in surplus(path.parent, keep, just_saved=path):
+        remove(old)
 
 
 def export_to(
@@ -211,5 +218,8 @@ def point_latest(path: Path) -> None:
     temporary = path.parent / ".latest.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
-    os.replace(temporary, path.parent / "latest")
+    latest = path.parent / "latest"
+    if (latest / MANIFEST).is_file() and not latest.is_symlink():
+        shutil.rmtree(latest)  # a copy of an export, by a tool that follows links
+    os.replace(temporary, latest)
     sync_directory(path.parent)

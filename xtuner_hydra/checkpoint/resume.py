@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from xtuner_hydra.checkpoint.commit import damage, has_step_name, numbered
-from xtuner_hydra.checkpoint.state import state_file
+from xtuner_hydra.checkpoint.commit import damage, has_step_name, newest_whole, numbered, put_back
+from xtuner_hydra.checkpoint.state import is_checkpoint, state_file
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import RefusedError
 
@@ -21,6 +21,7 @@ def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
     if config.resume == "never":
         return None
     if config.resume == "auto":
+        put_back(run_dir / "checkpoints")
         return _newest(run_dir / "checkpoints")
     path = Path(config.resume).resolve()
     if not path.exists():
@@ -28,27 +29,28 @@ def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
     if has_step_name(path):
         if problem := damage(path, content=True):
             raise RefusedError(f"checkpoint.resume={config.resume}: not a whole checkpoint: {problem}")
-        return path
-    found = _newest(path / "checkpoints") or _newest(path)
+        found: Path | None = path
+    else:
+        found = _newest(path / "checkpoints") or _newest(path)
     if found is None:
         raise RefusedError(f"checkpoint.resume={config.resume}: holds no checkpoint (checkpoints/step-N)")
+    if not is_checkpoint(found):
+        raise RefusedError(
+            f"checkpoint.resume={config.resume}: {found.name} is an export, which has no optimizer's state; give its run, or a directory in "
+            f"the run's checkpoints/, or begin a new run from these weights with model=hf model.pretrained={found}"
+        )
     return found
 
 
 def _newest(parent: Path) -> Path | None:
-    """The newest whole checkpoint under `parent`; damaged ones are passed over with a warning."""
-    problem = None
-    for path in reversed(numbered(parent)):
-        problem = damage(path, content=True)
-        if problem is None:
-            return path
-        log.warning(f"{path} is passed over: {problem}")
-    if problem is not None:
+    """The newest whole checkpoint under `parent`. Raises RefusedError where there are only damaged ones."""
+    found = newest_whole(parent)
+    if found is None and (there := numbered(parent)):
         raise RefusedError(
-            f"{parent}: none of its checkpoints is whole (the oldest: {problem}), and starting over would overwrite what the run has left. "
-            "Start a new run in another directory, or remove them"
+            f"{parent}: none of its checkpoints is whole (the oldest: {damage(there[0], content=True)}), and starting over would overwrite "
+            "what the run has left. Start a new run in another directory, or remove them"
         )
-    return None
+    return found
 
 
 def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> None:

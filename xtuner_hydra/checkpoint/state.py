@@ -180,6 +180,11 @@ def _keeps_momentum(config: Config) -> str | None:
     return "above 0" if config.optimizer.momentum > 0 else "0"
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a committed directory is a checkpoint; an export is the other thing."""
+    return (directory / "state.json").is_file()
+
+
 def state_file(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint: `state` (TrainState's fields), `trajectory`."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -10,8 +10,49 @@ from typing import Any
 
 from xtuner_hydra.data.formats import Conversation, Message
 
+TOOLS_HEAD = "Tools you may call, one JSON schema a line:\n<tools>\n"
 TOOLS_END = 'To call one, write {"name", "arguments"} as JSON inside <tool_call></tool_call>.'
 """The last words on the tools."""
+
+MACROS = (
+    r"""
+{%- macro text(message) -%}
+    {%- if message.content is string -%}{{ message.content }}{%- else -%}
+        {%- for part in message.content or [] -%}{{ part.text }}{%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro body(message) -%}
+    {%- set thinking = message.reasoning_content or message.thinking or message.reasoning -%}
+    {%- set said = text(message) -%}
+    {%- if message.role == 'tool' -%}
+        {{- '<tool_response>\n' + said + '\n</tool_response>' -}}
+    {%- else -%}
+        {%- if thinking -%}{{- '<think>\n' + thinking + '\n</think>\n\n' -}}{%- endif -%}
+        {{- said -}}
+        {%- for call in message.tool_calls or [] -%}
+            {%- set function = call.function or call -%}
+            {{- '\n' if said or not loop.first -}}
+            {{- '<tool_call>\n{"name": ' + function.name | tojson + ', "arguments": ' -}}
+            {{- function.arguments if function.arguments is string else (function.arguments or {}) | tojson -}}
+            {{- '}\n</tool_call>' -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro listed(tools) -%}
+    {{- '"""
+    + TOOLS_HEAD.replace("\n", r"\n")
+    + r"""' -}}
+    {%- for tool in tools -%}{{- (tool | tojson) + '\n' -}}{%- endfor -%}
+    {{- '</tools>\n"""
+    + TOOLS_END
+    + r"""' -}}
+{%- endmacro -%}
+{%- set roles = {'developer': 'system', 'pretrain': 'assistant', 'tool': 'user'} -%}
+{%- set opens = messages and messages[0].role in ('system', 'developer') -%}
+"""
+)
+"""The same in Jinja, for an export: `body(message)` is the text of a message, `listed(tools)` goes to the end of the system turn, which `opens`
+says whether there is; roles are those of `roles` where they have another name there."""
 
 
 def fold(conversation: Conversation, *, tools: bool, thinking: bool) -> Conversation:
@@ -49,5 +90,4 @@ def _with_system(messages: list[Message], text: str) -> list[Message]:
 
 def _listed(tools: list[dict[str, Any]]) -> str:
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    head = f"Tools you may call, one JSON schema a line:\n<tools>\n{listed}\n</tools>\n"
-    return head + TOOLS_END
+    return f"{TOOLS_HEAD}{listed}\n</tools>\n{TOOLS_END}"

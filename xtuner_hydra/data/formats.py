@@ -289,10 +289,16 @@ def _call(number: int, call: object) -> dict[str, Any]:
     arguments = {} if function.get("arguments") is None else function["arguments"]
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments, parse_constant=_no_json)
         except ValueError as error:
             raise ValueError(f"message {number}: arguments of tool call {function['name']} are not JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"message {number}: arguments of tool call {function['name']} must be an object, got {_kind(arguments)}")
     return {"name": function["name"], "arguments": arguments}
+
+
+def _no_json(constant: str) -> object:
+    raise ValueError(f"{constant} is none")
 
 
 def _call_id(call: Any) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtuner_hydra.config.schema import ModelConfig
-from xtuner_hydra.data.fold import fold
+from xtuner_hydra.data.fold import MACROS, fold
 from xtuner_hydra.data.formats import Conversation, Sample, Text
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_json
@@ -275,14 +275,32 @@ def _turns(conversation: Conversation) -> list[tuple[str, str, bool]]:
 
 _ROLES = {"developer": "system", "pretrain": "assistant"}
 
+_TURN = r"""
+{%- macro turn(message, first) -%}
+    {%- set said = body(message) -%}
+    {{- said -}}
+    {%- if first and opens and tools -%}{{- ('\n\n' if said else '') + listed(tools) -}}{%- endif -%}
+{%- endmacro -%}
+{%- if tools and not opens -%}
+    {{- '<|im_start|>system\n' + listed(tools) + '<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set role = roles.get(message.role, message.role) -%}
+    {{- '<|im_start|>' + role + '\n' -}}
+    {%- if role == 'assistant' -%}
+        {%- generation -%}{{- turn(message, loop.first) + '<|im_end|>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- turn(message, loop.first) + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
 _JINJA = {
-    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"  # a bare newline after a block would be trimmed
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "chatml": MACROS + _TURN,
     # transformers would turn the markers into single ids; as plain bytes they exist in our own encoder only
-    "xtuner": "<|bos|>{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "xtuner": "{{- '<|bos|>' -}}" + MACROS + _TURN,
 }
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtuner_hydra.config.schema import Config, ParallelismConfig
 from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.stopping import SIGNALS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -89,7 +91,8 @@ def runtime(config: Config) -> Iterator[Runtime]:
     _seed(config, rank)
     # gloo beside NCCL: checkpoints and small agreements travel between CPUs
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=patience(config.parallelism), **_rendezvous())
+    with _ended_by_signals() if started_by_torchrun() else nullcontext():
+        dist.init_process_group(backend, timeout=patience(config.parallelism), **_rendezvous())
     try:
         world = dist.get_world_size()
         replicate = config.parallelism.dp_replicate
@@ -97,6 +100,18 @@ def runtime(config: Config) -> Iterator[Runtime]:
         yield Runtime(rank, world, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Signals end the process at once, for as long as it waits in C++ for the others to come: a handler of Python's would not run there, and
+    where another rank has followed the signal already, the wait is long."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def patience(parallelism: ParallelismConfig) -> timedelta:

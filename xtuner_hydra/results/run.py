@@ -59,9 +59,11 @@ class Run:
 
     @cached_property
     def final(self) -> dict[str, float | int]:
-        """The last value of every metric; of a run without metrics.jsonl those that status.json kept."""
-        rows = [self.status.get("metrics") or {}, *self.rows]
-        return {name: value for row in rows for name, value in row.items() if value is not None}
+        """The last value of every metric, none where that is null; of a run without metrics.jsonl those that status.json kept."""
+        last: Row = {}
+        for row in (self.status.get("metrics") or {}, *self.rows):
+            last |= row
+        return {name: value for name, value in last.items() if value is not None}
 
     @property
     def step(self) -> int:

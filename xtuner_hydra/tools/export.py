@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xtuner_hydra.checkpoint.commit import committed, damage, step_of
+from xtuner_hydra.checkpoint.commit import committed, damage, newest_whole, step_of
 from xtuner_hydra.checkpoint.export import DTYPES, export_adapter_to, export_to, exported_dtype
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
@@ -46,19 +46,18 @@ def main(argv: list[str]) -> int:
 def _checkpoint(run: Run, step: int | None) -> Path:
     """The newest whole checkpoint, or that of `step`."""
     parent = run.directory / "checkpoints"
-    whole = committed(parent)
-    steps = ", ".join(str(step_of(path)) for path in whole)
-    if step is not None:
-        path = parent / f"step-{step}"
-        there = f"there are checkpoints of step {steps}" if whole else "the run has no whole checkpoint"
-        if not path.is_dir():
-            raise RefusedError(f"export: {run.directory} has no checkpoint of step {step}; {there}")
-        if problem := damage(path):
-            raise RefusedError(f"export: {path} is not a whole checkpoint: {problem}; {there}")
-        return path
-    if not whole:
+    if step is None:
+        if newest := newest_whole(parent):
+            return newest
         raise RefusedError(f"export: {run.directory} has no whole checkpoint (checkpoints/step-N); train with checkpoint.interval=-1")
-    return whole[-1]
+    path = parent / f"step-{step}"
+    steps = ", ".join(str(step_of(one)) for one in committed(parent))
+    there = f"there are checkpoints of step {steps}" if steps else "the run has no whole checkpoint"
+    if not path.is_dir():
+        raise RefusedError(f"export: {run.directory} has no checkpoint of step {step}; {there}")
+    if problem := damage(path, content=True):
+        raise RefusedError(f"export: {path} is not a whole checkpoint: {problem}; {there}")
+    return path
 
 
 def _refuse_used(directory: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.errors import TrainingError
 from xtuner_hydra.files import finite, write_text
 from xtuner_hydra.tracking.base import Row, Sample
+
+log = logging.getLogger("xtuner_hydra")
 
 
 class _Lines:
@@ -89,14 +93,25 @@ class Tail:
         return [json.loads(line) for line in whole.splitlines()]
 
 
+def _undamaged(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            log.warning(f"{path}: line {number} is damaged and is left out")
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
 def truncate_after(path: Path, step: int, *, finished: bool = True) -> None:
     """Drop the rows after `step`, which a resumed run will write again, and a line cut short; where the step is not `finished`, what follows its
-    own row too: its evaluation or samples. Atomic."""
+    own row too: its evaluation or samples. Damaged lines, as a loss of power leaves them, are left out with a warning. Atomic."""
 
     def stays(row: Row) -> bool:
         place = row["train/step"] or 0
         return place < step or (place == step and (finished or "train/loss" in row))
 
     if path.exists():
-        kept = [row for row in read(path) if stays(row)]
+        kept = [row for row in _undamaged(path) if stays(row)]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

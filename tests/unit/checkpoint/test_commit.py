@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 
 from xtuner_hydra.checkpoint import retention
-from xtuner_hydra.checkpoint.commit import commit, committed, damage
+from xtuner_hydra.checkpoint.commit import commit, committed, damage, put_back
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import SaveError
 from xtuner_hydra.files import checksum
@@ -126,6 +126,48 @@ def test_a_crash_at_any_call_to_the_file_system_leaves_the_newest_old_one_or_the
         assert steps(parent)[-1] == 4
         assert len(steps(parent)) <= keep
     assert crashes > 8, "the places of the crashes have gone: look at `calls`"
+
+
+@pytest.mark.parametrize("content", ["content of 3", "saved again"])
+def test_a_crash_at_any_call_while_a_step_is_saved_again_keeps_it_as_it_was_or_is(tmp_path, monkeypatch, content):
+    """The only checkpoint, saved again by a run that was resumed from it: its name may be missing until the next resume gives it back."""
+    crashes = 0
+    while True:
+        parent = tmp_path / str(crashes)
+        save(parent, 3, keep=1)
+        with monkeypatch.context() as patched:
+            left = iter(range(crashes, -1, -1))
+            for module, name in [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")]:
+                patched.setattr(module, name, dying(getattr(module, name), left))
+            try:
+                save(parent, 3, keep=1, content=content)
+            except Crash:
+                pass
+            else:
+                break
+        put_back(parent)
+        assert steps(parent) == [3]
+        assert damage(parent / "step-3", content=True) is None
+        assert (parent / "step-3" / "state").read_text() in ("content of 3", content)
+        crashes += 1
+        save(parent, 3, keep=1)
+        assert os.listdir(parent) == ["step-3"]
+    assert crashes > 8, "the places of the crashes have gone: look at the calls"
+
+
+def test_a_step_that_cannot_take_its_place_leaves_the_old_one_there(tmp_path, monkeypatch):
+    save(tmp_path, 3)
+    rename = os.rename
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(SaveError, match="Input/output error"):
+        save(tmp_path, 3, content="saved again")
+    assert (tmp_path / "step-3" / "state").read_text() == "content of 3"
 
 
 def dying(function, left):

@@ -1,17 +1,19 @@
 """What is exported, transformers loads: the same logits, dtype and tokenizer, from one rank or two."""
 
 import json
+import shutil
 import stat
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from parity import same_files
 from ranks import run_on_ranks
 from safetensors import safe_open
 
-from xtuner_hydra.checkpoint.export import export
+from xtuner_hydra.checkpoint.export import export, finish, point_latest
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.files import umask
@@ -169,6 +171,30 @@ def test_latest_points_at_the_newest_of_those_that_stay(tmp_path, keep, expected
 def test_latest_is_the_export_just_made_where_an_earlier_run_went_further(tmp_path):
     write(tmp_path, {}, steps=(16, 12))
     assert (tmp_path / "latest" / "config.json").exists()
+
+
+def test_what_a_crash_left_undone_after_the_commit_is_finished(tmp_path):
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    write(tmp_path, {}, steps=(2, 9), keep=2)
+    point_latest(tmp_path / "step-2")  # as if the process had been killed before it pointed at step-9 and removed step-2
+    dist.init_process_group("gloo", **place)
+    try:
+        finish(tmp_path / "step-9", keep=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-9"]
+        assert (tmp_path / "latest").readlink().name == "step-9"
+        (tmp_path / "latest").unlink()
+        finish(tmp_path / "step-9", keep=1)
+        assert (tmp_path / "latest" / "config.json").exists()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_latest_that_a_copying_tool_has_made_a_directory_is_replaced(tmp_path):
+    write(tmp_path, {}, steps=(2,))
+    (tmp_path / "latest").unlink()
+    shutil.copytree(tmp_path / "step-2", tmp_path / "latest")
+    write(tmp_path, {}, steps=(9,))
+    assert (tmp_path / "latest").readlink().name == "step-9"
 
 
 def test_others_may_read_what_they_may_read_elsewhere(tmp_path):

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from checkpoints import flip_bit, make_checkpoint
+from checkpoints import flip_bit, make_checkpoint, make_export
 from run_dirs import make_config
 
 from xtuner_hydra.checkpoint import resume
@@ -51,6 +51,13 @@ def test_auto_passes_over_damaged_ones_and_says_so(run, warnings):
         f"{run}/checkpoints/step-10 is passed over: rank-0.safetensors has another content than was saved",
         f"{run}/checkpoints/step-4 is passed over: state.json is missing",
     ]
+
+
+@pytest.mark.parametrize("name", ["hf", "hf/step-4"])
+def test_an_export_is_refused_by_its_name(run, name):
+    make_export(run / "hf", 4)
+    with pytest.raises(RefusedError, match=r"step-4 is an export, which has no optimizer's state; .*model.pretrained="):
+        find(run / name, run)
 
 
 def test_where_none_is_whole_nothing_is_overwritten(run):

@@ -117,6 +117,32 @@ def test_transformers_makes_the_same_ids_from_what_is_saved(theirs, record):
     assert theirs.decode(ours.tolist()) == ByteTokenizer().decode(ours.tolist())
 
 
+CALLED = {"id": "c1", "type": "function", "function": {"name": "größe", "arguments": {"stadt": "Köln", "n": [1, 2.5, None, True]}}}
+FUNCTIONS = [{"type": "function", "function": {"name": "größe", "parameters": {"type": "object"}}}, {"name": "other"}]
+FOLDED = {
+    "no system turn": [*chat("5 <|im_end|>", "how many?")],
+    "a system turn": [{"role": "system", "content": "Be brief."}, *chat("5", "how many?")],
+    "an empty one": [{"role": "system", "content": ""}, *chat("5", "how many?")],
+    "a developer's": [{"role": "developer", "content": "Be brief."}, *chat("5", "how many?")],
+    "a call": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+               {"role": "tool", "tool_call_id": "c1", "content": "{}"}, {"role": "assistant", "content": "done"}],
+    "words and calls": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I look. ", "tool_calls": [CALLED, CALLED]}],
+    "thinking": [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "hm", "content": "a", "tool_calls": [CALLED]}],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "pretrain", "content": "c"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", [None, FUNCTIONS], ids=["", "tools"])
+@pytest.mark.parametrize("what", FOLDED)
+def test_transformers_folds_tools_calls_results_and_thinking_as_they_were_learnt(theirs, what, tools):
+    ours, supervised = encoded("chatml", {"messages": FOLDED[what], "tools": tools})
+    made = theirs.apply_chat_template(FOLDED[what], tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    assert ByteTokenizer().decode(made["input_ids"]) == ByteTokenizer().decode(ours.tolist())
+    if "<|im_end|>" not in str(FOLDED[what]):  # which is no marker in a text of ours
+        assert made["input_ids"] == ours.tolist()
+        assert made["assistant_masks"] == supervised.astype(int).tolist()
+
+
 @pytest.mark.parametrize("text", [" two  spaces\n\n\ttab\r\n", "it's I'm", "Hé 巴黎 🙂👩\u200d🚀", "\x00\x7f\u0085\u2028\ufffd", ""])
 def test_transformers_makes_bytes_of_any_text(theirs, text):
     assert theirs(text).input_ids == list(text.encode())

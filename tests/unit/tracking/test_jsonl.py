@@ -32,6 +32,14 @@ def test_a_resumed_run_drops_later_rows_and_a_line_cut_short(tmp_path):
     assert [row["train/step"] for row in read(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damaged", [b"\n", b"garbage\n", b"\0\0\0\0\n", b"\xff\xfe\n", b"[1]\n"])
+def test_a_resumed_run_leaves_out_a_damaged_line(tmp_path, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"train/step": 1}\n' + damaged + b'{"train/step": 2}\n{"train/step": 3}\n')
+    JsonlTracker(path, 2).finish("completed", 0)
+    assert read(path) == [{"train/step": 1}, {"train/step": 2}]
+
+
 def test_what_a_resumed_run_keeps_stays_as_it_was(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"train/step": 1, "train/loss": 0.1 + 0.2}, {"train/step": 2, "train/loss": None}, {"train/step": 2, "eval/loss": 1e-300}]
