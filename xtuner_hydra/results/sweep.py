@@ -77,15 +77,16 @@ class SweepPlan:
         """Read it. Raises RefusedError where there is none."""
         run_dir.refuse_stray(directory / FILE_NAME, home=directory)
         try:
-            plan = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            values = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+            plan = cls(**{**values, "jobs": [Job(**job) for job in values["jobs"]]})
+        except (OSError, ValueError, KeyError, TypeError):
             raise RefusedError(f"{directory}: not a sweep's directory (it has no readable {FILE_NAME})") from None
-        for job in plan["jobs"]:
-            if not is_plain(str(job["name"])):  # it is where files are written, and removed
+        for job in plan.jobs:
+            if not is_plain(str(job.name)):  # it is where files are written, and removed
                 raise RefusedError(
-                    f"{directory}: {FILE_NAME} calls a job {job['name']!r}, which is a path; a job's directory stands in the sweep's"
+                    f"{directory}: {FILE_NAME} calls a job {job.name!r}, which is a path; a job's directory stands in the sweep's"
                 )
-        return cls(**{**plan, "jobs": [Job(**job) for job in plan["jobs"]]})
+        return plan
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,11 @@ class SweepResult:
 def read_sweep(directory: Path) -> SweepResult:
     """Read a sweep's directory. Raises RefusedError where it holds none."""
     directory = directory.resolve()
-    plan = SweepPlan.load(directory)
+    return results_of(directory, SweepPlan.load(directory))
+
+
+def results_of(directory: Path, plan: SweepPlan) -> SweepResult:
+    """The jobs of `plan` as they stand in `directory`."""
     return SweepResult(directory, plan, [job_result(job, directory, plan.metric) for job in plan.jobs])
 
 
@@ -262,11 +267,11 @@ def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
     directory = sweep_dir / job.name
     try:
         run_dir.refuse_stray(directory, home=sweep_dir)
+        status = run_dir.read_status(directory)
+        # status.json comes last of the files that a run begins with, so a run that has it can be read
+        run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
     except RefusedError as error:  # one job must not cost the others their report
         return JobResult(job, None, None, "damaged", str(error))
-    status = run_dir.read_status(directory)
-    # status.json comes last of the files that a run begins with, so a run that has it can be read
-    run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
     if run:
         return JobResult.of(job, run, metric)
     return JobResult(job, None, None, str(status.get("state", "waiting")), str(status.get("error") or ""))

@@ -154,6 +154,8 @@ def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
         raise ConfigError(
             "sweep.metric", metric, "not every job evaluates; set data.eval_path, and trainer.eval_interval to -1 or a number of steps"
         )
+    if metric.startswith(("router/", "train/aux_loss")) and any(draft.config.model.moe is None for draft in jobs):
+        raise ConfigError("sweep.metric", metric, "only models with experts have it (model.moe), and not every job's has")
     if sweep.early_stop and not (evaluated and all((draft.config.trainer.eval_interval or 0) > 0 for draft in jobs)):
         raise ConfigError(
             "sweep.early_stop", True, "jobs are judged by their evaluations on the way; set trainer.eval_interval=N and data.eval_path"

@@ -21,7 +21,7 @@ from xtuner_hydra import launch, run_dir
 from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, TrainingError
-from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, job_result, read_sweep
+from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, job_result, results_of
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
 from xtuner_hydra.tracking import jsonl
@@ -139,7 +139,7 @@ class Driver:
                 self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
                 self._stop_all()
             with _without_interrupts():
-                completed = read_sweep(self.directory).count(*SETTLED) == self.plan.total and not interrupted
+                completed = results_of(self.directory, self.plan).count(*SETTLED) == self.plan.total and not interrupted
                 self._save("interrupted" if interrupted else "completed" if completed else "failed")
                 self._report()
         return interrupted or (EXIT_DONE if completed else EXIT_FAILED)
@@ -239,7 +239,10 @@ class Driver:
         """Complete status.json where the job could not, or where it does not know why it was stopped."""
         status = run_dir.read_status(followed.directory)
         fields = {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
-        if status.get("state") == "running":
+        if status.get("state") == "running" and code < 0 and (self.stopped or followed.hopeless):  # by us, before it could say so
+            why = {"pruned": followed.hopeless} if followed.hopeless else {"error": f"stopped: {self.why_stopped or 'with its sweep'}"}
+            run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, **why)
+        elif status.get("state") == "running":
             cause = (
                 f"killed by signal {-code}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
                 if code < 0
@@ -275,7 +278,7 @@ class Driver:
         self._conclude(job, "failed", error)
 
     def _conclude(self, job: Job, state: str, why: str | None) -> None:
-        result = read_sweep(self.directory)
+        result = results_of(self.directory, self.plan)
         value = next((one.value for one in result.jobs if one.number == job.number), None)
         if state in (*SETTLED, "failed"):
             self.search.tell(job.trial, value, pruned=state == "pruned")

@@ -113,6 +113,8 @@ def _study(database: Path, direction: str, known: Sequence[int]) -> optuna.Study
     """The study of a sweep, made where there is none. Raises RefusedError for one that does not hold the trials `known`."""
     import optuna
 
+    if known and not database.exists():  # none must be made in its place
+        raise RefusedError(f"{database}: does not hold {len(known)} of the jobs that were drawn. Restore it, or start another search")
     try:
         study = optuna.create_study(
             storage=f"sqlite:///{database}", study_name="sweep", load_if_exists=True, direction=_direction(direction)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.config.schema import TrackingConfig
+from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking.base import Tracker, Trackers
 from xtuner_hydra.tracking.console import ConsoleTracker
 from xtuner_hydra.tracking.jsonl import JsonlTracker, SampleTracker
+
+log = logging.getLogger("xtuner_hydra")
 
 
 def build_trackers(
@@ -36,9 +41,20 @@ def build_trackers(
     if config.tensorboard:
         from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
 
-        trackers.append(TensorBoardTracker(run_dir / "tensorboard", start_step, resolved))
+        trackers += _opened("TensorBoard", lambda: TensorBoardTracker(run_dir / "tensorboard", start_step, resolved))
     if config.wandb.enabled:
         from xtuner_hydra.tracking.wandb import WandbTracker
 
-        trackers.append(WandbTracker(config.wandb, run_dir, resolved, overrides, start_step))
+        trackers += _opened("W&B", lambda: WandbTracker(config.wandb, run_dir, resolved, overrides, start_step))
     return Trackers(trackers)
+
+
+def _opened(name: str, make: Callable[[], Tracker]) -> list[Tracker]:
+    """The tracker that `make` makes; none, with a warning, where it cannot be opened: a dashboard is not worth a run."""
+    try:
+        return [make()]
+    except RefusedError:
+        raise
+    except Exception as error:
+        log.warning(f"{name} is left out of this run: {type(error).__name__}: {error}")
+        return []

@@ -299,12 +299,20 @@ def _best_directory(parent: Path, best_step: float | int | None) -> Path | None:
     return steps.get(int(best_step)) if best_step in steps else steps[max(steps)] if steps else None
 
 
+def _is_id(text: str) -> bool:
+    """W&B makes it part of the name of a directory."""
+    return re.fullmatch(r"[\w.-]{1,128}", text) is not None and is_plain(text)
+
+
 def _run_id(path: Path) -> tuple[str, bool]:
     """(id of the W&B run, whether this run directory has had it before): an agent's, else the one kept in `path`, else a new one, kept there."""
-    kept = path.read_text(encoding="utf-8") if path.exists() else None
+    kept = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+    if kept is not None and not _is_id(kept):  # a loss of power leaves such files
+        log.warning(f"{path} holds no id of a W&B run; this run goes on under a new one")
+        kept = None
     wanted = os.environ.get("WANDB_RUN_ID") or kept or uuid.uuid4().hex[:12]
-    if not re.fullmatch(r"[\w.-]{1,128}", wanted) or not is_plain(wanted):  # W&B makes it part of the name of a directory
-        raise RefusedError(f"{wanted!r} is no id of a W&B run (from {'WANDB_RUN_ID' if wanted != kept else path})")
+    if not _is_id(wanted):
+        raise RefusedError(f"WANDB_RUN_ID={wanted!r} is no id of a W&B run")
     if wanted != kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, wanted)

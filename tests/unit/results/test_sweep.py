@@ -1,5 +1,7 @@
 """What a sweep's directory says: jobs, settings, the best one, and whether the comparison is fair."""
 
+import json
+
 import pytest
 from runs import finished, make_sweep
 
@@ -21,6 +23,34 @@ def test_a_plan_comes_back_as_it_was_saved(tmp_path):
 def test_what_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(RefusedError, match=r"not a sweep.*sweep\.json"):
         read_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "null", '"abc"', '{"jobs": null}', '{"jobs": [{"name": "x"}]}', '{"jobs": [], "new": 1}', "\udcff"]
+)
+def test_a_file_of_another_shape_is_refused_like_none(tmp_path, content):
+    (tmp_path / "sweep.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(RefusedError, match=r"not a sweep.*sweep\.json"):
+        read_sweep(tmp_path)
+
+
+def test_a_job_that_ended_in_nan_has_no_value_whatever_it_had_before(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, finished(1.0))])
+    job = read_sweep(tmp_path).jobs[1]
+    rows = (tmp_path / job.name / "metrics.jsonl").read_text()
+    null = json.dumps({**json.loads(rows.splitlines()[-1]), "eval/loss": None})
+    (tmp_path / job.name / "metrics.jsonl").write_text(f"{rows}{null}\n")
+    result = read_sweep(tmp_path)
+    assert (result.best_job.number, result.jobs[1].value) == (0, None)
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.yaml", "model: {"), ("metrics.jsonl", "garbage\n")])
+def test_a_job_that_cannot_be_read_costs_the_others_nothing(tmp_path, name, content):
+    make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 2e-4}, finished(1.0))])
+    (tmp_path / read_sweep(tmp_path).jobs[1].name / name).write_text(content)
+    result = read_sweep(tmp_path)
+    assert (result.best_job.number, result.jobs[1].state) == (0, "damaged")
+    assert name in result.jobs[1].error
 
 
 def test_a_job_that_waits_stands_with_the_jobs_that_differ_in_the_seed(tmp_path):

@@ -123,6 +123,12 @@ def test_a_failed_job_is_told_with_its_error_and_does_not_stop_the_others(tmp_pa
     assert 1 in kept(result), "a failed job's checkpoints are needed to go on"
 
 
+def test_a_job_that_the_driver_ended_before_it_could_say_so_is_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeJob, "_write", lambda self, *_, **__: -signal.SIGTERM)
+    code, result = run(tmp_path / "sweep", FakeLauncher(None, 1.0, capacity=2, interrupt=1))
+    assert (code, result.jobs[0].state) == (130, "interrupted")
+
+
 def test_a_job_killed_without_a_word_is_marked_failed(tmp_path):
     code, result = run(tmp_path / "sweep", FakeLauncher(2.0, signal.SIGKILL, 1.0))
     assert (code, result.jobs[1].state) == (1, "failed")

@@ -2,7 +2,9 @@
 
 import pytest
 
+from xtuner_hydra.config.schema import TrackingConfig, WandbConfig
 from xtuner_hydra.errors import TrainingError
+from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.base import Trackers
 
 
@@ -44,3 +46,15 @@ def test_all_are_finished_even_if_one_cannot(caplog):
         Trackers(stands).finish("failed", 1)
     assert [stand.end for stand in stands] == [("failed", 1)] * 3
     assert "could not be closed: no answer" in caplog.text
+
+
+def test_a_dashboard_that_cannot_be_opened_is_left_out_with_a_warning(tmp_path, caplog):
+    for name in ("wandb", "tensorboard"):
+        (tmp_path / name).touch()  # where its directory should be
+    config = TrackingConfig(jsonl=True, tensorboard=True, wandb=WandbConfig(enabled=True, mode="offline"))
+    with caplog.at_level("WARNING", "xtuner_hydra"):
+        trackers = build_trackers(config, tmp_path, resolved={}, overrides=[], total_steps=1, start_step=0)
+        trackers.log({"train/step": 1, "train/loss": 1.0})
+    trackers.finish("completed", 0)
+    assert ("TensorBoard is left out" in caplog.text, "W&B is left out" in caplog.text) == (True, True)
+    assert '"train/step": 1' in (tmp_path / "metrics.jsonl").read_text()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 
 import pytest
@@ -117,6 +118,14 @@ def test_it_ends_as_the_run_ended(tmp_path, state, code):
     found = track(tmp_path / "run", state, code)
     assert found.exit.exit_code == code
     assert found.summary["state"] == state
+
+
+def test_an_id_that_a_loss_of_power_has_spoilt_is_replaced(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run_id").write_bytes(b"\0\0\0\0")
+    found = track(tmp_path, "completed", 0)
+    assert re.fullmatch(r"\w{12}", found.run.run_id)
+    assert (tmp_path / "wandb" / "run_id").read_text() == found.run.run_id
 
 
 def test_a_resumed_run_goes_on_with_the_same_id_steps_and_summary(tmp_path):
