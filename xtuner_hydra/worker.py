@@ -22,6 +22,7 @@ import torch
 
 from xtuner_hydra.checkpoint.commit import numbered
 from xtuner_hydra.checkpoint.state import load_weights
+from xtuner_hydra.config.names import as_typed
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.data.prepare import PreparedData
@@ -110,7 +111,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
 def _how_to_go_on(run_dir: Path) -> str:
     resume = read_config(run_dir).checkpoint.resume
     if numbered(run_dir / "checkpoints"):
-        return f"go on with checkpoint.resume=auto hydra.run.dir={run_dir}"
+        return f"go on with checkpoint.resume=auto {as_typed('hydra.run.dir', run_dir)}"
     if resume not in ("auto", "never"):
         return f"nothing new was saved: go on with checkpoint.resume={resume} in a new directory"
     return "no checkpoint was saved: checkpoint.resume=auto would start at step 0"

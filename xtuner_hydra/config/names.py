@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 MAX_LENGTH = 80  # of a name; a path component may have 255 bytes, and a time or a number stands before it
 
@@ -52,3 +54,11 @@ def _part(key: str, value: str) -> str:
 def _safe(name: str) -> str:
     """`name` in letters, digits and `._-` only (`=` and `,` would need quoting in a later override), at most MAX_LENGTH long."""
     return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")[:MAX_LENGTH].rstrip("._-")
+
+
+def as_typed(key: str, path: Path) -> str:
+    """`key=path` as one types it in a shell; with quotes of Hydra's too where the path has characters that mean something to Hydra."""
+    text = str(path)
+    if not re.fullmatch(r"[\w./:@%+-]+", text):
+        text = "'" + text.replace("'", "\\'") + "'"
+    return shlex.quote(f"{key}={text}")

@@ -27,6 +27,9 @@ EVAL_PACK = 2048
 COUNTED = 2_000_000
 """Samples, over all epochs, that are packed at most only to count tokens: some seconds."""
 
+MOST = 10**9
+"""Samples of an epoch, at most: 8 GB of numbers."""
+
 EXAMPLES = 3
 """Samples of each kind of loss that are told by name."""
 
@@ -279,6 +282,10 @@ def _pack(lengths: Int64s, data: DataConfig, batch_size: int, seed: int, epoch: 
 
 def _repeat(samples: int, ratio: float, seed: int) -> Int64s:
     """Sample numbers, the integer part of `ratio` times over, then a fraction of them drawn without replacement."""
+    if ratio * samples > MOST:
+        raise DataError(
+            f"data.sample_ratio={ratio:g}: makes {ratio * samples:.3g} samples of {samples:,}; {MOST:,} are the most that are planned"
+        )
     whole, fraction = int(ratio), ratio - int(ratio)
     drawn = np.random.default_rng([seed, samples]).permutation(samples)[: round(fraction * samples)]
     return np.concatenate([np.tile(np.arange(samples), whole), np.sort(drawn)])

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from xtuner_hydra.config.names import as_typed
 from xtuner_hydra.reports import words
 from xtuner_hydra.results.sweep import SEED, JobResult, SweepPlan, SweepResult
 
@@ -29,7 +30,7 @@ def alone(plan: SweepPlan, overrides: Sequence[str]) -> str:
 def resume(result: SweepResult) -> str | None:
     """The command that goes on with the sweep; None where nothing is left to do, or where runs were only put side by side."""
     left = result.plan.total - result.count("completed", "pruned")
-    return " ".join([PROGRAM, shlex.quote(f"sweep.resume={result.directory}")]) if result.plan.state and left > 0 else None
+    return " ".join([PROGRAM, as_typed("sweep.resume", result.directory)]) if result.plan.state and left > 0 else None
 
 
 def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[str, int] | None:

@@ -50,15 +50,21 @@ def decimals(numbers: Iterable[float | None]) -> int:
     return min(6, max(2, 2 - math.floor(math.log10(span) + 1e-6))) if span > 0 else 3
 
 
+HUGE = 1e15
+"""Numbers from here on are told by their powers of ten."""
+
+
 def fixed(number: float | None, digits: int) -> str:
-    """`number` with `digits` decimals and thousands set apart; nothing for None."""
-    return "" if number is None or not math.isfinite(number) else f"{number:,.{digits}f}"
+    """`number` with `digits` decimals and thousands set apart; nothing for None. A huge one, such as a diverged perplexity, as 1.23e+45."""
+    if number is None or not math.isfinite(number):
+        return ""
+    return f"{number:,.{digits}f}" if abs(number) < HUGE else f"{number:.3g}"
 
 
 def compact(number: float) -> str:
     """12345 -> 12.3k: for axes and running text."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
+        if size <= abs(number) < HUGE:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 

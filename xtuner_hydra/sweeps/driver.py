@@ -21,6 +21,7 @@ from xtuner_hydra import launch, run_dir
 from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, TrainingError
+from xtuner_hydra.reports.words import fixed
 from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, job_result, results_of
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
@@ -283,7 +284,7 @@ class Driver:
         if state in (*SETTLED, "failed"):
             self.search.tell(job.trial, value, pruned=state == "pruned")
         best = result.best_job is not None and result.best_job.number == job.number
-        outcome = "" if value is None else f", {self.plan.metric} {value:.4f}{' (best so far)' * best}"
+        outcome = "" if value is None else f", {self.plan.metric} {fixed(value, 4)}{' (best so far)' * best}"
         self.screen.ended(job, state + outcome, why)
         self._keep(result.best_job.number if result.best_job else None)
         if state == "failed" and self.options.fail_fast and not self.stopped:

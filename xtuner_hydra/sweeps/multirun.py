@@ -16,7 +16,7 @@ from typing import Any
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.app import App, Composition
-from xtuner_hydra.config.names import job_name
+from xtuner_hydra.config.names import as_typed, job_name
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, RefusedError
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
@@ -96,7 +96,7 @@ def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     code = _driver(app, draft, plan, search, launcher).run()
     _show(draft.directory)
     if code != EXIT_DONE:
-        print(f"go on with: python -m xtuner_hydra sweep.resume={draft.directory}", flush=True)
+        print(f"go on with: python -m xtuner_hydra {as_typed('sweep.resume', draft.directory)}", flush=True)
     return code
 
 

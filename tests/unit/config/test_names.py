@@ -1,9 +1,14 @@
 """Names of runs and jobs are short, safe in a path, and need no quoting when typed as an override's value."""
 
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtuner_hydra.config.names import MAX_LENGTH, job_name, run_name
+from xtuner_hydra.config.names import MAX_LENGTH, as_typed, job_name, run_name
 
 
 def test_name_says_what_was_chosen():
@@ -29,3 +34,10 @@ def test_a_run_that_repeats_another_goes_by_its_name():
     choices = {"rerun": "mine", "experiment": "x", "model": "qwen3_tiny", "data": "openai", "optimizer": "adamw"}
     assert run_name(choices, []) == "mine"
     assert run_name(choices, ["optimizer=adamw", "model=qwen3_tiny", "optimizer.lr=1e-4"]) == "mine-qwen3_tiny-adamw-lr1e-4"
+
+
+@pytest.mark.parametrize("path", ["/plain/step-1", "/with a space", "/a,b", "/it's", "/x=1", "/$HOME", "/größe (2)"])
+def test_a_printed_override_is_the_path_again_after_shell_and_hydra(path):
+    (word,) = shlex.split(as_typed("sweep.resume", Path(path)))
+    override = OverridesParser.create().parse_override(word)
+    assert str(override.value()) == path

@@ -47,4 +47,5 @@ def test_durations(seconds, text):
 
 def test_compact_numbers_and_sizes():
     assert [words.compact(number) for number in (0, 950, 12345, 6.1e6, 2e9)] == ["0", "950", "12.3k", "6.1M", "2G"]
+    assert [words.compact(-1.5e15), words.fixed(1.25e304, 4), words.fixed(1234.5, 2)] == ["-1.5e+15", "1.25e+304", "1,234.50"]
     assert [words.bytes_(size) for size in (5, 1536, 200 * 1024, 3 * 2**30)] == ["5 B", "1.5 KiB", "200 KiB", "3.0 GiB"]
