@@ -59,6 +59,6 @@ def _safe(name: str) -> str:
 def as_typed(key: str, path: Path) -> str:
     """`key=path` as one types it in a shell; with quotes of Hydra's too where the path has characters that mean something to Hydra."""
     text = str(path)
-    if not re.fullmatch(r"[\w./:@%+-]+", text):
+    if not re.fullmatch(r"[\w./:@%+-]+( [\w./:@%+-]+)*", text):
         text = "'" + text.replace("'", "\\'") + "'"
     return shlex.quote(f"{key}={text}")
