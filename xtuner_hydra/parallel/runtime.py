@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtuner_hydra.config.schema import Config, ParallelismConfig
 from xtuner_hydra.errors import ConfigError
-from xtuner_hydra.stopping import SIGNALS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -106,7 +105,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
 def _ended_by_signals() -> Iterator[None]:
     """Signals end the process at once, for as long as it waits in C++ for the others to come: a handler of Python's would not run there, and
     where another rank has followed the signal already, the wait is long."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
