@@ -360,7 +360,8 @@ def _without_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; the exception names the signal."""
+    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; the exception names the signal. Ctrl-C's is set too: a process that a
+    script has put into the background is started with SIGINT ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
@@ -369,6 +370,7 @@ def _signals_interrupt() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
