@@ -90,18 +90,26 @@ class Tail:
         except FileNotFoundError:
             return []
         self.offset += len(whole) + bool(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        rows = (_row(line + b"\n") for line in whole.split(b"\n"))
+        return [row for row in rows if row is not None]  # a job that is resumed warns of damaged ones and leaves them out
 
 
 def _undamaged(path: Path) -> Iterator[Row]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            log.warning(f"{path}: line {number} is damaged and is left out")
-            continue
-        if isinstance(row, dict):
+        row = _row(line)
+        if row is not None:
             yield row
+        elif line.endswith(b"\n"):  # else it was only cut short
+            log.warning(f"{path}: line {number} is damaged and is left out")
+
+
+def _row(line: bytes) -> Row | None:
+    """The row that a line holds; None for one that is damaged or cut short."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "train/step" in row else None
 
 
 def truncate_after(path: Path, step: int, *, finished: bool = True) -> None:
