@@ -81,11 +81,11 @@ class Trainer:
             return None
         self.state = state.load(checkpoint, self.engine.model, self.engine.optimizers)
         self.rng = state.rng_state()
-        latest = self.run_dir / "hf" / f"step-{self.state.step}"
-        exported = [damage(latest) is None]
+        of_this_step = self.run_dir / "hf" / f"step-{self.state.step}"
+        exported = [damage(of_this_step) is None]
         dist.broadcast_object_list(exported)
         if exported[0]:
-            export.finish(latest, self.config.checkpoint.hf_keep)
+            export.finish(of_this_step, self.config.checkpoint.hf_keep)
         is_own = checkpoint.resolve().parent == self.saver.directory.resolve()
         self.saver.step = self.state.step if is_own else None  # a new directory does not hold it yet
         self.metrics |= self.state.evaluation
