@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def test_plan_lists_jobs_and_their_cost_and_creates_nothing(tmp_path):
     assert done.code == 0, done.text
     assert done.out.count("the same as job") == 2
     assert "4, varying optimizer.lr, data.pack_max_length" in done.out
+    assert re.search(r"^run in +\d slots? of \d thread", done.out, re.MULTILINE)
     assert [path.name for path in tmp_path.iterdir()] == [".cache"]
 
 

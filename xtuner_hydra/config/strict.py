@@ -40,6 +40,16 @@ def known_keys(schema: type = Config, prefix: str = "") -> dict[str, bool]:
     return keys
 
 
+def is_whole(key: str) -> bool:
+    """Whether the key's values are whole numbers and no others."""
+    schema: type | None = Config
+    *groups, name = key.split(".")
+    for group in groups:
+        schema = schema and next(filter(is_dataclass, _kinds(get_type_hints(schema).get(group))), None)
+    kinds = _kinds(get_type_hints(schema).get(name)) if schema else []
+    return int in kinds and float not in kinds
+
+
 def did_you_mean(word: str, candidates: list[str]) -> str:
     """` Did you mean X?` for the nearest candidates by spelling (whole keys, then their last part), or an empty string."""
     by_tail = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}

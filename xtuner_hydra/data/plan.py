@@ -84,7 +84,7 @@ def select_samples(
     """Apply sample_ratio, `limit` and overlong. `key` (data.path, data.eval_path) starts the messages; among: which samples there are.
 
     Raises DataError for an overlong sample where that is an error, and where no sample with a label is left."""
-    samples = _repeat(len(cache), sample_ratio, seed)
+    samples = _repeat(len(cache), sample_ratio, seed, key)
     if among is not None:
         samples = samples[among[samples]]
     lengths = cache.lengths[samples]
@@ -280,11 +280,11 @@ def _pack(lengths: Int64s, data: DataConfig, batch_size: int, seed: int, epoch: 
     return packs.take(packing.length_grouped_order(packs, batch_size, seed + epoch)) if data.shuffle else packs
 
 
-def _repeat(samples: int, ratio: float, seed: int) -> Int64s:
+def _repeat(samples: int, ratio: float, seed: int, key: str) -> Int64s:
     """Sample numbers, the integer part of `ratio` times over, then a fraction of them drawn without replacement."""
     if ratio * samples > MOST:
         raise DataError(
-            f"data.sample_ratio={ratio:g}: makes {ratio * samples:.3g} samples of {samples:,}; {MOST:,} are the most that are planned"
+            f"{key}: sample_ratio {ratio:g} makes {ratio * samples:.3g} samples of {samples:,}; {MOST:,} are the most that are planned"
         )
     whole, fraction = int(ratio), ratio - int(ratio)
     drawn = np.random.default_rng([seed, samples]).permutation(samples)[: round(fraction * samples)]

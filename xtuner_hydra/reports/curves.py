@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from xtuner_hydra.reports import words
 from xtuner_hydra.results.run import Run
 
 TOKENS = "train/total_tokens"
@@ -146,6 +147,18 @@ class Scale:
             return place / last if last else 0.5
         low, high, number = (self._plain(one) for one in (self.values[0], self.values[-1], value))
         return (number - low) / (high - low) if high > low else 0.5
+
+    def marks(self, apart: float) -> tuple[list[float], list[str]]:
+        """Where an axis has marks, and their texts: the values themselves, those nearer to the one before than `apart`, or than their texts are
+        long, left out."""
+        at: list[float] = []
+        texts: list[str] = []
+        for value in self.values:
+            place, text = self(value), words.value(value, 2)
+            if not at or place - at[-1] >= max(apart, 0.22 * apart * (len(text) + len(texts[-1]))):
+                at.append(place)
+                texts.append(text)
+        return at, texts
 
     def _plain(self, value: object) -> float:
         number = float(value)  # type: ignore[arg-type]

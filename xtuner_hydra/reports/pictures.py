@@ -48,7 +48,8 @@ def loss_png(run_dir: Path) -> Path | None:
 def sweep_png(findings: Findings) -> Path:
     """Draw a sweep's answer, its main chart and its loss curves to sweep.png."""
     lines = textwrap.wrap(findings.answer, 118, max_lines=2, placeholder=" …")
-    head = 0.12 + 0.27 * len(lines) + 0.3  # inches
+    remarks = textwrap.wrap(f"{findings.standing}. {findings.verdict_text}", 150)
+    head = 0.12 + 0.27 * len(lines) + 0.1 + 0.2 * len(remarks)  # inches
     height = 5 + head
     figure = _figure(13, height)
     top = 1 - head / height
@@ -57,7 +58,7 @@ def sweep_png(findings: Findings) -> Path:
     _draw_main(main, findings)
     _draw_losses(losses, findings)
     figure.text(0.01, 1 - 0.1 / height, "\n".join(lines), fontsize=13.5, fontweight="bold", color=TEXT, va="top")
-    figure.text(0.01, top + 0.01, f"{findings.standing}. {findings.verdict_text}", fontsize=10.5, color="#5d656d", va="bottom")
+    figure.text(0.01, top + 0.01, "\n".join(remarks), fontsize=10.5, color="#5d656d", va="bottom")
     return _save(figure, findings.result.directory / "sweep.png")
 
 
@@ -108,8 +109,11 @@ def _draw_heat_map(axes: Axes, findings: Findings) -> None:
     for setting in findings.ranked:
         values[rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))] = findings.goodness(setting)
     axes.imshow(values, cmap="Blues", vmin=-0.15, vmax=1.25, aspect="auto")
-    for setting in findings.ranked:
+    for setting in findings.settings:
         row, column = rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))
+        if setting.mean is None:
+            axes.text(column, row, textwrap.fill(findings.setting_state(setting), 14), ha="center", va="center", color=GREY, fontsize=10)
+            continue
         best = findings.rank(setting) == 1
         colour = "white" if findings.goodness(setting) > 0.8 else TEXT
         spread = f"\n± {findings.difference(setting.spread)}" if setting.spread is not None else ""
@@ -151,9 +155,8 @@ def _draw_curve(axes: Axes, findings: Findings) -> None:
     ends = np.array([mean + sign * spread for mean, spread in zip(means, spreads, strict=True) for sign in (-1, 1)])
     early = np.array([value for _, value in stopped])
     low, high = limits([Curve(ends, ends), Curve(early, early)])
-    axes.set_ylim(low - 0.06 * (high - low), high)
-    places = [(scale(findings.at(setting, key)), words.value(findings.at(setting, key), 2)) for setting in findings.shown]
-    axes.set_xticks(*zip(*places, strict=True), rotation=30 if len(places) > 7 else 0)
+    axes.set_ylim(low - 0.1 * (high - low), high)  # room for the best one's number
+    axes.set_xticks(*scale.marks(0.09))
     axes.set(xlabel=key, title=findings.metric)
     _plain(axes)
 

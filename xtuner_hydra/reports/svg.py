@@ -175,21 +175,9 @@ def curve(points: Sequence[Point], *, label: str, x_label: str, connect: bool = 
         ended = [point for point in ordered if point.kind != "stopped"]
         means = Curve(np.array([scale(point.x) for point in ended]), np.array([point.mean for point in ended]))
         marks.insert(0, tag("path", d=_path(frame, inside(means, *frame.y)), class_="join"))
-    at, texts = _places(scale, 0.16 if size[0] < WIDTH else 0.09)
+    at, texts = scale.marks(0.16 if size[0] < WIDTH else 0.09)
     grid = [*_y_axis(frame), *_x_axis(frame, at, x_label, texts)]
     return frame.svg(*grid, marks, label=label)
-
-
-def _places(scale: Scale, apart: float = 0.09) -> tuple[list[float], list[str]]:
-    """Where the x axis of a swept key has marks, and their texts: the values themselves, those too near to the one before left out."""
-    at: list[float] = []
-    texts: list[str] = []
-    for value in scale.values:
-        place, text = scale(value), words.value(value, 2)
-        if not at or place - at[-1] >= max(apart, 0.22 * apart * (len(text) + len(texts[-1]))):
-            at.append(place)
-            texts.append(text)
-    return at, texts
 
 
 def _point(frame: Frame, place: float, point: Point) -> Markup:

@@ -194,7 +194,7 @@ def _heat_cell(findings: Findings, setting: Setting | None) -> Markup:
     if setting.stopped is not None:
         return tag("td", findings.score(setting), tag("small", "stopped early"), class_="none", data_job=jobs)
     if setting.mean is None:
-        return tag("td", findings.state(setting.jobs), class_="none", data_job=jobs)
+        return tag("td", findings.setting_state(setting), class_="none", data_job=jobs)
     good = findings.goodness(setting)
     kinds = ["best"] * (findings.rank(setting) == 1) + ["dark"] * (good > 0.8)
     small = "± " + findings.difference(setting.spread) if setting.spread is not None else None

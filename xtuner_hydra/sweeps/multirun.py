@@ -81,7 +81,7 @@ def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
 
 def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     """The drafted sweep, from its beginning or from where `plan` left it."""
-    launcher = _launcher(app, draft)
+    launcher = choose_launcher(app, draft)
     _make(draft.directory)
     plan = _new_plan(app, draft) if plan is None else plan
     search = _search(draft, plan)
@@ -122,7 +122,7 @@ def _under_plugin(app: App, options: SweepConfig) -> int:
         plan = plan or _new_plan(app, draft)
         plan.jobs += [one.job for one in draft.jobs]
         plan.total = len(plan.jobs)
-        codes.append(_driver(app, draft, plan, Listed(), _launcher(app, draft)).run())
+        codes.append(_driver(app, draft, plan, Listed(), choose_launcher(app, draft)).run())
         if codes[-1] in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
             raise KeyboardInterrupt
         return read_sweep(directory).jobs[first:]
@@ -147,6 +147,8 @@ def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: L
             return Job(number, job_name(number, overrides), overrides, "")
         return Job(number, composition.run_dir.name, overrides, drafts.signature(composition.config, app.defaults))
 
+    if isinstance(launcher, Slots):
+        forks.begin_imports()  # beside the preparation of the first job
     return Driver(draft.directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), write_sweep)
 
 
@@ -183,7 +185,7 @@ def _renumbered(job: Job, number: int) -> Job:
     return replace(job, number=number, name=re.sub(rf"^{job.number}(?!\d)", str(number), job.name))
 
 
-def _launcher(app: App, draft: Draft) -> Launcher:
+def choose_launcher(app: App, draft: Draft) -> Launcher:
     """The launcher that hydra/launcher names, fitted to the jobs. Raises RefusedError for one that is unknown or cannot be had."""
     name, options = app.launcher()
     target = options.pop("_target_", None)
@@ -197,7 +199,6 @@ def _launcher(app: App, draft: Draft) -> Launcher:
         raise RefusedError(f"hydra.launcher.{min(unknown)}: there is no such option; slots has slots, threads, devices")
     slots = Slots(**options)
     slots.fit(ranks, gpu_count(draft.jobs[0].config.trainer.device), max(job.memory_gb for job in draft.jobs), draft.total)
-    forks.begin_imports()  # beside what is yet to be prepared; nothing is refused any more
     return slots
 
 

@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import SweepConfig
+from xtuner_hydra.config.strict import is_whole
 from xtuner_hydra.errors import RefusedError
 
 
@@ -83,10 +84,12 @@ def _parameter(override: Override, search: str) -> Parameter:
             raise RefusedError(f"{override.input_line}: an interval has no list of values; add sweep.search=random or sweep.search=bayes")
         assert value.start is not None
         assert value.end is not None
-        log = "log" in value.tags
-        if value.start >= value.end or (log and value.start <= 0):
+        log, (low, high) = "log" in value.tags, (value.start, value.end)
+        if low >= high or (log and low <= 0):
             raise RefusedError(f"{override.input_line}: an interval goes from a lower to a higher number{', above 0 for log' * log}")
-        return Parameter(key, interval=(value.start, value.end), log=log)
+        if is_whole(override.key_or_group) and low == int(low) and high == int(high):  # Hydra makes floats of both
+            low, high = int(low), int(high)
+        return Parameter(key, interval=(low, high), log=log)
     if isinstance(value, RangeSweep) and not value.step:
         raise RefusedError(f"{override.input_line}: the step of a range cannot be 0")
     values = tuple(override.sweep_string_iterator())

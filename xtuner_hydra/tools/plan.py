@@ -14,8 +14,8 @@ from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
 from xtuner_hydra.run_dir import read_status, state_of
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.sweeps.draft import Draft, JobDraft, draft
-from xtuner_hydra.sweeps.driver import SETTLED
-from xtuner_hydra.sweeps.multirun import resumed
+from xtuner_hydra.sweeps.driver import SETTLED, Launcher
+from xtuner_hydra.sweeps.multirun import choose_launcher, resumed
 
 
 def main(argv: list[str]) -> int:
@@ -24,12 +24,13 @@ def main(argv: list[str]) -> int:
         if app.shows_something():
             return EXIT_DONE
         if app.is_sweep and app.sweep_config().resume:
-            with resumed(app) as (_, sweep, plan):
+            with resumed(app) as (recorded, sweep, plan):
                 done = {job.signature for job in plan.jobs if _state(sweep.directory / job.name) in SETTLED}
-                print("\n".join(describe_sweep(sweep, done)))
+                print("\n".join(describe_sweep(sweep, choose_launcher(recorded, sweep), done)))
             return EXIT_DONE
         if app.is_sweep:
-            print("\n".join(describe_sweep(draft(app, app.sweep_dir()))))
+            sweep = draft(app, app.sweep_dir())
+            print("\n".join(describe_sweep(sweep, choose_launcher(app, sweep))))
             return EXIT_DONE
         prepared = prepare(app.compose(app.overrides))
     print(printable("\n".join(describe(prepared))))
@@ -58,7 +59,7 @@ def describe(prepared: Prepared) -> list[str]:
     ]
 
 
-def describe_sweep(draft: Draft, done: Collection[str] = ()) -> list[str]:
+def describe_sweep(draft: Draft, launcher: Launcher, done: Collection[str] = ()) -> list[str]:
     """The plan of a sweep: its jobs, and what they cost together. done: signatures of jobs that have a result already."""
     head = ("job", "name", "steps", "tokens", "GB on disk", "")
     rows = [
@@ -74,6 +75,7 @@ def describe_sweep(draft: Draft, done: Collection[str] = ()) -> list[str]:
         "",
         _line("sweep", str(draft.directory)),
         _line("jobs", f"{draft.total}, varying {', '.join(parameter.key for parameter in draft.parameters)}"),
+        _line("run in", launcher.describe()),
         _line("decided by", f"{draft.metric} ({draft.sweep.direction}d)"),
         *([_line("tokens", f"{sum(one.tokens for one in unique):,} in all jobs")] if draft.is_list else []),
         _line("memory", f"about {max(one.memory_gb for one in unique):.3g} GB a job"),

@@ -1,5 +1,7 @@
 """Curves keep their shape and their ends when they are thinned out, and axes have round marks."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -78,3 +80,14 @@ def test_scales(values, kind, places):
     scale = Scale.of(values)
     assert scale.kind == kind
     assert [scale(value) for value in values] == pytest.approx(places)
+
+
+@given(st.lists(st.floats(1e-7, 1e-2), min_size=1, max_size=40, unique=True))
+def test_marks_of_an_axis_do_not_run_into_each_other(values):
+    scale = Scale.of(values)
+    at, texts = scale.marks(0.09)
+    assert at[0] == scale(min(values))
+    assert len(texts) == len(at)
+    letter = 0.012  # of the picture's axis
+    ends = [(place - letter * len(text) / 2, place + letter * len(text) / 2) for place, text in zip(at, texts, strict=True)]
+    assert all(left[1] < right[0] for left, right in pairwise(ends))

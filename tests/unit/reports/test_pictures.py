@@ -75,6 +75,14 @@ SWEEPS = {
         ({"optimizer.lr": 1e-4 * n}, finished(2.0) if n < 3 else {"rows": [row(1, 3.0), evaluation(1, 2.5)], "pruned": "hopeless"})
         for n in range(1, 5)
     ],
+    "a grid with holes": [
+        (
+            {"optimizer.lr": lr, "data.pack_max_length": n},
+            finished(lr * 1e4) if n > 64 else {"rows": [row(1, None)], "state": "failed", "error": "x"},
+        )
+        for lr in (1e-4, 2e-4)
+        for n in (64, 128, 256)
+    ],
     "one job": [({"optimizer.lr": 1e-4}, finished(2.0))],
     "nothing yet": [({"optimizer.lr": lr}, None) for lr in (1e-4, 1e-3)],
     "all failed": [({"optimizer.lr": lr}, {"rows": [row(1, None)], "state": "failed", "error": "x"}) for lr in (1e-4, 1e-3)],

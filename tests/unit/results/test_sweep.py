@@ -13,10 +13,10 @@ LR, SEED = "optimizer.lr", "trainer.seed"
 
 
 def test_a_plan_comes_back_as_it_was_saved(tmp_path):
-    make_sweep(tmp_path, [({LR: 1e-4, SEED: 0}, None)])
-    plan = SweepPlan.load(tmp_path)
-    plan.save(tmp_path / "..")
-    assert SweepPlan.load(tmp_path / "..") == plan
+    make_sweep(tmp_path / "sweep", [({LR: 1e-4, SEED: 0}, None)])
+    plan = SweepPlan.load(tmp_path / "sweep")
+    plan.save(tmp_path)
+    assert SweepPlan.load(tmp_path) == plan
     assert plan.swept == [LR, SEED]
 
 

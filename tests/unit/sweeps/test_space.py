@@ -64,11 +64,20 @@ def test_zip_takes_first_values_together_and_refuses_unequal_numbers():
 
 def test_corners_try_every_value_and_both_ends():
     _, parameters = split(
-        "sweep.search=random", "optimizer.lr=tag(log,interval(1e-6,1e-3))", "trainer.seed=1,2,3", "data.max_length=int(interval(8,16))"
+        "sweep.search=random", "optimizer.lr=tag(log,interval(1e-6,1e-3))", "trainer.seed=1,2,3", "data.max_length=interval(8,16)"
     )
     tried = space.corners(parameters)
     for parameter, ends in zip(parameters, (("1e-06", "0.001"), ("1", "2", "3"), ("8", "16")), strict=True):
         assert {text for job in tried for text in job if text.startswith(parameter.key)} == {f"{parameter.key}={end}" for end in ends}
+
+
+@pytest.mark.parametrize("interval", ["interval(1024,4096)", "int(interval(1024,4096))", "tag(log,interval(1024,4096))"])
+def test_an_interval_of_a_whole_number_key_draws_whole_numbers(interval):
+    _, parameters = split("sweep.search=random", f"data.pack_max_length={interval}", "optimizer.lr=interval(1,2)")
+    assert space.corners(parameters) == [
+        ["data.pack_max_length=1024", "optimizer.lr=1.0"],
+        ["data.pack_max_length=4096", "optimizer.lr=2.0"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,14 @@ def test_a_bad_config_exits_with_2(cli):
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
-    [("-m", "nothing to sweep"), ("data.path=nowhere", "no such file"), ("model.num_key_value_heads=3", "not divisible")],
+    ("overrides", "words"),
+    [
+        (["-m"], "nothing to sweep"),
+        (["data.path=nowhere"], "no such file"),
+        (["model.num_key_value_heads=3"], "not divisible"),
+        (["-m", "trainer.seed=1,2", "debug=fast", "hydra.launcher.slots=0"], "hydra.launcher.slots=0: must be"),
+    ],
 )
-def test_what_a_run_would_refuse_a_plan_refuses(say, override, words):
-    code, text = say("optimizer.lr=1e-3", override)
+def test_what_a_run_would_refuse_a_plan_refuses(say, overrides, words):
+    code, text = say("optimizer.lr=1e-3", *overrides)
     assert (code, words in text) == (2, True), text
