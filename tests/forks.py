@@ -35,7 +35,7 @@ class Fork:
     started: by time.monotonic()."""
 
     def __init__(self, function, *args, directory, output, environment, errors=None):
-        _serve()
+        serve()
         self.output = output
         self.started = time.monotonic()
         place = (str(directory), str(output), str(errors or output), environment)
@@ -119,7 +119,7 @@ def tests_environment(directory):
     return kept | own
 
 
-def _serve():
+def serve():
     """Start the server, once, where modules are found and with one thread."""
     _forks.set_forkserver_preload(PRELOAD)
     before = dict(os.environ)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 
 from xtuner_hydra.config.schema import ModelConfig
@@ -32,9 +32,8 @@ def sharded(mesh):
     return model
 
 
-def compare_on_a_rank(rank, mesh_shape, store, weights):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def compare_on_a_rank(mesh_shape, weights):
+    dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     expected = torch.load(weights / "expected.pt")
     for fill in (lambda model: initialise(model, 5), lambda model: load_pretrained(model, weights)):
@@ -54,4 +53,4 @@ def test_two_ranks_get_the_weights_of_one(mesh_shape, tmp_path):
     expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
     torch.save(expected, tmp_path / "expected.pt")
     save_file(expected, tmp_path / "model.safetensors")
-    mp.spawn(compare_on_a_rank, (mesh_shape, tmp_path / "store", tmp_path), nprocs=2)
+    run_on_ranks(compare_on_a_rank, 2, mesh_shape, tmp_path)
