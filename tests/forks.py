@@ -1,7 +1,8 @@
 """Commands and ranks in processes that start at once: forked from a server that has imported everything and started no thread.
 
 A command is all that `python -m xtuner_hydra` runs, with its own arguments, environment, directory and output; only the interpreter's start
-and the imports, 3 s of them, are not repeated. How a command starts is tested with conftest.CommandLine.fresh."""
+and the imports, 3 s of them, are not repeated, in the jobs of a sweep neither. How these start is tested with conftest.CommandLine.fresh and
+.start."""
 
 import faulthandler
 import multiprocessing
@@ -21,6 +22,7 @@ from xtuner_hydra.app import App
 from xtuner_hydra.errors import leave
 from xtuner_hydra.launch import create
 from xtuner_hydra.launch import prepare as prepare_composed
+from xtuner_hydra.sweeps import forks as jobs
 from xtuner_hydra.worker import train
 
 TESTS = Path(__file__).parent
@@ -138,6 +140,8 @@ def _prepare(args):
 
 
 def _command(words):
+    # a sweep's jobs are forked from the command, which has all that the sweep's own server would import once more
+    jobs._context, jobs.begin_imports = multiprocessing.get_context("fork"), lambda: None
     sys.argv = [str(TESTS.parent / "xtuner_hydra" / "__main__.py"), *words]
     return main(words)
 

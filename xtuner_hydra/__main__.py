@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError, leave
+from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.safe_text import printable, redact
 
 
@@ -20,6 +21,7 @@ def command() -> NoReturn:
 
     _open_standard_streams()
     preload()
+    collect_seldom()
     leave(main(sys.argv[1:]))
 
 

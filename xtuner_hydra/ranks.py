@@ -19,11 +19,13 @@ from pathlib import Path
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, leave
+from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.safe_text import printable, redact
 
 
 def main() -> int:
     """Entry of a job's process: ends when the process that started it does."""
+    collect_seldom()
     from xtuner_hydra.worker import die_with_parent
 
     die_with_parent()

@@ -31,6 +31,7 @@ from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError, leave
 from xtuner_hydra.files import write_json
+from xtuner_hydra.garbage import collect_as_usual
 from xtuner_hydra.metrics import Row
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
@@ -83,6 +84,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
                     trainer = build(config, run_dir, place, stopping)
                     with closing(trainer.saver):
                         with_trackers(trainer)
+                        collect_as_usual()
                         with watchdog(config, run_dir, place, stopping):
                             trainer.fit()
             code, final = EXIT_DONE, {"state": "completed"}

@@ -78,7 +78,7 @@ def parts_used_by(part):
             },
         ),
         ("cost", {"config", "model", "optim"}),
-        ("ranks", {"config", "errors", "parallel", "run_dir", "safe_text", "worker"}),
+        ("ranks", {"config", "errors", "garbage", "parallel", "run_dir", "safe_text", "worker"}),
         ("app", {"config", "errors", "model", "safe_text"}),
     ],
 )

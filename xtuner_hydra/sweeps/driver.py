@@ -22,7 +22,7 @@ from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, TrainingError
 from xtuner_hydra.reports.words import fixed
-from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, job_result, results_of
+from xtuner_hydra.results.sweep import Job, SweepPlan, job_result, results_of
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
 from xtuner_hydra.tracking import jsonl
@@ -182,20 +182,18 @@ class Driver:
             if len(self.plan.jobs) >= self.plan.total or (drawn := self.search.ask()) is None:
                 return None
             trial, overrides = drawn
-            job = replace(self.describe(len(self.plan.jobs), overrides), trial=trial)
-            if (twin := self._twin(job)) is None:
+            same = [job for job in self.plan.jobs if job.overrides == overrides]  # and so need not be composed
+            if not same:
+                job = replace(self.describe(len(self.plan.jobs), overrides), trial=trial)
+                same = [one for one in self.plan.jobs if job.signature and one.signature == job.signature]
+            if not same:
                 self.plan.jobs.append(job)
                 self._save("running")
                 return job
-            self.search.tell(trial, twin.value)
+            self.search.tell(trial, job_result(same[0], self.directory, self.plan.metric).value)
         self.screen.say(f"the search draws what it has drawn before; it ends with {len(self.plan.jobs)} jobs")
         self.plan.total = len(self.plan.jobs)
         return None
-
-    def _twin(self, job: Job) -> JobResult | None:
-        """The job that is the same as a newly drawn one."""
-        same = [one for one in self.plan.jobs if job.signature and one.signature == job.signature]
-        return job_result(same[0], self.directory, self.plan.metric) if same else None
 
     def _start(self, job: Job) -> None:
         directory = self.directory / job.name
