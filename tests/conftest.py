@@ -53,8 +53,12 @@ class CommandLine:
     def torchrun(self, ranks, *args, timeout=180):
         return self.fresh("--nproc-per-node", str(ranks), "-m", "xtuner_hydra", *args, module="torch.distributed.run", timeout=timeout)
 
-    def start(self, *args, module="xtuner_hydra"):
-        """A process to send signals to; its output goes to a file `output` in the directory."""
+    def start(self, *args):
+        """A fork to send signals to; its output goes to a file `output` in the directory."""
+        return command(self.directory, *args, **self.environment)
+
+    def start_fresh(self, *args, module="xtuner_hydra"):
+        """The same as a shell starts it."""
         with (self.directory / "output").open("w") as output:
             return subprocess.Popen(
                 self._command(args, module), cwd=self.directory, env=self.environment, stdout=output, stderr=output, start_new_session=True

@@ -2,7 +2,7 @@
 
 A command is all that `python -m xtuner_hydra` runs, with its own arguments, environment, directory and output; only the interpreter's start
 and the imports, 3 s of them, are not repeated, in the jobs of a sweep neither. How these start is tested with conftest.CommandLine.fresh and
-.start."""
+.start_fresh."""
 
 import faulthandler
 import multiprocessing
@@ -47,6 +47,16 @@ class Fork:
     @property
     def text(self):
         return self.output.read_text()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
     def wait(self, seconds=60):
         """The exit code, negative for a signal; fails, and ends the process, when it takes longer."""

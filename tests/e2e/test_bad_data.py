@@ -83,7 +83,7 @@ def test_a_gigabyte_of_nul_bytes_that_a_crash_left_is_one_bad_line_and_never_in_
     with path.open("ab") as stream:
         stream.truncate(2 << 30)
     args = ("data", "debug=fast", "data.path=hole.jsonl", "data.eval_path=null", "data.bad_lines=skip", f"data.num_workers={workers}")
-    process = cli.start(*args)
+    process = cli.start_fresh(*args)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     said = (cli.directory / "output").read_text()
@@ -139,7 +139,7 @@ def caches(directory):
 )  # the latter is sent through pipes
 def test_a_process_that_tokenises_and_is_killed_ends_the_run_with_a_message(slow, name):
     (slow.directory / "chats.jsonl.gz").write_bytes(gzip.compress((slow.directory / "chats.jsonl").read_bytes(), compresslevel=0))
-    process = slow.start(*PREPARE, f"data.path={name}", "data.num_workers=2")
+    process = slow.start_fresh(*PREPARE, f"data.path={name}", "data.num_workers=2")
     try:
         wait_for(lambda: len(at_work(slow.directory)) == 2, process)
         victim, other = at_work(slow.directory)
@@ -155,7 +155,7 @@ def test_a_process_that_tokenises_and_is_killed_ends_the_run_with_a_message(slow
 
 @pytest.mark.faults
 def test_a_run_that_is_killed_while_it_builds_a_cache_leaves_no_process_and_the_next_one_builds_it(slow):
-    process = slow.start(*PREPARE, "data.num_workers=2")
+    process = slow.start_fresh(*PREPARE, "data.num_workers=2")
     wait_for(lambda: len(at_work(slow.directory)) == 2, process)
     workers = at_work(slow.directory)
     assert stop(process, signal.SIGKILL) == -signal.SIGKILL
@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_while_it_builds_a_cache_leaves_no_process_and_the_
 
 @pytest.mark.faults
 def test_two_runs_that_build_the_same_cache_at_once_both_have_it(slow):
-    processes = [slow.start(*PREPARE, "data.num_workers=0") for _ in range(2)]
+    processes = [slow.start_fresh(*PREPARE, "data.num_workers=0") for _ in range(2)]
     wait_for(lambda: len(at_work(slow.directory)) == 2)
     staged = caches(slow.directory)
     (slow.directory / "go").touch()

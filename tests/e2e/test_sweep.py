@@ -91,12 +91,12 @@ def test_resuming_runs_the_failed_job_and_leaves_the_others(swept):
 
 def test_a_killed_sweep_goes_on_from_its_jobs_checkpoints(tmp_path):
     cli = CommandLine(tmp_path)
-    process = cli.start(
-        *("-m", "debug=fast", "optimizer.lr=1e-3,1e-4", "trainer.total_steps=300", "checkpoint.interval=10", "data.eval_path=null"),
+    process = cli.start_fresh(
+        *("-m", "debug=fast", "optimizer.lr=1e-3,1e-4", "trainer.total_steps=100", "checkpoint.interval=10", "data.eval_path=null"),
         *("tracking=none", "hydra.sweep.dir=sweep"),
     )
     job = tmp_path / "sweep" / "0_lr0.001"
-    wait_for(lambda: (job / "checkpoints" / "step-30").exists(), process)
+    wait_for(lambda: (job / "checkpoints" / "step-10").exists(), process)
     pids = [read_status(path.parent)["process"]["pid"] for path in (tmp_path / "sweep").glob("*/status.json")]
     for pid in (process.pid, *pids):  # all at once: none can write how it ended
         os.kill(pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_a_killed_sweep_goes_on_from_its_jobs_checkpoints(tmp_path):
     assert done.code == 0, done.text
     assert "killed" in done.out.splitlines()[2]
     assert "job 0 (optimizer.lr=0.001): started, continues from step-" in done.out
-    assert [row["train/step"] for row in read_rows(job)] == list(range(1, 301))
+    assert [row["train/step"] for row in read_rows(job)] == list(range(1, 101))
     assert (job / "config.yaml").read_text() == config
     assert sweep_file(tmp_path / "sweep")["state"] == "completed"
 
@@ -123,7 +123,7 @@ def _runs(pid):
 
 def test_ctrl_c_stops_all_jobs_marks_them_and_writes_the_report(tmp_path):
     cli = CommandLine(tmp_path)
-    process = cli.start(
+    process = cli.start_fresh(
         *("-m", "debug=fast", "optimizer.lr=1e-3,1e-4,1e-5", "trainer.total_steps=5000", "hydra.launcher.slots=2", "tracking=none"),
         *("checkpoint=none", "hydra.sweep.dir=sweep"),
     )
@@ -269,7 +269,7 @@ def test_a_sweep_needs_no_standard_streams(cli, closed):
 
 
 def test_jobs_end_with_a_sweep_that_is_killed(cli):
-    process = cli.start(
+    process = cli.start_fresh(
         *("-m", "debug=fast", "tracking=none", "optimizer.lr=1e-3,2e-3", "trainer.total_steps=5000", "hydra.sweep.dir=sweep"),
         "hydra.launcher.slots=1",
     )

@@ -93,7 +93,7 @@ def test_a_plan_counts_the_parameters(say, model):
 
 def test_a_large_model_is_not_built_for_it(cli):
     """8.19 B parameters would take 31 GB; the process stays below 2."""
-    process = cli.start("plan", "model=qwen3_8b", "tracking=none")
+    process = cli.start_fresh("plan", "model=qwen3_8b", "tracking=none")
     _, status, used = os.wait4(process.pid, 0)
     out = (cli.directory / "output").read_text()
     assert (status, "8190.74 M parameters" in out) == (0, True), out
