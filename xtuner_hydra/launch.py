@@ -21,6 +21,7 @@ from omegaconf import MISSING
 from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.app import Composition
 from xtuner_hydra.checkpoint import resume, state
+from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import changed
@@ -179,10 +180,10 @@ def _start(prepared: Prepared, stopping: Stopping) -> int:
 def create(prepared: Prepared) -> None:
     """Make the run directory with all that workers read."""
     composition, directory = prepared.composition, prepared.composition.run_dir
-    total_steps = prepared.data.plan.total_steps
+    progress = {"step": step_of(prepared.checkpoint) if prepared.checkpoint else 0, "total_steps": prepared.data.plan.total_steps}
     # once more: another run may have begun here while the data was prepared
     run_dirs.refuse_unusable(directory, resuming=prepared.config.checkpoint.resume == "auto")
-    run_dirs.create(directory, prepared.config, composition.overrides, _environment(prepared), total_steps=total_steps)
+    run_dirs.create(directory, prepared.config, composition.overrides, _environment(prepared), **progress)
     with run_dirs.writing(directory):
         write_json(directory / "changed.json", changed_here(prepared))
         prepared.data.save(directory)

@@ -113,8 +113,10 @@ def _running_here(directory: Path) -> dict[str, Any] | None:
     return process if is_alive(process, directory) else None
 
 
-def create(directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, total_steps: int | None = None) -> None:
-    """Make the run directory and write what is known before training. A resumed run's files are replaced."""
+def create(
+    directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, step: int = 0, total_steps: int | None = None
+) -> None:
+    """Make the run directory and write what is known before training, which begins after `step`. A resumed run's files are replaced."""
     with writing(directory):
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         write_config(directory, config)
@@ -123,7 +125,7 @@ def create(directory: Path, config: Config, overrides: list[str], environment: d
             "".join(f"- {json.dumps(redact(override), ensure_ascii=False)}\n" for override in overrides) or "[]\n",
         )
         write_json(directory / "environment.json", environment)
-        write_status(directory, "running", step=0, total_steps=total_steps)
+        write_status(directory, "running", step=step, total_steps=total_steps)
 
 
 @contextmanager

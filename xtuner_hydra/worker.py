@@ -237,7 +237,9 @@ def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_scr
 def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> None:
     """Close the trackers, write the last status, then the report of it all."""
     metrics: Row = trainer.metrics if trainer else {}
-    step, total = (trainer.state.step, trainer.total_steps) if trainer else (0, None)
+    before = _progress(run_dir)
+    step = (trainer.state.step if trainer else 0) or before.get("step", 0)  # stopped before it had read its checkpoint
+    total = trainer.total_steps if trainer else before.get("total_steps")
     if trainer:
         trainer.trackers.finish(final["state"], final["exit_code"])
     try:

@@ -42,6 +42,18 @@ def test_a_signal_between_the_run_directory_and_the_first_step_marks_it_too(cli,
     assert (status["state"], status["exit_code"], status["step"], status["total_steps"]) == ("interrupted", code, 0, 2)
 
 
+def test_a_resumed_run_that_is_stopped_at_once_is_where_it_was(cli):
+    run, job = cli.directory / "run", ("debug=fast", "tracking=none", "data.eval_path=null", "hydra.run.dir=run")
+    done = cli(*job, "trainer.total_steps=2")
+    assert done.code == 0, done.text
+    process = cli.start(*job, "trainer.total_steps=5000", "checkpoint.resume=auto")
+    wait_for(lambda: read_status(run)["state"] == "running", process)
+    assert stop(process, signal.SIGTERM) == 75
+    status = read_status(run)
+    assert (status["state"], status["total_steps"]) == ("interrupted", 5000)
+    assert status["step"] >= 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_nan_stops_training_before_the_update_with_the_cause_first(cli, ranks):
     """A rate of 1e30 gives infinite weights after the first step."""
