@@ -91,8 +91,9 @@ def _fastest(findings: Findings) -> Markup | None:
         return None
     text = f"{words.fixed(own, 0)} tokens/s a device"
     if (found := findings.faster()) is None:
-        compared = len(findings.comparable_speeds) > 0
-        return page.fact("No setting is faster" if compared else "Speed", text + ("; none is over 10 % faster." if compared else "."))
+        compared, others = len(findings.comparable_speeds), len(findings.ranked) - 1
+        of = "none" if compared == others else f"none of the {words.counted(compared, 'setting')} with other work a step"
+        return page.fact("No setting is faster" if compared else "Speed", text + (f"; {of} is over 10 % faster." if compared else "."))
     fastest, times = found
     cost = (fastest.mean or 0.0) - (findings.best.mean or 0.0)
     side = "higher" if cost > 0 else "lower"
