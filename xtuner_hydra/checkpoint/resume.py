@@ -21,7 +21,12 @@ def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        put_back(run_dir / "checkpoints")
+        try:
+            put_back(run_dir / "checkpoints")
+        except OSError as error:
+            raise RefusedError(
+                f"{error.filename}: was set aside by a save that was cut short and cannot be given its name back: {error.strerror}"
+            ) from None
         return _newest(run_dir / "checkpoints")
     path = Path(config.resume).resolve()
     if not path.exists():

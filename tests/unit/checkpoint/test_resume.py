@@ -39,6 +39,17 @@ def test_auto_is_the_newest(run, warnings):
     assert warnings() == []
 
 
+def test_one_that_was_set_aside_and_cannot_be_put_back_is_named(run, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    aside = run / "checkpoints" / ".step-9.replaced"
+    aside.mkdir()
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(RefusedError, match=rf"{aside}: was set aside .*: Permission denied"):
+        resume.find(CheckpointConfig(resume="auto"), run)
+
+
 def test_auto_without_a_checkpoint_starts_at_step_0(tmp_path):
     assert find("auto", tmp_path / "new") is None
 
