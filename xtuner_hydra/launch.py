@@ -147,14 +147,14 @@ def start(prepared: Prepared) -> int:
             with stopping.heeding():
                 return _start(prepared, stopping)
         except Stopped as stop:
-            _mark_stopped(prepared.composition.run_dir, stop)
+            mark_stopped(prepared.composition.run_dir, stop)
             raise
         except KeyboardInterrupt:
-            _mark_stopped(prepared.composition.run_dir, Stopped("interrupted twice (Ctrl-C): stopped at once", EXIT_INTERRUPTED))
+            mark_stopped(prepared.composition.run_dir, Stopped("interrupted twice (Ctrl-C): stopped at once", EXIT_INTERRUPTED))
             raise
 
 
-def _mark_stopped(directory: Path, stop: Stopped) -> None:
+def mark_stopped(directory: Path, stop: Stopped) -> None:
     """Say in status.json, if this process has begun the run, that it was stopped before its ranks could."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "running" and status.get("process") == run_dirs.this_process():

@@ -207,6 +207,8 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
     if trainer.runtime.device.type == "cpu":
         log.info("malloc: " + (allocator.active() or f"of the system; {allocator.advice()}"))
     log.info(f"torch.compile: {compiled.why}")
+    if (warmup := trainer.config.scheduler.warmup_steps or 0) > trainer.total_steps:
+        log.warning(f"scheduler.warmup_steps={warmup}: cut to the run's {trainer.total_steps} steps, which all warm up")
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
         f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "

@@ -139,6 +139,17 @@ def test_ctrl_c_stops_all_jobs_marks_them_and_writes_the_report(tmp_path):
     assert "Traceback" not in (tmp_path / "output").read_text()
 
 
+def test_ctrl_c_while_the_first_job_is_started_marks_it_too(tmp_path):
+    """In a terminal it reaches the whole group, and so the server from which jobs are forked, which still imports."""
+    cli, job = CommandLine(tmp_path), tmp_path / "sweep" / "0_lr0.001"
+    process = cli.start_fresh(*("-m", "debug=fast", "tracking=none", "optimizer.lr=1e-3,1e-4", "hydra.sweep.dir=sweep"))
+    wait_for(lambda: (job / "status.json").exists(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "Traceback" not in (tmp_path / "output").read_text()
+    assert read_status(job)["state"] == sweep_file(tmp_path / "sweep")["state"] == "interrupted"
+
+
 def test_packing_lengths_share_one_token_cache_and_one_set_of_held_out_tokens(tmp_path):
     cli = CommandLine(tmp_path)
     done = cli(

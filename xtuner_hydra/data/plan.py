@@ -84,9 +84,8 @@ def select_samples(
     """Apply sample_ratio, `limit` and overlong. `key` (data.path, data.eval_path) starts the messages; among: which samples there are.
 
     Raises DataError for an overlong sample where that is an error, and where no sample with a label is left."""
-    samples = _repeat(len(cache), sample_ratio, seed, key)
-    if among is not None:
-        samples = samples[among[samples]]
+    there = np.arange(len(cache)) if among is None else np.flatnonzero(among)
+    samples = there[_repeat(len(there), sample_ratio, seed, key)]
     lengths = cache.lengths[samples]
     overlong = lengths > limit if limit is not None else np.zeros(len(samples), dtype=bool)
     if data.overlong == "error" and overlong.any():
@@ -96,7 +95,7 @@ def select_samples(
     learnt = supervised_tokens(cache, samples, np.zeros_like(stops), stops) > 0
     used = keep & learnt
     if not used.any():
-        if among is not None and not len(samples):
+        if not len(there):
             raise DataError(
                 f"{key}: {', '.join(map(str, cache.files))}: data.eval_ratio holds out every sample of it; lower that, or hold out a file"
             )

@@ -19,20 +19,20 @@ SMALLEST_NORM = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters (..., rows, columns), each a matrix or a stack of them.
+    """For parameters (..., rows, columns), each a matrix or a stack of them. In a group with `stacked`=n a matrix is n in truth, one above the other.
 
     Momentum is Nesterov's, weight decay decoupled. An update is scaled to a root mean square of about 0.2 `lr`, which is AdamW's usual one (Liu et
     al. 2025, section 2.2), so that both can share a learning rate. dtype: what the orthogonalisation computes in."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, momentum: float, dtype: torch.dtype) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "stacked": 1})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. `closure` belongs to torch's interface and is not called."""
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            lr, momentum, stacked = group["lr"], group["momentum"], group["stacked"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -40,9 +40,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-                update = orthogonalise(parameter.grad.lerp(buffer, momentum), self.dtype)
+                matrices = parameter.grad.lerp(buffer, momentum).chunk(stacked, dim=-2)
+                update = torch.cat([orthogonalise(one, self.dtype) for one in matrices], dim=-2)
                 parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(parameter.shape[-2:])))
+                parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(matrices[0].shape[-2:])))
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
     """One optimizer for all trained parameters, or with `muon` one for the hidden matrices, in `compute_dtype`, and one for the rest.
 
     `adamw` (Loshchilov & Hutter 2019): fused, one pass over weights, gradients and moments. `sgd`: with Nesterov's momentum where that is not 0;
-    weight decay is added to the gradient. `muon` (Jordan et al. 2024): for hidden matrices, each of a mixture's experts by itself; embeddings,
-    head, norms and biases keep AdamW, at the same learning rate and weight decay."""
+    weight decay is added to the gradient. `muon` (Jordan et al. 2024): for hidden matrices, each of each expert by itself; embeddings, head,
+    norms and biases keep AdamW, at the same learning rate and weight decay."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.name == "sgd":
         nesterov = config.momentum > 0
@@ -25,7 +25,11 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
         return [_adamw(trained, config)]
     hidden = {name: parameter for name, parameter in trained.items() if is_hidden_matrix(name, parameter)}
     rest = {name: parameter for name, parameter in trained.items() if name not in hidden}
-    groups = _groups(hidden, config)
+    fused = {
+        name: parameter for name, parameter in hidden.items() if name.endswith("experts.gate_up_proj")
+    }  # each expert's gate above its up
+    groups = _groups({name: parameter for name, parameter in hidden.items() if name not in fused}, config)
+    groups += [group | {"stacked": 2} for group in _groups(fused, config)]
     muon = Muon(groups, lr=config.lr, momentum=config.momentum, dtype=compute_dtype) if groups else None
     return [optimizer for optimizer in (muon, _adamw(rest, config) if rest else None) if optimizer is not None]
 

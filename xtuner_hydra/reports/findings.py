@@ -350,6 +350,12 @@ class Findings:
 
     # --- whether it is fair
 
+    @property
+    def unfair(self) -> str | None:
+        """Why settings that are ranked do not compare, in half a sentence; None where they do."""
+        reasons = self.result.unfair if len(self.ranked) > 1 else []
+        return reasons[0].partition(", so")[0].rstrip(".") if reasons else None
+
     @cached_property
     def tokens(self) -> list[int]:
         """Training tokens of the jobs that count."""

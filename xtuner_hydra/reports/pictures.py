@@ -48,7 +48,8 @@ def loss_png(run_dir: Path) -> Path | None:
 def sweep_png(findings: Findings) -> Path:
     """Draw a sweep's answer, its main chart and its loss curves to sweep.png."""
     lines = textwrap.wrap(findings.answer, 118, max_lines=2, placeholder=" …")
-    remarks = textwrap.wrap(f"{findings.standing}. {findings.verdict_text}", 150)
+    unfair = f" Not a fair comparison: {findings.unfair}." if findings.unfair else ""
+    remarks = textwrap.wrap(f"{findings.standing}. {findings.verdict_text}{unfair}", 150)
     head = 0.12 + 0.27 * len(lines) + 0.1 + 0.2 * len(remarks)  # inches
     height = 5 + head
     figure = _figure(13, height)

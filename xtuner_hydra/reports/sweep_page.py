@@ -70,12 +70,10 @@ def _lead(findings: Findings) -> Markup:
 
 
 def _fairness(findings: Findings) -> Markup | None:
-    unfair = findings.result.unfair
     if len(findings.ranked) < 2:
         return None
-    if unfair:
-        reason = unfair[0].partition(", so")[0].rstrip(".")
-        return page.fact("Not a fair comparison", f"{reason}. See below.", "bad")
+    if findings.unfair:
+        return page.fact("Not a fair comparison", f"{findings.unfair}. See below.", "bad")
     parts = []
     if findings.eval_tokens:
         alike = len(findings.eval_tokens) == 1

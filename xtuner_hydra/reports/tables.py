@@ -35,12 +35,14 @@ def as_csv(findings: Findings) -> str:
 
 
 def text(findings: Findings) -> str:
-    """The ranking in columns for the terminal, the best one marked; then what failed."""
+    """The ranking in columns for the terminal, the best one marked; then what failed, the answer, and why that may mislead."""
     lines = ranking(findings)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     failed = [f"{job.name}: {job.state}{': ' if job.error else ''}{words.first_line(job.error, 120)}" for job in findings.failures]
-    return "\n".join([*table, *(["", *failed] if failed else []), "", findings.answer])
+    return "\n".join(
+        [*table, *(["", *failed] if failed else []), "", findings.answer, *(f"Note: {doubt}" for doubt in findings.result.unfair)]
+    )
 
 
 def markdown(findings: Findings) -> str:

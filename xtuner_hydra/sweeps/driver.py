@@ -20,7 +20,7 @@ from typing import Protocol
 from xtuner_hydra import launch, run_dir
 from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, TrainingError
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.reports.words import fixed
 from xtuner_hydra.results.sweep import Job, SweepPlan, job_result, results_of
 from xtuner_hydra.sweeps.screen import Screen
@@ -205,12 +205,16 @@ class Driver:
             composition = replace(self.compose(job.number, job.overrides), run_dir=directory)
             prepared = launch.prepare(composition, progress=False, elsewhere=self.launcher.elsewhere)
             launch.create(prepared)
+            self._save("running")
+            process = self.launcher.start(directory)
         except RefusedError as error:  # of a search, or its data or the disk has changed since it was checked
             self._refused(job, directory, str(error))
             return
-        self._save("running")
+        except KeyboardInterrupt:  # a process that was started all the same ends with this one
+            launch.mark_stopped(directory, Stopped("stopped with its sweep", EXIT_INTERRUPTED))
+            raise
         remark = "" if prepared.checkpoint is None else f"continues from {prepared.checkpoint.name}"
-        self._follow_from_now(job, directory, self.launcher.start(directory), prepared.data.plan.total_steps, remark)
+        self._follow_from_now(job, directory, process, prepared.data.plan.total_steps, remark)
 
     def _follow_from_now(self, job: Job, directory: Path, process: RunningJob, total_steps: int, remark: str) -> None:
         self.running.append(Followed(job, directory, process, total_steps, jsonl.Tail(directory / "metrics.jsonl")))

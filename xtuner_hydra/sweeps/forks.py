@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from multiprocessing import forkserver
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,7 +28,9 @@ _context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.figure",
 
 def begin_imports() -> None:
     """Start the server, whose imports take seconds, without waiting for them."""
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # it would be started on the way, and unblock what is blocked
+    with _uninterrupted():
+        forkserver.ensure_running()
 
 
 def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variables: dict[str, str]) -> BaseProcess:
@@ -35,12 +38,24 @@ def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variable
 
     variables: OMP_NUM_THREADS and others, over this process's environment. Output goes to logs/console.log in `directory`."""
     process = _context.Process(target=_be, args=(job, directory, ranks, dict(os.environ) | variables))
-    process.start()
+    with _uninterrupted():
+        process.start()
     return process
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: it must not come between a job's start and its being followed, and the server, which inherits this, shall not hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environment: dict[str, str]) -> None:
     os.setsid()  # Ctrl-C reaches the sweep alone, which then stops its jobs
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     die_with_parent()  # the server, which lives as long as a job does
     threading.Thread(target=_die_with_sweep, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

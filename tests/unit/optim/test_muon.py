@@ -48,6 +48,20 @@ def test_a_stack_is_trained_as_its_matrices_are():
     assert torch.allclose(stack, torch.stack([matrix.detach() for matrix in alone]), atol=1e-5)
 
 
+def test_an_experts_gate_and_up_are_matrices_of_their_own():
+    """However different their gradients are."""
+    fused = torch.nn.Parameter(torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0)))
+    alone = [torch.nn.Parameter(part.clone()) for part in fused.detach().chunk(2, dim=1)]
+    options = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32}
+    fused.grad = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(1))
+    fused.grad[:, 4:] /= 10
+    for part, gradient in zip(alone, fused.grad.chunk(2, dim=1), strict=True):
+        part.grad = gradient.clone()
+    Muon([{"params": [fused], "stacked": 2}], **options).step()
+    Muon(alone, **options).step()
+    assert torch.allclose(fused, torch.cat([part.detach() for part in alone], dim=1), atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5), (3, 6, 4)])
 def test_singular_vectors_stay_and_values_come_near_one(shape):
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

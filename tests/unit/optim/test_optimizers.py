@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from xtuner_hydra.config.schema import OptimizerConfig
+from xtuner_hydra.config.schema import MoEConfig, OptimizerConfig
+from xtuner_hydra.model.experts import Experts
 from xtuner_hydra.optim.muon import Muon
 from xtuner_hydra.optim.optimizers import build_optimizers
 
@@ -82,3 +83,11 @@ def test_a_step_of_sgd_looks_ahead():
 def test_sgd_adds_the_decay_to_the_gradient():
     before, gradient, after = first_step(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.5)
     assert torch.allclose(after, before - 0.1 * 1.5 * (gradient + 0.5 * before), atol=1e-6)
+
+
+def test_muon_knows_the_two_matrices_in_an_experts_one():
+    model = torch.nn.Module()
+    model.experts = Experts(6, MoEConfig(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4))
+    (muon,) = optimizers_of(model, name="muon")
+    stacked = {name: group["stacked"] for group in muon.param_groups for name in names(model, group["params"])}
+    assert stacked == {"experts.gate_up_proj": 2, "experts.down_proj": 1}
