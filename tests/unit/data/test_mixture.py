@@ -108,6 +108,7 @@ def test_what_is_held_out_is_apart_and_the_same_for_any_seed_order_and_packing(t
     again = prepare(other, ByteTokenizer(), progress=False)
     assert again.eval.selection.samples.tolist() == held.tolist()
     assert not set(again.train.selection.samples.tolist()) & set(held.tolist())
+    assert len(again.train.selection) == 15  # half of what is left
     assert "held-out data: 10 of the 40 samples (eval_ratio 0.25)" in "\n".join(prepared.summary())
 
 
