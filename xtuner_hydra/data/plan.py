@@ -99,7 +99,7 @@ def select_samples(
             raise DataError(
                 f"{key}: {', '.join(map(str, cache.files))}: data.eval_ratio holds out every sample of it; lower that, or hold out a file"
             )
-        raise _nothing_left(cache, keep, key)
+        raise _nothing_left(cache, len(there), keep, key)
     lost = {"truncated": overlong & used, "dropped": ~keep, "unsupervised": keep & ~learnt}
     counts = {name: int(which.sum()) for name, which in lost.items()}
     examples = {name: samples[which][:EXAMPLES].tolist() for name, which in lost.items()}
@@ -300,10 +300,10 @@ def _overlong(cache: Samples, data: DataConfig, sample: int, limit: int | None, 
     )
 
 
-def _nothing_left(cache: Samples, keep: np.ndarray, key: str) -> DataError:
+def _nothing_left(cache: Samples, there: int, keep: np.ndarray, key: str) -> DataError:
     where = f"{key}: {', '.join(map(str, cache.files))}"
     if not len(keep):
-        return DataError(f"{where}: data.sample_ratio leaves none of the {len(cache)} samples")
+        return DataError(f"{where}: data.sample_ratio leaves none of the {there} samples")
     if not keep.any():
         return DataError(
             f"{where}: every sample is longer than allowed and data.overlong=drop; raise data.pack_max_length or data.max_length"

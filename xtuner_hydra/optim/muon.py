@@ -40,10 +40,12 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-                matrices = parameter.grad.lerp(buffer, momentum).chunk(stacked, dim=-2)
-                update = torch.cat([orthogonalise(one, self.dtype) for one in matrices], dim=-2)
+                matrices = parameter.grad.lerp(buffer, momentum)
+                if stacked > 1:
+                    matrices = matrices.unflatten(-2, (stacked, -1))  # (..., n rows, columns) -> (..., n, rows, columns)
+                update = orthogonalise(matrices, self.dtype).reshape_as(parameter)
                 parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(matrices[0].shape[-2:])))
+                parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(matrices.shape[-2:])))
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
