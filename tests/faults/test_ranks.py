@@ -51,7 +51,7 @@ def assert_resumes_exactly(cli, run, reference, saved):
     assert_same(run, reference, STEPS)
 
 
-def test_the_rank_that_raises_is_named_with_its_traceback(faulty):
+def test_the_rank_that_raises_is_named_with_its_traceback(faulty, reference):
     done, run = fails(faulty, "raise@3")
     assert done.code == 1, done.text
     first = next(line for line in done.err.splitlines() if "failed" in line)
@@ -61,6 +61,7 @@ def test_the_rank_that_raises_is_named_with_its_traceback(faulty):
     assert done.text.count("Traceback (most recent call last)") == 1
     status = read_status(run)
     assert (status["state"], status["exit_code"], status["error"]) == ("failed", 1, "rank 1: RuntimeError: raised on purpose")
+    assert_resumes_exactly(faulty, run, reference, 2)
 
 
 @pytest.mark.parametrize(
@@ -88,14 +89,15 @@ def test_torchrun_starts_ranks_again(faulty, reference, tmp_path, fault):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
-def test_a_rank_that_hangs_is_named_with_its_stack(faulty, rank):
+def test_a_rank_that_hangs_is_named_with_its_stack(faulty, reference, rank):
     began = time.monotonic()
-    done, run = fails(faulty, "hang@3", "parallelism.timeout=10", rank=rank)
+    done, run = fails(faulty, "hang@3", "parallelism.timeout=15", rank=rank)
     assert done.code == 1, done.text
     assert time.monotonic() - began < 90
-    assert re.search(rf"training failed: rank {rank} hangs.*no progress for 10 s \(parallelism.timeout\)", done.err), done.text
+    assert re.search(rf"training failed: rank {rank} hangs.*no progress for 15 s \(parallelism.timeout\)", done.err), done.text
     assert "in _hang" in (run / "logs" / f"rank{rank}.log").read_text()
     assert read_status(run)["state"] == "failed"
+    assert_resumes_exactly(faulty, run, reference, 2)
 
 
 @pytest.mark.faults
