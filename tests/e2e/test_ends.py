@@ -76,6 +76,14 @@ def test_nonfinite_skip_goes_on_and_counts(cli):
     assert "update left out" in done.out
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_announced(cli):
+    done = cli("debug=fast", "scheduler.warmup_steps=9", "hydra.run.dir=run", *QUIET)
+    assert done.code == 0, done.text
+    assert "scheduler.warmup_steps=9: cut to the run's 2 steps" in done.out
+    rates = [row["train/lr"] for row in read_rows(cli.directory / "run")]
+    assert rates[0] == pytest.approx(rates[1] / 2)
+
+
 def test_overfit_learns_its_few_packs(cli):
     done = cli("debug=overfit", "tracking=none", "hydra.run.dir=run", timeout=280)
     assert done.code == 0, done.text

@@ -1,5 +1,6 @@
 """loss.png and sweep.png are pictures of something, whatever the runs were like."""
 
+import matplotlib.figure
 import matplotlib.image
 import numpy
 import pytest
@@ -107,3 +108,13 @@ def test_the_heat_map_is_darkest_where_the_loss_is_lowest(tmp_path):
     ]
     assert quarters[0] == min(quarters)
     assert quarters[3] == max(quarters)
+
+
+@pytest.mark.parametrize(("steps", "is_fair"), [((3, 3), True), ((3, 30), False)])
+def test_a_sweeps_picture_says_that_a_comparison_is_not_fair(tmp_path, monkeypatch, steps, is_fair):
+    written = []
+    write = matplotlib.figure.Figure.text
+    monkeypatch.setattr(matplotlib.figure.Figure, "text", lambda self, x, y, s, **more: written.append(s) or write(self, x, y, s, **more))
+    jobs = [({"optimizer.lr": lr}, finished(2.0 + lr, steps=number)) for lr, number in zip((1e-4, 2e-4), steps, strict=True)]
+    sweep_png(Findings(read_sweep(make_sweep(tmp_path, jobs))))
+    assert ("Not a fair comparison: The settings were trained on different" not in " ".join(written)) == is_fair

@@ -95,3 +95,10 @@ def test_a_sweep_that_has_not_begun_is_a_table_too(tmp_path):
     assert "No job has completed yet." in tables.markdown(findings)
     assert "waiting" in tables.text(findings).splitlines()[1]
     assert [row["state"] for row in read_csv(tmp_path)] == ["waiting"]
+
+
+def test_the_terminal_says_that_a_comparison_is_not_fair(tmp_path):
+    for name, steps in (("fair", (3, 3)), ("unfair", (3, 30))):
+        jobs = [({"optimizer.lr": lr}, finished(2.0 + lr, steps=number)) for lr, number in zip((1e-4, 2e-4), steps, strict=True)]
+        text = tables.text(Findings(read_sweep(make_sweep(tmp_path / name, jobs))))
+        assert ("Note: The settings were trained on different numbers of tokens" in text) == (name == "unfair")
