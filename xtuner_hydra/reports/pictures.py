@@ -79,6 +79,7 @@ def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, -16), textcoords="offset points", ha="right", color=COLOURS[1],
                       fontweight="bold", bbox=box)  # fmt: skip
+    axes.margins(y=0.1)  # room for the number below the last evaluation
     axes.set_ylabel("cross-entropy a token")
     axes.legend(frameon=False)
 
