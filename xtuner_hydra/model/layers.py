@@ -28,19 +28,20 @@ class Embedding(nn.Embedding):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, ids)
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape  # of the weight no more is needed: sharding.py frees it
         return weight[ids]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, ids = ctx.saved_tensors
+        (ids,) = ctx.saved_tensors
         ordered, order = ids.sort(stable=True)
         # equal ids share a row of a small fp32 table; no shape depends on values, so that a GPU need not be waited for
         table_row = torch.cat([ordered.new_zeros(1), (ordered.diff() != 0).long()]).cumsum(0)
         table = torch.ops.aten.embedding_dense_backward(grad[order].float(), table_row, len(ids), -1, False)
-        grad_weight = torch.zeros_like(weight)
-        grad_weight[ordered] = table[table_row].to(weight.dtype)
+        grad_weight = grad.new_zeros(ctx.shape)
+        grad_weight[ordered] = table[table_row].to(grad.dtype)
         return grad_weight, None
 
 

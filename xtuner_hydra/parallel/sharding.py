@@ -7,7 +7,9 @@ Frozen parameters are gathered like others, from whatever dtype they are kept in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,17 +42,52 @@ def shard(model: CausalLM, mesh: DeviceMesh, config: ParallelismConfig, *, show_
     """`fully_shard` per layer, embedding, head and root: fp32 master weights, `param_dtype` compute, `reduce_dtype` reduction."""
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype])
     groups: list[torch.nn.Module] = list(model.model.layers)
-    if model.lm_head.weight is not model.model.embed_tokens.weight:
-        groups += [model.model.embed_tokens, model.lm_head]
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if head.weight is not embedding.weight:
+        groups += [embedding, head]
     for module in tqdm(groups, desc="FSDP sharding", leave=False, disable=None if show_progress else True):  # None: only on a terminal
         # the head's backward pass follows its forward pass at once: freeing its weight between them would only cost a gather
-        reshard = config.reshard_after_forward and module is not model.lm_head
+        reshard = config.reshard_after_forward and module is not head
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    if embedding in groups:
+        _free_in_training(embedding)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if mesh.size() == 1:
+        for module in _groups(model):
+            module.set_custom_reduce_scatter(cast(Any, _InPlace()))  # torch's name for its type is private
 
 
 def reshard(model: torch.nn.Module) -> None:
     """Free the weights that a forward pass has gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _groups(model):
+        module.reshard()
+
+
+def _free_in_training(embedding: torch.nn.Module) -> None:
+    """Free the embedding's weight after its forward pass, and do not gather it for its backward pass, which does not need it. Where nothing is
+    trained it stays: to generate token by token would gather it as often."""
+    assert isinstance(embedding, FSDPModule)
+    embedding.set_unshard_in_backward(False)
+    embedding.register_forward_hook(lambda module, *_: module.reshard() if module.training else None)
+
+
+def _groups(model: torch.nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+class _InPlace:
+    """The reduction of one rank, whose result is what was put in: one buffer for both. With two, FSDP would copy every gradient once more and
+    keep what it has copied until the next group's reduction, hence the head's, the largest, through the last layer's backward pass."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP asks for the input first, then, when that is filled, for the output, which is as large on one rank."""
+        buffer, self._input = self._input, None
+        if buffer is None:
+            buffer = self._input = torch.empty(size, dtype=dtype, device=device)
+        return buffer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("nothing is sent with one rank")
