@@ -22,6 +22,7 @@ from xtuner_hydra.model.experts import Routing, load_balancing_loss
 from xtuner_hydra.model.generation import generate, greedy
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.sharding import reshard
+from xtuner_hydra.parallel.watchdog import read_back
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Engine:
             loss, more = self._backward(micro_batches, supervised_tokens)
             grad_norm = self._norm()
             # The update must not happen on a NaN, so these two numbers are read back in every step.
-            norm, loss_now = torch.stack([_whole(grad_norm).float(), loss]).tolist()
+            norm, loss_now = read_back(torch.stack([_whole(grad_norm).float(), loss]))
             updated = math.isfinite(norm) and math.isfinite(loss_now)
             if not updated and self.nonfinite == "error":
                 raise TrainingError(

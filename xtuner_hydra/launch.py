@@ -35,7 +35,7 @@ from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained
 from xtuner_hydra.parallel.compiling import choose_compile
-from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, started_by_torchrun, world_size
+from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, refuse_missing_gpus, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.environment import environment
@@ -75,6 +75,8 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
         raise ConfigError("parallelism.nproc_per_node", None, "must be a number where the job runs on another machine")
     ranks = world_size(config.parallelism, config.trainer.device)
     check(config, ranks)
+    if not elsewhere:
+        refuse_missing_gpus(config.trainer.device, ranks)
     run_dirs.refuse_unusable(composition.run_dir, resuming=config.checkpoint.resume == "auto")
     if config.model.pretrained is not None:
         config.model.pretrained = str(local_directory(config.model.pretrained).resolve())

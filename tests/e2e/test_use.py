@@ -123,6 +123,13 @@ def test_evaluate_gives_the_runs_own_last_loss(job):
     assert "openai_sft.jsonl:\nloss " in other.out
 
 
+def test_a_file_is_evaluated_where_the_run_held_out_a_share_of_its_training_data(job):
+    assert job.cli(*JOB, "trainer.total_steps=1", "data.eval_path=null", "data.eval_ratio=0.2", "hydra.run.dir=share").code == 0
+    own, other = (job.cli("evaluate", "share", "--json", *more) for more in ((), ("data.eval_path=${example:openai_sft.jsonl}",)))
+    assert own.code == other.code == 0, other.text
+    assert json.loads(own.out)["eval/tokens"] < json.loads(other.out)["eval/tokens"]
+
+
 def test_evaluate_of_a_directory_needs_no_training_data(job, tmp_path, monkeypatch, capsys):
     (tmp_path / "held.jsonl").write_text('{"instruction": "Say hello.", "output": "Hello."}\n')
     monkeypatch.chdir(tmp_path)

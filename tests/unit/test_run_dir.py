@@ -67,8 +67,15 @@ def test_what_a_killed_run_has_left_running_is_waited_for(tmp_path):
     dying = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdin=subprocess.PIPE)
     while not run_dir.read_status(tmp_path):
         time.sleep(0.05)
-    threading.Timer(0.5, dying.communicate, [b"\n"]).start()
+    released = threading.Event()
+
+    def release():
+        released.set()
+        dying.communicate(b"\n")
+
+    threading.Timer(0.5, release).start()
     run_dir.refuse_unusable(tmp_path, resuming=True)
+    assert released.is_set()
     assert dying.wait() == 0
 
 

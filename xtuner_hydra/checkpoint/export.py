@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from xtuner_hydra.checkpoint.commit import MANIFEST, commit, has_step_name, on_first_rank, remove, step_of
+from xtuner_hydra.checkpoint.commit import MANIFEST, commit, has_step_name, leftovers, on_first_rank, put_back, remove, step_of
 from xtuner_hydra.checkpoint.retention import surplus
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
@@ -105,8 +105,11 @@ def _publish(path: Path, keep: int) -> Path:
 
 
 def _show(path: Path, keep: int) -> None:
-    """Point hf/latest at a committed export, and only then remove those that it follows."""
+    """Point hf/latest at a committed export, and only then remove those that it follows, and what interrupted exports have left."""
     point_latest(path)
+    put_back(path.parent)
+    for left in leftovers(path.parent):
+        shutil.rmtree(left)
     for old in surplus(path.parent, keep, just_saved=path):
         remove(old)
 

@@ -147,7 +147,11 @@ def _training_caches(data: DataConfig, open_or_build: OpenOrBuild) -> Samples:
     if not data.sources:
         return open_or_build(data.path, data.format, "data.path")
     sources = enumerate(data.sources)
-    return Mixture([open_or_build(source.path, source.format or data.format, f"data.sources[{i}].path") for i, source in sources])
+    return _together([open_or_build(source.path, source.format or data.format, f"data.sources[{i}].path") for i, source in sources])
+
+
+def _together(caches: list[TokenCache]) -> Samples:
+    return caches[0] if len(caches) == 1 else Mixture(caches)
 
 
 def refuse_ids_without_a_row(sources: Sequence[Source | None], vocab_size: int, tokenizer: Tokenizer) -> None:
@@ -214,8 +218,7 @@ def _ratios(data: DataConfig) -> list[tuple[str, float]]:
 
 
 def _open(saved: dict[str, Any]) -> Samples:
-    caches = [_open_part(part) for part in saved["sources"]]
-    return caches[0] if len(caches) == 1 else Mixture(caches)
+    return _together([_open_part(part) for part in saved["sources"]])
 
 
 def _open_part(saved: dict[str, Any]) -> TokenCache:

@@ -2,7 +2,7 @@
 of it), nothing else.
 
 With `experts.py` the one place in `model/` that names a kind of device. CUDA in half precision: one variable-length flash-attention call.
-Elsewhere, SDPA's flash kernel once a document: the work is the sum of squared document lengths, not the square of the pack's length, and
+Elsewhere, SDPA once a document (on a CPU its flash kernel): the work is the sum of squared document lengths, not the square of the pack's length, and
 no mask is made. A document longer than the window is taken in blocks of queries, so that the work grows with its length, not its square."""
 
 from __future__ import annotations
@@ -76,5 +76,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **visible: Any) -> Tensor:
+    if q.is_cuda and q.dtype == torch.float32:  # a GPU's kernels for fp32 know no groups, and SDPA would hold all scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **visible).squeeze(0).transpose(0, 1)

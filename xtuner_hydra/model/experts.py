@@ -99,7 +99,7 @@ class Experts(nn.Module):
 
 def grouped(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """rows (n, in), sorted by expert; weights (experts, out, in); counts (experts,) -> (n, out), in one kernel that no host waits for."""
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=counts.to(torch.int32).cumsum(0, dtype=torch.int32))
 
 
 def one_by_one(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:

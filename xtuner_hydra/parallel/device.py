@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a word of the name that torch reports.
-_PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165}
+# Dense bf16 TFLOP/s from NVIDIA's data sheets, by words of the name that torch reports; the first that fits counts.
+_PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "B200": 2250}
+_PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165}
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
@@ -28,7 +29,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = _known_flops(torch.cuda.get_device_name(device))
         if known is not None and dtype == torch.bfloat16:
             return known
-    size = 1536
+    size = 8192 if device.type == "cuda" else 1536  # long enough that starting it costs nothing beside
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(4):  # the first one warms up
@@ -40,5 +41,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _known_flops(name: str) -> float | None:
     """bf16 FLOP/s of a GPU as torch names it: `NVIDIA L4`, `NVIDIA A100-SXM4-80GB`, `NVIDIA GeForce RTX 4090`."""
-    words = re.split(r"[ -]", name)
-    return next((tflops * 1e12 for word, tflops in _PEAK_TFLOPS.items() if word in words), None)
+    words = set(re.split(r"[ -]", name))
+    return next((tflops * 1e12 for known, tflops in _PEAK_TFLOPS.items() if words.issuperset(known.split())), None)

@@ -68,6 +68,12 @@ def gpu_count(device: str) -> int:
     return torch.cuda.device_count() if device_type(device) == "cuda" else 0
 
 
+def refuse_missing_gpus(device: str, ranks: int) -> None:
+    """ConfigError where `ranks` ranks have fewer GPUs here than one each."""
+    if device_type(device) == "cuda" and ranks_here(ranks) > (gpus := gpu_count(device)):
+        raise ConfigError("parallelism.nproc_per_node", ranks_here(ranks), f"a rank needs a GPU of its own, and torch sees {gpus} here")
+
+
 def param_dtype(name: str, device: str) -> str:
     """`bfloat16` or `float32` for parallelism.param_dtype; `auto` is bfloat16 where the device has instructions to multiply it."""
     if name != "auto":
@@ -80,7 +86,10 @@ def param_dtype(name: str, device: str) -> str:
 
 @contextmanager
 def runtime(config: Config) -> Iterator[Runtime]:
-    """Join the process group, and leave it at the end."""
+    """Join the process group, and leave it at the end.
+
+    Where an error ends the block and there are other ranks, the end of the process ends the group: NCCL takes it down only together with the
+    others, which may be waiting for this one, and the error must be told first."""
     kind = device_type(config.trainer.device)
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -92,13 +101,21 @@ def runtime(config: Config) -> Iterator[Runtime]:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     with _ended_by_signals() if started_by_torchrun() else nullcontext():
         dist.init_process_group(backend, timeout=patience(config.parallelism), **_rendezvous())
+    world, failed = dist.get_world_size(), True
     try:
-        world = dist.get_world_size()
-        replicate = config.parallelism.dp_replicate
-        mesh = init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
-        yield Runtime(rank, world, device, mesh)
+        yield Runtime(rank, world, device, _mesh(kind, world, config.parallelism))
+        failed = False
     finally:
-        dist.destroy_process_group()
+        if world == 1 or not failed:
+            dist.destroy_process_group()
+
+
+def _mesh(kind: str, world: int, parallelism: ParallelismConfig) -> DeviceMesh:
+    replicate = parallelism.dp_replicate
+    mesh = init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
+    for group in mesh.get_all_groups():  # those that the mesh has made have torch's patience
+        dist.distributed_c10d._set_pg_timeout(patience(parallelism), group)
+    return mesh
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Slots:
         """Decide the number of slots for `jobs` jobs of `ranks` ranks, each of which takes about `job_gb` of memory. gpus: 0 = on the CPU.
 
         Raises RefusedError where not even one job fits the devices named."""
+        if missing := [device for device in self.devices or [] if device not in range(gpus)]:
+            raise RefusedError(f"hydra.launcher.devices: {missing[0]} is no GPU that a job can use; there are {gpus}, counted from 0")
         self.ranks, self.gpus = ranks, list(range(gpus)) if self.devices is None else list(self.devices)
         if gpus == 0:
             room = min(cores() // ranks, int(available_gb() // job_gb))

@@ -88,6 +88,7 @@ def _config(app: App, trained: Trained) -> Config:
         config = app.compose([*_no_training_data(app.overrides), *given]).config
         reference = replace(trained.model, adapter=None, lora=LoRAConfig())
     else:
+        app.overrides += _no_share_held_out(app.overrides)
         config = again(app, trained.run).config
         reference = trained.run.config.model
     _refuse_another_model(config, reference)
@@ -98,6 +99,12 @@ def _config(app: App, trained: Trained) -> Config:
         config.model.tokenizer = config.model.tokenizer or trained.model.tokenizer
     config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     return config
+
+
+def _no_share_held_out(overrides: list[str]) -> list[str]:
+    """What makes way for a held-out file where the run held out a share of its training data."""
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    return ["data.eval_ratio=null"] if "data.eval_path" in keys and "data.eval_ratio" not in keys else []
 
 
 def _no_training_data(overrides: list[str]) -> list[str]:

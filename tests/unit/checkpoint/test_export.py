@@ -189,6 +189,14 @@ def test_what_a_crash_left_undone_after_the_commit_is_finished(tmp_path):
         dist.destroy_process_group()
 
 
+def test_what_interrupted_exports_have_left_goes_with_the_next_one(tmp_path):
+    for name in (".step-3.tmp", ".step-2.old", ".step-5.replaced"):
+        (tmp_path / name).mkdir()
+    write(tmp_path, {}, steps=(9,), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    assert (tmp_path / "latest").readlink().name == "step-9"
+
+
 def test_latest_that_a_copying_tool_has_made_a_directory_is_replaced(tmp_path):
     write(tmp_path, {}, steps=(2,))
     (tmp_path / "latest").unlink()

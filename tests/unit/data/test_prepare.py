@@ -26,7 +26,10 @@ def config(tmp_path):
     return Config(data=data, trainer=TrainerConfig(epochs=2, global_batch_size=2))
 
 
-def test_a_worker_opens_the_same_data_without_reading_the_files(config, tmp_path):
+@pytest.mark.parametrize("as_sources", [False, True])
+def test_a_worker_opens_the_same_data_without_reading_the_files(config, tmp_path, as_sources):
+    if as_sources:
+        config.data.path, config.data.sources = None, [SourceConfig(path=config.data.path)]
     prepared = prepare(config, ByteTokenizer(), progress=False)
     prepared.save(tmp_path)
     (tmp_path / "train.jsonl").unlink()

@@ -9,6 +9,8 @@ from xtuner_hydra.parallel.device import _known_flops
     ("name", "tflops"),
     [
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),

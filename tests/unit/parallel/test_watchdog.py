@@ -76,6 +76,26 @@ def test_two_processes_agree_on_the_one_that_is_behind(tmp_path):
     assert edges == [16, 10]
 
 
+GPU_PROGRAM = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from xtuner_hydra.parallel.watchdog import Watchdog, read_back
+logs, rank, hangs = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hangs"
+def tell(rank, error, stack):
+    (logs / "verdict").write_text(str(rank))
+with Watchdog(logs, rank, 2, 1.0, lambda: 7, tell):
+    time.sleep(60) if hangs else read_back(SimpleNamespace(tolist=lambda: time.sleep(60)))
+"""
+
+
+def test_who_waits_for_numbers_of_a_collective_operation_is_told_from_who_keeps_the_others_waiting(tmp_path):
+    words = ["waits", "hangs"]
+    ranks = [subprocess.Popen([sys.executable, "-c", GPU_PROGRAM, tmp_path, str(rank), word]) for rank, word in enumerate(words)]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    assert (tmp_path / "verdict").read_text() == "1"
+
+
 def test_who_makes_progress_is_left_alone(tmp_path):
     rank = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path, "0", "ends"], timeout=60)
     assert rank.returncode == 0
