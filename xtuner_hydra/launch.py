@@ -33,7 +33,7 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, Stoppe
 from xtuner_hydra.files import write_json
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
-from xtuner_hydra.model.pretrained import check_pretrained
+from xtuner_hydra.model.pretrained import check_pretrained, refuse_other_settings
 from xtuner_hydra.parallel.compiling import choose_compile
 from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, refuse_missing_gpus, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
@@ -81,6 +81,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if config.model.pretrained is not None:
         config.model.pretrained = str(local_directory(config.model.pretrained).resolve())
     check_pretrained(config.model)
+    refuse_other_settings(config.model, composition.overrides)
     blueprint(config)  # refuses targets and patterns that fit nothing
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
@@ -118,6 +119,8 @@ def resolve(config: Config, ranks: int) -> None:
     config.data.cache_dir = _absolute(config.data.cache_dir)
     for source in config.data.sources or []:
         source.path = _absolute(source.path)
+    if config.model.tokenizer is None and config.model.pretrained is None:
+        config.model.tokenizer = "byte"
     if (tokenizer := config.model.tokenizer) is not None and tokenizer != "byte" and Path(tokenizer).expanduser().is_dir():
         config.model.tokenizer = str(Path(tokenizer).expanduser().resolve())
     if (template := config.model.chat_template) is not None and template.endswith(".jinja"):

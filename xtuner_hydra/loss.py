@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from xtuner_hydra.pointwise import pointwise
 
-CHUNK = {"cpu": 2**22, "cuda": 2**27}
-"""Logits at a time: few enough for a CPU's caches; on a GPU enough for large kernels, and for few passes over the hidden states' gradient."""
+CPU_CHUNK, CHUNK = 2**22, 2**27
+"""Logits at a time: few enough for a CPU's caches; elsewhere enough for large kernels, and for few passes over the hidden states' gradient."""
 KEPT = 2**28
 """Bytes of logits that the backward pass finds and need not compute again."""
 _NARROWEST = 64  # a slice of fewer columns makes a slow product
@@ -33,13 +33,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     hidden: (N, hidden) bf16 or fp32; weight: (vocab, hidden) of the same dtype; labels: (N,) int64, every one from 0 to vocab - 1.
     Returns a scalar fp32 sum (divide by the global count of supervised tokens); with N = 0 it is 0, and so are the gradients.
     Sums over rows and, slice by slice, over the vocabulary are fp32; the gradients are of the dtype of their tensor.
-    Memory: `chunk` logits (None: CHUNK of the device), in fp32 and in the dtype of `hidden`, and until the backward pass up to `kept` bytes of them, on which neither the
-    result nor the gradients depend. Raises ValueError if shapes or dtypes disagree."""
+    Memory: `chunk` logits (None: what suits the device), in fp32 and in the dtype of `hidden`, and until the backward pass up to `kept` bytes of
+    them, on which neither the result nor the gradients depend. Raises ValueError if shapes or dtypes disagree."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(f"shapes disagree: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"dtypes disagree: hidden {hidden.dtype}, weight {weight.dtype}")
-    chunk = CHUNK[hidden.device.type] if chunk is None else chunk
+    if chunk is None:
+        chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, kept // hidden.itemsize if torch.is_grad_enabled() else 0)
 
 

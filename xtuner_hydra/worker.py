@@ -22,6 +22,7 @@ import torch
 
 from xtuner_hydra.checkpoint.commit import numbered
 from xtuner_hydra.checkpoint.state import load_weights
+from xtuner_hydra.config.checks import idle
 from xtuner_hydra.config.names import as_typed
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_dict
@@ -207,6 +208,8 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
     if trainer.runtime.device.type == "cpu":
         log.info("malloc: " + (allocator.active() or f"of the system; {allocator.advice()}"))
     log.info(f"torch.compile: {compiled.why}")
+    for sentence in idle(trainer.config):
+        log.warning(sentence)
     if (warmup := trainer.config.scheduler.warmup_steps or 0) > trainer.total_steps:
         log.warning(f"scheduler.warmup_steps={warmup}: cut to the run's {trainer.total_steps} steps, which all warm up")
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size

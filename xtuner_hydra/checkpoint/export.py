@@ -3,6 +3,7 @@ adapter with its adapter_config.json, beside the tokenizer."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -130,17 +131,28 @@ def export_to(
         if dist.get_rank() == 0:
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             write_json(staging / "config.json", hf_config(config, dtype or exported_dtype(config), **special))
-            write_json(staging / "generation_config.json", _generation(special, tokenizer.stop_token_ids))
+            write_json(staging / "generation_config.json", _generation(config, special, tokenizer.stop_token_ids))
             tokenizer.save(staging)
 
     return commit(directory, write)
 
 
-def _generation(special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
-    """generation_config.json: what is generated ends with the assistant's turn too, where EOS is another token."""
+def _generation(config: ModelConfig, special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
+    """generation_config.json: the pretrained model's own; and what is generated ends with the assistant's turn too, where EOS is another token."""
+    own = _pretrained_generation(config)
     if len(stops) < 2:
-        return {**special, "_from_model_config": True}
-    return {**special, "eos_token_id": list(stops)}
+        return {"_from_model_config": True, **special} if own is None else own | special
+    return (own or {}) | special | {"eos_token_id": list(stops)}
+
+
+def _pretrained_generation(config: ModelConfig) -> dict[str, Any] | None:
+    """That of the weights' directory, which speaks of the ids of the tokenizer there; None where it has none that can be read."""
+    if config.pretrained is None or config.tokenizer not in (None, config.pretrained):
+        return None
+    try:
+        return dict(json.loads((Path(config.pretrained) / "generation_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_weights(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:

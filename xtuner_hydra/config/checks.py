@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from xtuner_hydra.config.schema import Config
+from dataclasses import fields
+from typing import Any
+
+from xtuner_hydra.config.schema import Config, LoRAConfig, OptimizerConfig, SchedulerConfig
 from xtuner_hydra.errors import ConfigError
 
 
@@ -98,3 +101,24 @@ def _check_ranks(config: Config, world_size: int) -> None:
             batch,
             f"not divisible by the {dp_size} data-parallel ranks; take a multiple of {dp_size}, or null for one pack a rank",
         )
+
+
+def idle(config: Config) -> list[str]:
+    """Settings that somebody has changed and that nothing reads, a sentence each. They are no errors: a sweep may change both sides."""
+    model, optimizer, scheduler = config.model, config.optimizer, config.scheduler
+    unread: list[tuple[str, Any, str]] = []
+    if model.adapter is None:
+        unread += [(f"model.lora.{name}", value, "model.adapter=null") for name, value in _changed(model.lora)]
+    if optimizer.name == "adamw":
+        unread += [(f"optimizer.{name}", value, "optimizer.name=adamw") for name, value in _changed(optimizer) if name == "momentum"]
+    if optimizer.name == "sgd":
+        unread += [(f"optimizer.{name}", value, "optimizer.name=sgd") for name, value in _changed(optimizer) if name in ("betas", "eps")]
+    if scheduler.name != "wsd":
+        reader = f"scheduler.name={scheduler.name}"
+        unread += [(f"scheduler.{name}", value, reader) for name, value in _changed(scheduler) if name == "decay_ratio"]
+    return [f"{key}={value} does nothing with {reader}" for key, value, reader in unread]
+
+
+def _changed(group: LoRAConfig | OptimizerConfig | SchedulerConfig) -> list[tuple[str, Any]]:
+    default = type(group)()
+    return [(field.name, value) for field in fields(group) if (value := getattr(group, field.name)) != getattr(default, field.name)]

@@ -142,7 +142,7 @@ class ModelConfig:
     strict: bool = True
     """Refuse weights that are missing in `pretrained`, unexpected or of another shape; false = list them and start those from random values."""
     tokenizer: str | None = None
-    """`byte`, or a directory or Hub id of a Hugging Face tokenizer; null = the one in `pretrained`."""
+    """`byte`, or a directory or Hub id of a Hugging Face tokenizer; null = the one in `pretrained`, where that is null `byte`."""
     chat_template: str | None = None
     """How messages become text; null = the tokenizer's own, else a .jinja file, `qwen3`; for `byte` `chatml` (the default) or `xtuner`."""
     adapter: str | None = None

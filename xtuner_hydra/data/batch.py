@@ -40,7 +40,7 @@ class PackedBatch:
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`. A GPU fetches them from pinned memory, and nobody waits for it."""
         tensors = {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
-        if device.type == "cuda":
+        if device.type != "cpu":
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved)

@@ -39,7 +39,7 @@ from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync_directory, sync_tree, write_json
 
-VERSION = 4
+VERSION = 5
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")

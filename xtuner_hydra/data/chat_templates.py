@@ -351,10 +351,15 @@ def _refuse_losses(conversation: Conversation, text: str) -> None:
     for number, message in enumerate(conversation.messages, 1):
         if not _learnt(message):
             continue
-        if message.thinking and message.thinking.strip() not in text:
+        if any(thought.strip() not in text for thought in (message.thinking or "", *_thoughts(message.content))):
             raise ValueError(f"message {number}: the chat template leaves out its thinking; {_REMEDY}")
         if any(call["name"] not in text for call in message.tool_calls):
             raise ValueError(f"message {number}: the chat template leaves out its tool calls; {_REMEDY}")
+
+
+def _thoughts(content: str) -> list[str]:
+    """What an answer that holds its thinking itself (`<think>...</think>`) thinks."""
+    return [part.rpartition("<think>")[2] for part in content.split("</think>")[:-1]]
 
 
 def _learnt(message: Message) -> bool:

@@ -19,6 +19,7 @@ from xtuner_hydra.errors import ConfigError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "pretrain")
 SUPERVISED_ROLES = ("assistant", "pretrain")  # XTuner's: the loss is taken on these unless a message says otherwise
+_UNREAD = {"function_call": "give it as one of `tool_calls`", "refusal": "give its text as `content`"}
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # names that transformers reads, the usual one first
 
 
@@ -65,16 +66,19 @@ class EmptyRecord(ValueError):
 def parse_openai(record: object) -> Conversation:
     """OpenAI's chat shape, as XTuner reads it: a list of messages, or an object with `messages` or `dialogs` and perhaps `tools`.
 
-    A message has `role` and `content` (text, a list of text parts, or null beside `tool_calls`), perhaps `reasoning_content`, and perhaps
-    `loss`: true or false."""
+    A message has `role` and `content` (text, a list of text parts, or null beside `tool_calls` or thinking), perhaps `reasoning_content`, and
+    perhaps `loss`: true or false, or OpenAI's `weight`: 1 or 0. An object may have `system`, which comes first."""
     tools: object = None
+    system: list[Message] = []
     if isinstance(record, dict):
-        tools = record.get("tools")
+        tools, system = record.get("tools"), _system(record)
+        if record.get("functions"):
+            raise ValueError("`functions` is an old form; give `tools`")
         keys = [key for key in ("messages", "dialogs") if key in record]
         if len(keys) != 1:
             raise ValueError(f"an object needs `messages` (or `dialogs`), this one has {_keys(record)}")
         record = record[keys[0]]
-    return _conversation(_messages(record), tools)
+    return _conversation(system + _messages(record), tools)
 
 
 def parse_sharegpt(record: object) -> Conversation:
@@ -94,7 +98,7 @@ def parse_alpaca(record: object) -> Conversation:
     context = _get(record, "input") or ""
     if not isinstance(context, str):
         raise ValueError(f"input must be text, got {_kind(context)}")
-    question = f"{instruction}\n\n{context}" if context else instruction
+    question = "\n\n".join(part for part in (instruction, context) if part)
     turns = [*_history(_get(record, "history")), (question, output)]
     return _conversation(_system(record) + [message for turn in turns for message in _exchange(*turn)], None)
 
@@ -242,9 +246,12 @@ def _message(number: int, message: object) -> Message:
     if not isinstance(calls, list):
         raise ValueError(f"message {number}: tool_calls must be a list, got {_kind(calls)}")
     thinking = next((message[key] for key in _THINKING if message.get(key) is not None), None)
+    for key, instead in _UNREAD.items():
+        if message.get(key) is not None:
+            raise ValueError(f"message {number}: `{key}` is not read; {instead}")
     return Message(
         role,
-        _content(number, message.get("content"), has_calls=bool(calls)),
+        _content(number, message.get("content"), may_be_null=bool(calls or thinking)),
         _loss(number, message, role),
         [_call(number, call) for call in calls],
         [_call_id(call) for call in calls],
@@ -255,19 +262,23 @@ def _message(number: int, message: object) -> Message:
 
 
 def _loss(number: int, message: dict[str, Any], role: str) -> bool:
-    """Whether `message` is learnt: what its `loss` says (null, as Parquet fills gaps, says nothing), else what its role does."""
-    loss = message.get("loss")
-    if loss is None:
+    """Whether `message` is learnt: what its `loss` or `weight` says (null, as Parquet fills gaps, says nothing), else what its role does."""
+    loss, weight = message.get("loss"), message.get("weight")
+    if loss is None and weight is None:
         return role in SUPERVISED_ROLES
+    if loss is None:
+        if weight not in (0, 1):
+            raise ValueError(f"message {number}: weight must be 0 or 1, got {json.dumps(weight)}")
+        return bool(weight)
     if not isinstance(loss, bool):
         raise ValueError(f"message {number}: loss must be true or false, got {_kind(loss)}")
     return loss
 
 
-def _content(number: int, content: object, *, has_calls: bool) -> str:
+def _content(number: int, content: object, *, may_be_null: bool) -> str:
     if isinstance(content, str):
         return content
-    if content is None and has_calls:
+    if content is None and may_be_null:
         return ""
     if isinstance(content, list):
         return "".join(_part(number, part) for part in content)

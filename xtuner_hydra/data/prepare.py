@@ -6,6 +6,7 @@ The Hydra process prepares once and leaves data.json in the run directory; worke
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from xtuner_hydra.data.sources import resolve_files
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError
 from xtuner_hydra.files import write_json, write_text
+
+log = logging.getLogger("xtuner_hydra")
 
 FILE_NAME = "data.json"
 BAD_LINES = "bad_lines.jsonl"
@@ -100,6 +103,9 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
     with _caches(data, tokenizer, progress) as open_or_build:
         train = _training_caches(data, open_or_build)
         held = open_or_build(data.eval_path, data.format, "data.eval_path") if data.eval_path is not None else None
+        if held is not None and (both := set(held.file_hashes).intersection(train.file_hashes)):
+            names = [str(file) for file, digest in zip(held.files, held.file_hashes, strict=True) if digest in both]
+            log.warning(f"held-out data that is trained on too: {', '.join(names)}; eval/loss will be lower than on data that is new")
         return _assemble(config, train, held, tokenizer_name=tokenizer.name)
 
 

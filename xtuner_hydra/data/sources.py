@@ -103,7 +103,9 @@ def _no_text(length: int, zeros: int, first: int) -> BadLine:
 
 def _resolve(path: str, key: str) -> list[Path]:
     if os.path.isdir(path):
-        files = sorted(file for file in Path(path).rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        files = sorted(
+            file for file in Path(path).rglob("*") if file.name.endswith(SUFFIXES) and file.is_file() and not _hidden(file, path)
+        )
         if not files:
             raise DataError(f"{key}: {path}: a directory without {', '.join('*' + suffix for suffix in SUFFIXES)} files")
         return files
@@ -115,3 +117,8 @@ def _resolve(path: str, key: str) -> list[Path]:
             raise DataError(f"{key}: {path}: no file matches this pattern")
         return files
     raise DataError(f"{key}: {path}: no such file or directory (from {os.getcwd()})")
+
+
+def _hidden(file: Path, directory: str) -> bool:
+    """True for what a notebook or an editor keeps for itself below `directory` (`.ipynb_checkpoints/`), which holds the data a second time."""
+    return any(part.startswith(".") for part in file.relative_to(directory).parts)

@@ -138,9 +138,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """The tokenizer of a model config. Raises ConfigError for one that cannot be had, or (bytes) whose ids the embedding does not hold.
 
     Which ids of a Hugging Face tokenizer occur is known when the data is read; prepare.py looks at them."""
-    source = model.tokenizer or model.pretrained
-    if source is None:
-        raise ConfigError("model.tokenizer", None, "there is no model.pretrained to take a tokenizer from; set model.tokenizer=byte")
+    source = model.tokenizer or model.pretrained or "byte"
     if source == "byte":
         return _byte(model, None)
     directory = tokenizer_directory(source)

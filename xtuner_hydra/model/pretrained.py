@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,7 +23,7 @@ from xtuner_hydra.config.names import is_plain
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.model.adapters import is_adapter
-from xtuner_hydra.model.families import family_of
+from xtuner_hydra.model.families import family_of, read_hf_config
 from xtuner_hydra.model.families.family import KEY, HFConfig, read_json
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.transformer import CausalLM
@@ -95,6 +95,42 @@ def check_pretrained(config: ModelConfig) -> None:
     _refuse_faults(_faults(model, directory, stored, _slots(model, stored)), model, directory)
     if config.tie_word_embeddings and {_EMBEDDING, _HEAD} <= stored.keys():
         _refuse_untied(directory, stored)
+
+
+def refuse_other_settings(config: ModelConfig, overrides: Sequence[str]) -> None:
+    """ConfigError where `config` computes otherwise than the model that config.json in `config.pretrained` describes, in what the tensors do not
+    show: weights would load, and give other numbers than they were trained to give.
+
+    What one of `overrides` (`model.rope_theta=1e6`) sets is meant so: a warning tells of it, and of everything with `config.strict` off. A
+    config.json that cannot be read is no error."""
+    if config.pretrained is None:
+        return
+    try:
+        theirs = read_hf_config(config.pretrained)
+    except ConfigError as error:
+        log.warning(f"the model's settings are not compared with those of the weights: {error}")
+        return
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    by_hand = []
+    for key, ours, its in _differences(config, theirs):
+        if not config.strict or any(typed == key or typed.startswith(f"{key}.") for typed in keys):
+            by_hand.append(f"{key}={ours} (config.json: {its})")
+        else:
+            remedy = f"model=hf takes such settings from there; say {key}={ours} on the command line to mean it"
+            raise ConfigError(key, ours, f"the weights in {config.pretrained} were trained with {its} (its config.json); {remedy}")
+    if by_hand:
+        log.warning(f"{config.pretrained}: its weights were trained with other settings than {', '.join(by_hand)}")
+
+
+def _differences(config: ModelConfig, theirs: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value of `config`, value of config.json) of every setting that changes numbers and no tensor's shape."""
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window"):
+        if getattr(config, name) != theirs[name]:
+            yield f"model.{name}", getattr(config, name), theirs[name]
+    if config.moe is not None and theirs["moe"] is not None:
+        for name in ("num_experts_per_tok", "norm_topk_prob"):
+            if getattr(config.moe, name) != getattr(theirs["moe"], name):
+                yield f"model.moe.{name}", getattr(config.moe, name), getattr(theirs["moe"], name)
 
 
 def load_pretrained(model: CausalLM, directory: Path | str, *, seed: int = 0) -> None:

@@ -13,7 +13,7 @@ from parity import same_files
 from ranks import run_on_ranks
 from safetensors import safe_open
 
-from xtuner_hydra.checkpoint.export import export, finish, point_latest
+from xtuner_hydra.checkpoint.export import _generation, export, finish, point_latest
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.files import umask
@@ -209,3 +209,16 @@ def test_others_may_read_what_they_may_read_elsewhere(tmp_path):
     write(tmp_path, {})
     for path in (tmp_path / "latest").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask(), path.name
+
+
+def test_the_base_models_way_of_generating_comes_along(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = config_of({}).model
+    config.pretrained, special = str(base), {"bos_token_id": 1, "eos_token_id": 2}
+    assert _generation(config, special, (2,)) == {"_from_model_config": True, **special}
+    (base / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true, "eos_token_id": 7}')
+    assert _generation(config, special, (2,)) == {"temperature": 0.3, "do_sample": True, **special}
+    assert _generation(config, special, (2, 3))["eos_token_id"] == [2, 3]
+    config.tokenizer = "byte"  # its ids are others
+    assert "temperature" not in _generation(config, special, (2,))

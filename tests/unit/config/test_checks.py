@@ -3,7 +3,7 @@
 import pytest
 
 from xtuner_hydra.app import App
-from xtuner_hydra.config.checks import check, data_parallel_size
+from xtuner_hydra.config.checks import check, data_parallel_size, idle
 from xtuner_hydra.errors import ConfigError
 
 
@@ -46,3 +46,21 @@ def test_fsdp_takes_one_pack_a_rank():
     check(chosen, 8)
     assert chosen.trainer.global_batch_size is None
     assert data_parallel_size(chosen, 8) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "idle_keys"),
+    [
+        ([], []),
+        (["optimizer=sgd"], []),
+        (["optimizer=sgd", "optimizer.eps=1e-6"], ["optimizer.eps"]),
+        (["optimizer.momentum=0.5"], ["optimizer.momentum"]),
+        (["optimizer=muon", "optimizer.momentum=0.5"], []),
+        (["model.lora.rank=4"], ["model.lora.rank"]),
+        (["model.adapter=lora", "model.lora.rank=4"], []),
+        (["scheduler.decay_ratio=0.5"], ["scheduler.decay_ratio"]),
+        (["scheduler=wsd", "scheduler.decay_ratio=0.5"], []),
+    ],
+)
+def test_settings_that_nothing_reads_are_told(overrides, idle_keys):
+    assert [sentence.partition("=")[0] for sentence in idle(config(*overrides))] == idle_keys

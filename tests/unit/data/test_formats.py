@@ -39,6 +39,41 @@ def test_loss_switches_a_message_on_and_off():
     assert [message.supervised for message in messages] == [True, False, True]
 
 
+def test_weights_switch_a_message_on_and_off_as_at_openai():
+    messages = parse_openai([USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}, {**ANSWER, "weight": None}]).messages
+    assert [message.supervised for message in messages] == [False, False, False, True, True]
+    with pytest.raises(ValueError, match=r"message 2: weight must be 0 or 1, got 0\.5"):
+        parse_openai([USER, {**ANSWER, "weight": 0.5}])
+
+
+def test_the_system_text_of_a_record_comes_first():
+    messages = parse_openai({"system": "Be kind.", "messages": [USER, ANSWER]}).messages
+    assert [(message.role, message.content) for message in messages][:2] == [("system", "Be kind."), ("user", "Hi")]
+    assert len(parse_openai({"system": "", "messages": [USER, ANSWER]}).messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ([USER, {**ANSWER, "content": "", "function_call": {"name": "f", "arguments": "{}"}}], "message 2: `function_call` is not read"),
+        ([USER, {**ANSWER, "content": "", "refusal": "I cannot."}], "message 2: `refusal` is not read"),
+        ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "`functions` is an old form; give `tools`"),
+    ],
+)
+def test_what_would_be_lost_is_refused(record, words):
+    with pytest.raises(ValueError, match=words):
+        parse_openai(record)
+
+
+def test_an_answer_may_be_thinking_alone():
+    answer = parse_openai([USER, {"role": "assistant", "content": None, "reasoning_content": "Hm."}]).messages[1]
+    assert (answer.content, answer.thinking) == ("", "Hm.")
+
+
+def test_an_instruction_may_stand_in_the_input_alone():
+    assert parse_alpaca({"instruction": "", "input": "2 + 2?", "output": "4"}).messages[0].content == "2 + 2?"
+
+
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]
     assert parse_openai([USER, {"role": "assistant", "content": parts}]).messages[1].content == "Hello."

@@ -312,6 +312,14 @@ def test_thinking_that_a_template_drops_is_refused(load):
     assert supervised_text(load("thoughtless"), [chat("x")[0], {**answer, "loss": False}, *chat("y")]) == "y<|im_end|>"
 
 
+@pytest.mark.parametrize("content", ["<think>because</think>x", "because\n</think>\n\nx"])
+def test_thinking_within_an_answer_that_a_template_drops_is_refused(load, content):
+    answer = {**chat("x")[1], "content": content}
+    with pytest.raises(ValueError, match="message 2: the chat template leaves out its thinking"):
+        load("thoughtless").encode(parse_openai([chat("x")[0], answer]))
+    assert supervised_text(load("chatml"), [chat("x")[0], answer]) == f"{content}<|im_end|>"
+
+
 WITH_CALLS = made.CHATML.replace(" + '<|im_end|>'", " + (message.tool_calls or '') | string + '<|im_end|>'")
 
 

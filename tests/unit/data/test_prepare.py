@@ -171,3 +171,13 @@ def test_data_json_tells_contents_apart(config, tmp_path):
         saved = json.loads((tmp_path / "data.json").read_text())
         assert [saved[part]["hashes"] for part in ("train", "eval")] == [[digest] for digest in digests]
         assert saved["train"]["sources"][0]["cache"].endswith(saved["train"]["fingerprint"])
+
+
+def test_held_out_data_that_is_trained_on_is_announced(config, tmp_path, caplog):
+    prepare(config, ByteTokenizer(), progress=False)
+    assert "trained on too" not in caplog.text
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "held-out.jsonl")  # another name, the same content
+    for _ in range(2):  # with and without token caches
+        caplog.clear()
+        prepare(config, ByteTokenizer(), progress=False)
+        assert f"held-out data that is trained on too: {tmp_path / 'held-out.jsonl'}" in caplog.text

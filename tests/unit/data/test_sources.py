@@ -14,7 +14,7 @@ from xtuner_hydra.errors import DataError
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "deep/er/c.json", "notes.txt"):
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.json", "notes.txt", ".ipynb_checkpoints/a-checkpoint.jsonl", "deep/.c.json"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[]\n")

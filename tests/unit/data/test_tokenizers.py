@@ -181,12 +181,15 @@ def test_an_export_remembers_its_template(tmp_path, template):
     assert load_tokenizer(model(pretrained=str(tmp_path), tokenizer=None)).fingerprint == ByteTokenizer(template).fingerprint
 
 
+def test_bytes_are_read_where_neither_weights_nor_a_tokenizer_are_named():
+    assert load_tokenizer(model(tokenizer=None)).fingerprint == ByteTokenizer().fingerprint
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"vocab_size": 259}, "model.vocab_size=259"),
         ({"tokenizer": "gpt2"}, "model.tokenizer=gpt2"),
-        ({"tokenizer": None}, "set model.tokenizer=byte"),
         ({"chat_template": "llama"}, "model.chat_template=llama"),
     ],
 )

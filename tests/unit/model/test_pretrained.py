@@ -3,17 +3,18 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from parity import CASES, change_config, make_checkpoint, ours, same_logits, tensors, theirs
 from safetensors.torch import save_file
 
-from xtuner_hydra.config.schema import ModelConfig
+from xtuner_hydra.config.schema import ModelConfig, RopeScaling
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.init import initialise
-from xtuner_hydra.model.pretrained import check_pretrained, load_pretrained, pretrained_dtype
+from xtuner_hydra.model.pretrained import check_pretrained, load_pretrained, pretrained_dtype, refuse_other_settings
 from xtuner_hydra.model.transformer import CausalLM
 
 
@@ -50,6 +51,39 @@ def refusal(directory, **changes):
 @pytest.mark.parametrize("case", ["llama 3", "smollm2", "qwen3_moe"])
 def test_a_whole_directory_is_not_refused(originals, case):
     check_pretrained(config_of(originals[case]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_settings_of_the_directory_itself_differ_in_nothing(tmp_path, case, caplog):
+    refuse_other_settings(config_of(make_checkpoint(tmp_path, case)), [])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "key"),
+    [
+        ("llama 3", {"rope_theta": 12345.0}, "model.rope_theta"),
+        ("llama 3", {"rope_scaling": RopeScaling("linear", factor=2.0)}, "model.rope_scaling"),
+        ("llama 3", {"rms_norm_eps": 1e-2}, "model.rms_norm_eps"),
+        ("smollm2", {"sliding_window": 8}, "model.sliding_window"),
+        ("smollm2", {"num_attention_heads": 1}, "model.num_attention_heads"),
+    ],
+)
+def test_other_settings_than_the_weights_were_trained_with_are_refused_unless_meant(originals, case, changes, key, caplog):
+    other = config_of(originals[case], **changes)
+    check_pretrained(config_of(originals[case]))  # tensors do not show it
+    with pytest.raises(ConfigError, match=f"{key}=.*were trained with .*model=hf takes such settings from there"):
+        refuse_other_settings(other, ["model=llama3_2_1b", "model.vocab_size=9"])
+    refuse_other_settings(other, [f"{key}=1"])
+    assert f"trained with other settings than {key}=" in caplog.text
+
+
+def test_experts_that_a_token_goes_to_are_settings_too(originals):
+    config = config_of(originals["qwen3_moe"])
+    config.moe = replace(config.moe, num_experts_per_tok=config.moe.num_experts_per_tok + 1)
+    with pytest.raises(ConfigError, match=r"model\.moe\.num_experts_per_tok"):
+        refuse_other_settings(config, [])
+    refuse_other_settings(config, ["++model.moe.num_experts_per_tok=3"])
 
 
 def test_missing_unexpected_and_misshapen_weights_are_listed_and_refused(copy):
