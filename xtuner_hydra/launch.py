@@ -170,7 +170,7 @@ def mark_stopped(directory: Path, stop: Stopped) -> None:
 def _start(prepared: Prepared, stopping: Stopping) -> int:
     directory = prepared.composition.run_dir
     if prepared.is_done:
-        print(f"{directory}: this run is complete ({prepared.data.plan.total_steps} steps); nothing to do")
+        print(f"{directory}: this run is complete ({run_dirs.read_status(directory)['step']} steps); nothing to do")
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE

@@ -20,6 +20,7 @@ from xtuner_hydra import run_dir as run_dirs
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, leave
 from xtuner_hydra.garbage import collect_seldom
+from xtuner_hydra.results.glance import progress
 from xtuner_hydra.safe_text import printable, redact
 
 
@@ -107,9 +108,8 @@ def _stopped(directory: Path, number: signal.Signals) -> int:
     status = run_dirs.read_status(directory)
     if status.get("state") == "running":
         code = EXIT_PREEMPTED if number in (signal.SIGTERM, signal.SIGUSR1) else EXIT_INTERRUPTED
-        kept = {key: status[key] for key in ("step", "total_steps") if key in status}
         error = f"stopped at once by {signal.Signals(number).name}; no save was made"
-        run_dirs.write_status(directory, "interrupted", exit_code=code, error=error, **kept)
+        run_dirs.write_status(directory, "interrupted", exit_code=code, error=error, **progress(directory))
         print(f"{error}: {directory}", file=sys.stderr)
         return code
     return int(status.get("exit_code", EXIT_INTERRUPTED))
@@ -140,9 +140,7 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
     is_crash = bool(struck or details or not causes)  # an error that stands on its own has no traceback
-    before = run_dirs.read_status(directory)
-    kept = {key: before[key] for key in ("step", "total_steps", "metrics") if key in before}
-    run_dirs.write_status(directory, "failed", exit_code=code, error=text, **kept)
+    run_dirs.write_status(directory, "failed", exit_code=code, error=text, **progress(directory))
     return code, is_crash
 
 

@@ -134,9 +134,8 @@ def writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RefusedError(
-            f"hydra.run.dir={directory}: cannot be written ({error.strerror}: {error.filename}). Choose another with hydra.run.dir=DIR"
-        ) from None
+        why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise RefusedError(f"hydra.run.dir={directory}: cannot be written ({why}). Choose another with hydra.run.dir=DIR") from None
 
 
 def write_config(directory: Path, config: Config) -> None:

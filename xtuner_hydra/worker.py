@@ -46,7 +46,8 @@ from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.pointwise import compile_pointwise
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
-from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, read_status, write_status
+from xtuner_hydra.results.glance import progress
+from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, write_status
 from xtuner_hydra.safe_text import redacted
 from xtuner_hydra.stopping import Stopping, ignore_signals
 from xtuner_hydra.tracking import build_trackers
@@ -125,14 +126,9 @@ def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) 
 
     def tell(rank: int, error: str, stack: str) -> None:
         _report_failure(run_dir, rank, error, stack, on_screen=False)
-        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=error, **_progress(run_dir))
+        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=error, **progress(run_dir))
 
     return Watchdog(run_dir / "logs", place.rank, place.world_size, config.parallelism.timeout, lambda: stopping.edges, tell)
-
-
-def _progress(run_dir: Path) -> dict[str, Any]:
-    status = read_status(run_dir)
-    return {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
 
 
 def deadline(config: Config, run_dir: Path) -> float | None:
@@ -241,8 +237,8 @@ def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_scr
 
 def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> None:
     """Close the trackers, write the last status, then the report of it all."""
-    metrics: Row = trainer.metrics if trainer else {}
-    before = _progress(run_dir)
+    before = progress(run_dir)
+    metrics: Row = (trainer.metrics if trainer else {}) or before.get("metrics", {})
     step = (trainer.state.step if trainer else 0) or before.get("step", 0)  # stopped before it had read its checkpoint
     total = trainer.total_steps if trainer else before.get("total_steps")
     if trainer:

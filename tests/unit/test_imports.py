@@ -74,11 +74,11 @@ def parts_used_by(part):
             "sweeps",
             {
                 *("app", "config", "cost", "errors", "files", "launch", "parallel", "ranks", "reports", "results", "run_dir", "safe_text"),
-                *("tracking", "worker"),
+                *("checkpoint", "tracking", "worker"),
             },
         ),
         ("cost", {"config", "model", "optim"}),
-        ("ranks", {"config", "errors", "garbage", "parallel", "run_dir", "safe_text", "worker"}),
+        ("ranks", {"config", "errors", "garbage", "parallel", "results", "run_dir", "safe_text", "worker"}),
         ("app", {"config", "errors", "model", "safe_text"}),
     ],
 )

@@ -48,6 +48,17 @@ def glance(directory: Path) -> Glance:
         return _damaged(directory, " ".join(str(error).split()) or type(error).__name__)
 
 
+def progress(directory: Path) -> dict[str, Any]:
+    """`step`, `total_steps` and `metrics` of a run that can no longer tell them itself, as far as status.json and metrics.jsonl do."""
+    status = run_dir.read_status(directory)
+    known: dict[str, Any] = {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
+    try:
+        metrics = _last_metrics(directory / "metrics.jsonl")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return known
+    return known | {"step": metrics.get("train/step", known.get("step", 0)), "metrics": metrics} if metrics else known
+
+
 def _glance(directory: Path) -> Glance:
     run_dir.refuse_stray(directory)
     status = run_dir.read_status(directory)

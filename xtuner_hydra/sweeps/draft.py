@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xtuner_hydra import launch
 from xtuner_hydra.app import App, Composition
+from xtuner_hydra.checkpoint.commit import numbered
 from xtuner_hydra.config.schema import Config, DataConfig, SweepConfig
 from xtuner_hydra.config.strict import changed, did_you_mean
 from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
@@ -90,19 +91,24 @@ def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[l
 
 
 def compose(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path) -> Composition:
-    """A job as it will run: one that stands in its directory already is continued, and its W&B runs are grouped by the sweep."""
+    """A job by its overrides; its W&B runs are grouped by the sweep."""
     composition = app.compose_job(fixed, overrides, number, directory)
-    config = composition.config
-    if config.checkpoint.resume == "never":
-        config.checkpoint.resume = "auto"
-    if config.tracking.wandb.group is None:
-        config.tracking.wandb.group = directory.name
+    if composition.config.tracking.wandb.group is None:
+        composition.config.tracking.wandb.group = directory.name
+    return composition
+
+
+def continued(composition: Composition) -> Composition:
+    """A job as it will run: one that stands in its directory already goes on from there, also where it began at another run's checkpoint."""
+    checkpoint = composition.config.checkpoint
+    if checkpoint.resume == "never" or numbered(composition.run_dir / "checkpoints"):
+        checkpoint.resume = "auto"
     return composition
 
 
 def signature(config: Config, default: Config) -> str:
     """What a job is: a hash of its values that differ from the defaults, so that a key which is new later does not change it."""
-    values = {key: value for key, (_, value) in changed(config, default).items() if not _is_aside(key)}
+    values = {key: value for key, (_, value) in changed(config, default).items() if not _is_aside(key, value)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -116,12 +122,14 @@ def _refuse_missing(app: App, sweep: SweepConfig) -> None:
 
 def _check(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path, earlier: Sequence[JobDraft]) -> JobDraft:
     composition = compose(app, fixed, overrides, number, directory)
-    sign = signature(composition.config, app.defaults)
-    prepared = launch.prepare(composition, elsewhere=app.launches_elsewhere)
+    sign, name = signature(composition.config, app.defaults), composition.run_dir.name
+    if same := [one.job.number for one in earlier if one.job.name == name and one.job.signature != sign]:
+        raise RefusedError(f"hydra.sweep.subdir: {name} is the directory of job {same[0]} too; let it hold ${{hydra.job.num}}")
+    prepared = launch.prepare(continued(composition), elsewhere=app.launches_elsewhere)
     config, plan = prepared.config, prepared.data.plan
     sizes = count_parameters(config)
     return JobDraft(
-        Job(number, composition.run_dir.name, overrides, sign),
+        Job(number, name, overrides, sign),
         config,
         prepared.ranks,
         plan.total_steps,
@@ -133,9 +141,11 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
     )
 
 
-def _is_aside(key: str) -> bool:
-    """Keys that do not make another job of it."""
-    return key.startswith(("sweep.", "tracking.")) or key in ("checkpoint.resume", "data.num_workers", "data.cache_dir")
+def _is_aside(key: str, value: object) -> bool:
+    """Settings that do not make another job of it. To begin at another run's checkpoint does."""
+    if key == "checkpoint.resume":
+        return value in ("auto", "never")
+    return key.startswith(("sweep.", "tracking.")) or key in ("data.num_workers", "data.cache_dir")
 
 
 def _has_held_out(data: DataConfig) -> bool:

@@ -22,7 +22,9 @@ from xtuner_hydra.app import Composition
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.reports.words import fixed
-from xtuner_hydra.results.sweep import Job, SweepPlan, job_result, results_of
+from xtuner_hydra.results.glance import progress
+from xtuner_hydra.results.sweep import FILE_NAME, Job, SweepPlan, job_result, results_of
+from xtuner_hydra.sweeps.draft import continued
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
 from xtuner_hydra.tracking import jsonl
@@ -125,9 +127,8 @@ class Driver:
             return self._run()
         except OSError as error:
             self._abandon()
-            raise TrainingError(
-                f"{error.filename or self.directory}: {error.strerror}; the sweep stops. Mend that, then go on with sweep.resume={self.directory}"
-            ) from None
+            again = f"go on with sweep.resume={self.directory}" if (self.directory / FILE_NAME).is_file() else "start it again"
+            raise TrainingError(f"{error.filename or self.directory}: {error.strerror}; the sweep stops. Mend that, then {again}") from None
 
     def _run(self) -> int:
         interrupted: int | None = None
@@ -187,6 +188,8 @@ class Driver:
                 job = replace(self.describe(len(self.plan.jobs), overrides), trial=trial)
                 same = [one for one in self.plan.jobs if job.signature and one.signature == job.signature]
             if not same:
+                if any(one.name == job.name for one in self.plan.jobs):  # hydra.sweep.subdir tells them not apart
+                    job = replace(job, name=f"{job.number}_{job.name}")
                 self.plan.jobs.append(job)
                 self._save("running")
                 return job
@@ -202,7 +205,7 @@ class Driver:
             return
         job.attempts += 1
         try:
-            composition = replace(self.compose(job.number, job.overrides), run_dir=directory)
+            composition = continued(replace(self.compose(job.number, job.overrides), run_dir=directory))
             prepared = launch.prepare(composition, progress=False, elsewhere=self.launcher.elsewhere)
             launch.create(prepared)
             self._save("running")
@@ -241,7 +244,7 @@ class Driver:
     def _write_end(self, followed: Followed, code: int) -> None:
         """Complete status.json where the job could not, or where it does not know why it was stopped."""
         status = run_dir.read_status(followed.directory)
-        fields = {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
+        fields = progress(followed.directory)
         if status.get("state") == "running" and code < 0 and (self.stopped or followed.hopeless):  # by us, before it could say so
             why = {"pruned": followed.hopeless} if followed.hopeless else {"error": f"stopped: {self.why_stopped or 'with its sweep'}"}
             run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, **why)

@@ -3,13 +3,14 @@ one takes its overrides from its directory."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,12 @@ def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
 def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     """The drafted sweep, from its beginning or from where `plan` left it."""
     launcher = choose_launcher(app, draft)
-    _make(draft.directory)
-    plan = _new_plan(app, draft) if plan is None else plan
+    with _alone_in(draft.directory):
+        _refuse_overtaken(draft.directory, plan)
+        return _run_alone(app, draft, plan or _new_plan(app, draft), launcher)
+
+
+def _run_alone(app: App, draft: Draft, plan: SweepPlan, launcher: Launcher) -> int:
     search = _search(draft, plan)
     if draft.is_list:
         _list_jobs(plan, draft.listed)
@@ -113,13 +118,16 @@ def _under_plugin(app: App, options: SweepConfig) -> int:
     plugin.register()
     fixed, codes = space.fixed_overrides(app), [EXIT_DONE]
     plan: SweepPlan | None = None
+    alone = ExitStack()
 
     def batch(job_overrides: Sequence[Sequence[str]], first: int) -> list[JobResult]:
         nonlocal plan
         swept = [[text for text in job if text not in app.overrides] for job in job_overrides]
         draft = drafts.draft_list(app, options, fixed, swept, directory, first=first)
-        _make(directory)
-        plan = plan or _new_plan(app, draft)
+        if plan is None:
+            alone.enter_context(_alone_in(directory))
+            _refuse_overtaken(directory, None)
+            plan = _new_plan(app, draft)
         plan.jobs += [one.job for one in draft.jobs]
         plan.total = len(plan.jobs)
         codes.append(_driver(app, draft, plan, Listed(), choose_launcher(app, draft)).run())
@@ -128,7 +136,8 @@ def _under_plugin(app: App, options: SweepConfig) -> int:
         return read_sweep(directory).jobs[first:]
 
     try:
-        app.multirun(batch)
+        with alone:
+            app.multirun(batch)
     except KeyboardInterrupt:
         codes.append(EXIT_INTERRUPTED if codes[-1] != EXIT_PREEMPTED else EXIT_PREEMPTED)
     _show(directory)
@@ -281,8 +290,32 @@ def _running_jobs(directory: Path, plan: SweepPlan) -> list[tuple[Job, dict[str,
     return [(job, status["process"]) for job, status in statuses if run_dir.state_of(directory / job.name, status) == "running"]
 
 
-def _make(directory: Path) -> None:
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Make the sweep's directory and lock it for as long as this process drives the sweep. RefusedError where another one does.
+
+    A file system without locks (some network ones) leaves the check of sweep.json before it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise RefusedError(f"hydra.sweep.dir={directory}: cannot be made ({error.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise RefusedError(f"hydra.sweep.dir={directory}: another process has begun a sweep there; end it first") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _refuse_overtaken(directory: Path, plan: SweepPlan | None) -> None:
+    """RefusedError where another process has begun or continued the sweep while its jobs were checked here. plan: as it was read, None: new."""
+    if plan is None:
+        _refuse_taken(directory)
+    elif SweepPlan.load(directory).time != plan.time:
+        raise RefusedError(f"sweep.resume={directory}: another process has continued it meanwhile; look at it, then try again")

@@ -12,7 +12,7 @@ from xtuner_hydra.reports.comparison import write_comparison
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.reports.sweep import FILES, text, write_sweep
 from xtuner_hydra.results.run import Run, find_runs, load_run
-from xtuner_hydra.results.sweep import FILE_NAME
+from xtuner_hydra.results.sweep import FILE_NAME, read_sweep
 from xtuner_hydra.safe_text import printable
 
 DEFAULT = Path("comparison.html")
@@ -24,16 +24,25 @@ def main(argv: list[str]) -> int:
     for directory in arguments.directories:
         if not directory.is_dir():
             raise RefusedError(f"report: {directory} is not a directory; give run directories, sweeps, or directories that hold some")
-    first = arguments.directories[0] if len(arguments.directories) == 1 and arguments.to is None else None
-    if first and (first / FILE_NAME).is_file():
-        print(printable(text(write_sweep(first))))
-        written = [first / name for name in FILES]
-    elif first and (first / "config.yaml").is_file():
-        written = [write_run(first)]
-    else:
-        written = [_compare(arguments.directories, arguments.to or DEFAULT)]
+    try:
+        written = _write(arguments)
+    except OSError as error:
+        raise RefusedError(
+            f"report: {error.filename or 'a file'} cannot be written ({error.strerror}); --to FILE writes elsewhere"
+        ) from None
     print("\n".join(f"wrote {path}" for path in written))
     return EXIT_DONE
+
+
+def _write(arguments: argparse.Namespace) -> list[Path]:
+    first = arguments.directories[0] if len(arguments.directories) == 1 and arguments.to is None else None
+    if first and (first / FILE_NAME).is_file():
+        print(printable(text(read_sweep(first))))
+        write_sweep(first)
+        return [first / name for name in FILES]
+    if first and (first / "config.yaml").is_file():
+        return [write_run(first)]
+    return [_compare(arguments.directories, arguments.to or DEFAULT)]
 
 
 def _compare(directories: list[Path], to: Path) -> Path:

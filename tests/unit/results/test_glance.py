@@ -5,7 +5,8 @@ import json
 import pytest
 from run_dirs import make_run
 
-from xtuner_hydra.results.glance import glance
+from xtuner_hydra import run_dir
+from xtuner_hydra.results.glance import glance, progress
 from xtuner_hydra.results.run import find_runs, load_run
 
 
@@ -69,3 +70,12 @@ def test_a_job_that_was_refused_has_a_status_alone(tmp_path):
 def test_a_config_yaml_alone_is_nobodys_run(tmp_path):
     (tmp_path / "config.yaml").write_text("a: 1\n")
     assert list(find_runs([tmp_path], damaged=True)) == []
+
+
+def test_the_progress_of_a_run_that_cannot_tell_it_is_that_of_its_rows(tmp_path):
+    run_dir.write_status(tmp_path, "running", step=4, total_steps=9)
+    assert progress(tmp_path) == {"step": 4, "total_steps": 9}
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 5, "train/loss": 2.0}\n{"train/step": 6, "train/loss": null}\n{"train/st')
+    assert progress(tmp_path) == {"step": 6, "total_steps": 9, "metrics": {"train/step": 6, "train/loss": 2.0}}
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n")
+    assert progress(tmp_path) == {"step": 4, "total_steps": 9}

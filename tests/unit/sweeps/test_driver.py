@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from xtuner_hydra import run_dir
 from xtuner_hydra.app import App
-from xtuner_hydra.errors import TrainingError
+from xtuner_hydra.errors import RefusedError, TrainingError
 from xtuner_hydra.results.sweep import SweepPlan, read_sweep
 from xtuner_hydra.sweeps import draft as drafts
 from xtuner_hydra.sweeps import driver, multirun
@@ -243,6 +246,50 @@ def test_a_signature_ignores_what_does_not_change_a_job(tmp_path):
 
     assert sign() == sign("tracking=none", "data.num_workers=0", "checkpoint.resume=auto", "optimizer.lr=0.00006")
     assert len({sign(), sign("optimizer.lr=1e-4"), sign("trainer.seed=1"), sign("checkpoint.interval=2")}) == 4
+
+
+@pytest.mark.parametrize("swept", ["optimizer.lr=1e-3,1e-4", "trainer.seed=interval(0,9)"])
+def test_jobs_that_would_share_a_directory_are_refused(tmp_path, swept):
+    search = ("sweep.search=random", "sweep.trials=3") if "interval" in swept else ()
+    with pytest.raises(RefusedError, match=r"hydra\.sweep\.subdir: x is the directory of job 0 too; let it hold \$\{hydra\.job\.num\}"):
+        run(tmp_path / "sweep", FakeLauncher(), "hydra.sweep.subdir=x", *search, swept=swept)
+
+
+def test_drawn_jobs_whose_directories_would_be_one_get_two(tmp_path):
+    drawn = iter([(0, ["optimizer.lr=0.0010001"]), (1, ["optimizer.lr=0.0010002"])])
+    search = SimpleNamespace(ask=lambda: next(drawn, None), tell=lambda *_, **__: None, is_hopeless=lambda *_: False)
+    overrides = ("sweep.search=random", "sweep.trials=2", 'hydra.sweep.subdir="lr${nearly:${optimizer.lr}}"')
+    OmegaConf.register_new_resolver("nearly", lambda lr: f"{lr:.0e}", replace=True)
+    launcher = FakeLauncher(2.0, 1.0)
+    _, result = run(tmp_path / "sweep", launcher, *overrides, swept="optimizer.lr=interval(1e-4,1e-2)", search=search)
+    assert launcher.started == ["lr1e-03", "1_lr1e-03"]
+    assert [job.value for job in result.jobs] == [2.0, 1.0]
+
+
+def test_the_checkpoint_where_a_job_begins_makes_another_job_of_it_and_the_jobs_own_one_goes_before_it(tmp_path):
+    with App([*BASE, "trainer.seed=1,2"]) as app:
+        starts = ["never", "auto", "a/checkpoints/step-2", "b/checkpoints/step-2"]
+        jobs = [drafts.compose(app, [], [f"checkpoint.resume={start}"], 0, tmp_path) for start in starts]
+        assert len({drafts.signature(job.config, app.defaults) for job in jobs}) == 3
+    assert [drafts.continued(job).config.checkpoint.resume for job in jobs] == ["auto", "auto", *starts[2:]]
+    committed = jobs[2].run_dir / "checkpoints" / "step-4"
+    committed.mkdir(parents=True)
+    (committed / "manifest.json").write_text("{}")
+    assert drafts.continued(jobs[2]).config.checkpoint.resume == "auto"
+
+
+def test_one_process_drives_a_sweep(tmp_path):
+    alone = multirun._alone_in
+    with alone(tmp_path / "sweep"), pytest.raises(RefusedError, match="another process has begun"), alone(tmp_path / "sweep"):
+        pass
+    with multirun._alone_in(tmp_path / "sweep"):
+        multirun._refuse_overtaken(tmp_path / "sweep", None)
+    _, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, 3.0))
+    with pytest.raises(RefusedError, match="holds a sweep already"):
+        multirun._refuse_overtaken(tmp_path / "sweep", None)
+    multirun._refuse_overtaken(tmp_path / "sweep", result.plan)
+    with pytest.raises(RefusedError, match="has continued it meanwhile"):
+        multirun._refuse_overtaken(tmp_path / "sweep", replace(result.plan, time=1.0))
 
 
 def test_jobs_leave_who_runs_them_and_a_process_that_is_gone_is_dead(tmp_path):

@@ -65,3 +65,11 @@ def test_the_command_needs_no_torch(sweep):
     assert done.stdout.splitlines()[-1] == "0 []"
     done = subprocess.run([sys.executable, "-m", "xtuner_hydra", "report", str(sweep / "gone")], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["sweep.html", "0_job/report.html"])
+def test_what_cannot_be_written_is_said_in_a_sentence_after_the_answer(sweep, name, capsys):
+    (sweep / name).mkdir()
+    with pytest.raises(RefusedError, match="cannot be written \\(Is a directory\\); --to FILE writes elsewhere"):
+        main([str((sweep / name).parent)])
+    assert ("1 *  1e-4" in capsys.readouterr().out) == (name == "sweep.html")
