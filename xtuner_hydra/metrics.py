@@ -46,7 +46,7 @@ class Meter:
         self.tokens += batch.tokens
 
     def row(self, state: TrainState, batch: StepBatch, result: StepResult, lr: float, epoch: float) -> Row:
-        """The step's metrics. Reads the loss back from the device, which waits for the step to end."""
+        """The step's metrics. Reads the loss back from the device; on a GPU the optimizer may still be at work."""
         loss = float(result.loss)
         now = time.perf_counter()
         step_time, world = now - self.step_started, self.runtime.world_size

@@ -156,7 +156,7 @@ class ChatTemplate:
         text, marked = self._render(conversation)
         self._refuse_lost_tools(given, conversation, text)
         if _is_marked(self._of(conversation)):
-            spans = self._by_marks(conversation, text, marked)
+            spans = self._by_marks(conversation, marked)
         else:
             _refuse_losses(given, text)
             spans = [self._answer(conversation, text, i) for i, message in enumerate(conversation.messages) if _learnt(message)]
@@ -172,7 +172,7 @@ class ChatTemplate:
                 "a .jinja file, or write them into a message and take `tools` out"
             )
 
-    def _by_marks(self, conversation: Conversation, text: str, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _by_marks(self, conversation: Conversation, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
         answers = [message for message in conversation.messages if message.role == "assistant"]
         if all(message.supervised for message in answers):
             return marked

@@ -211,10 +211,6 @@ class SweepResult:
         done = [(sign * job.value, place) for place, job in enumerate(self.jobs) if job.value is not None]
         return self.jobs[min(done)[1]] if done else None
 
-    @property
-    def has_seeds(self) -> bool:
-        return SEED in self.plan.swept
-
     def count(self, *states: str) -> int:
         """Jobs in any of `states`."""
         return sum(job.state in states for job in self.jobs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from xtuner_hydra.safe_text import LineFormatter
+from xtuner_hydra.safe_text import LineFormatter, redact
 from xtuner_hydra.tracking.base import Row, Sample
 
 log = logging.getLogger("xtuner_hydra")
@@ -73,6 +75,15 @@ def setup_logging(run_dir: Path, rank: int, *, terminal: bool) -> None:
     for handler in handlers:
         handler.setFormatter(LineFormatter(f"[xtuner_hydra][RANK {rank}][%(asctime)s][%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
+    threading.excepthook = _a_thread_died
+
+
+def _a_thread_died(died: threading.ExceptHookArgs) -> None:
+    """A sentence in place of a traceback on the screen: such threads are TensorBoard's and W&B's, and training goes on without them."""
+    name = died.thread.name if died.thread else "a thread"
+    log.warning(redact(f"{name} has ended: {died.exc_type.__name__}: {died.exc_value}"))
+    trace = "".join(traceback.format_exception(died.exc_type, died.exc_value, died.exc_traceback))
+    log.warning(redact(trace), extra={"file_only": True})
 
 
 class _LogFile(logging.FileHandler):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 
 import pytest
 
@@ -96,3 +97,16 @@ def test_a_second_run_in_the_same_process_leaves_the_first_ones_file_alone(tmp_p
         setup_logging(tmp_path / name, 0, terminal=False)
         log.info(name)
     assert "two" not in (tmp_path / "one" / "logs" / "rank0.log").read_text()
+
+
+def test_a_helper_thread_that_dies_is_a_sentence_on_the_screen_and_a_trace_in_the_file(log, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    (tmp_path / "logs").mkdir()
+    setup_logging(tmp_path, 0, terminal=True)
+    thread = threading.Thread(target=lambda: 1 / 0, name="writer")
+    thread.start()
+    thread.join()
+    said = capsys.readouterr()
+    assert said.out.rstrip().endswith("writer has ended: ZeroDivisionError: division by zero")
+    assert "Traceback" not in said.out + said.err
+    assert "Traceback" in (tmp_path / "logs" / "rank0.log").read_text()
