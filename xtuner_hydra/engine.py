@@ -67,7 +67,8 @@ class Engine:
                     "Lower optimizer.lr, look at the data of this step, or set optimizer.nonfinite=skip to leave such updates out"
                 )
             if updated:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, grad_norm)
+                if norm >= self.max_grad_norm:  # else it would multiply all gradients by one
+                    torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, grad_norm)
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = lr

@@ -66,11 +66,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_gradient = torch.expm1(label_logit - log_sum).mul_(grad).to(hidden.dtype)
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         for columns, logits, buffer in _slices(hidden, weight, ctx.chunk, ctx.kept):
             index, inside = _labels_in(labels, columns)
             # d loss / d logits = p - [this column is the label], scaled in fp32
             grad_logits = _scaled_probabilities(logits, buffer, log_sum, grad)
-            grad_logits.scatter_(1, index, label_gradient.where(inside, grad_logits.gather(1, index)))
+            # by index, not scatter_: that takes 250 times as long in bf16 on a CPU
+            grad_logits[rows, index] = label_gradient.where(inside, grad_logits.gather(1, index))
             if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight[columns]
             if grad_weight is not None:

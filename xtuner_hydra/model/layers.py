@@ -193,8 +193,9 @@ class _SwiGLUDown(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
-        grad_weight = grad.T @ _swiglu(gate, up) if ctx.needs_input_grad[2] else None
-        return *_swiglu_backward(grad @ weight, gate, up), grad_weight
+        activated = F.silu(gate)
+        grad_weight = grad.T @ (activated * up) if ctx.needs_input_grad[2] else None
+        return *_swiglu_backward(grad @ weight, gate, up, activated), grad_weight
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -211,7 +212,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _swiglu_backward(grad, *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        return _swiglu_backward(grad, gate, up, F.silu(gate))
 
 
 @pointwise
@@ -220,5 +222,6 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @pointwise
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `gate` and `up`; `activated`, which is silu(gate), is overwritten."""
+    return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)
