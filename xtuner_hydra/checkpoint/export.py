@@ -138,11 +138,15 @@ def export_to(
 
 
 def _generation(config: ModelConfig, special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
-    """generation_config.json: the pretrained model's own; and what is generated ends with the assistant's turn too, where EOS is another token."""
+    """generation_config.json: the pretrained model's own, with this tokenizer's ids where it has some; and what is generated ends with the
+    assistant's turn too, where EOS is another token, and wherever the pretrained model's ends."""
     own = _pretrained_generation(config)
-    if len(stops) < 2:
-        return {"_from_model_config": True, **special} if own is None else own | special
-    return (own or {}) | special | {"eos_token_id": list(stops)}
+    if own is None:
+        return {**special, "eos_token_id": list(stops)} if len(stops) > 1 else {**special, "_from_model_config": True}
+    theirs = own.get("eos_token_id")
+    ends = list(dict.fromkeys([*stops, *(theirs if isinstance(theirs, list) else [])]))
+    known = {name: number for name, number in special.items() if number is not None}
+    return own | known | ({"eos_token_id": ends} if len(ends) > 1 else {})
 
 
 def _pretrained_generation(config: ModelConfig) -> dict[str, Any] | None:
