@@ -27,9 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         written = _write(arguments)
     except OSError as error:
-        raise RefusedError(
-            f"report: {error.filename or 'a file'} cannot be written ({error.strerror}); --to FILE writes elsewhere"
-        ) from None
+        raise RefusedError(f"report: {error.filename or 'a file'}: {error.strerror}; --to FILE writes elsewhere") from None
     print("\n".join(f"wrote {path}" for path in written))
     return EXIT_DONE
 
