@@ -80,6 +80,8 @@ def setup_logging(run_dir: Path, rank: int, *, terminal: bool) -> None:
 
 def _a_thread_died(died: threading.ExceptHookArgs) -> None:
     """A sentence in place of a traceback on the screen: such threads are TensorBoard's and W&B's, and training goes on without them."""
+    if died.exc_type is SystemExit:  # its own wish
+        return
     name = died.thread.name if died.thread else "a thread"
     log.warning(redact(f"{name} has ended: {died.exc_type.__name__}: {died.exc_value}"))
     trace = "".join(traceback.format_exception(died.exc_type, died.exc_value, died.exc_traceback))
