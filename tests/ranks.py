@@ -10,7 +10,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from forks import serve
 
+from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.errors import leave
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    tokenizer="byte",
+)
 
 
 def run_on_ranks(function, ranks, *args):

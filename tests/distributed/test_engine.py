@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_on_ranks
+from ranks import TINY, run_on_ranks
 from torch.distributed.tensor import DTensor
 
-from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
+from xtuner_hydra.config.schema import Config, DataConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.batch import deal, empty_batch, make_batch
 from xtuner_hydra.data.packing import Packs
 from xtuner_hydra.model.init import initialise
@@ -18,16 +18,7 @@ from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.worker import build_engine
 
 CONFIG = Config(
-    model=ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tokenizer="byte",
-    ),
+    model=TINY,
     data=DataConfig(path="unused"),
     parallelism=ParallelismConfig(param_dtype="float32"),
     optimizer=OptimizerConfig(max_grad_norm=1e9),

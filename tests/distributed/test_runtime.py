@@ -5,15 +5,15 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import TINY, run_on_ranks
 
-from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
+from xtuner_hydra.config.schema import Config, DataConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.parallel.runtime import runtime
 
 
 def config(**parallelism):
     return Config(
-        model=ModelConfig(tokenizer="byte"),
+        model=TINY,
         data=DataConfig(path="unused"),
         parallelism=ParallelismConfig(**parallelism),
         trainer=TrainerConfig(device="cpu"),

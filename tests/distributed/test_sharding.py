@@ -2,25 +2,16 @@
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from ranks import TINY, run_on_ranks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
+from xtuner_hydra.config.schema import Config, DataConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.worker import build_engine
 
 CONFIG = Config(
-    model=ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tokenizer="byte",
-    ),
+    model=TINY,
     data=DataConfig(path="unused"),
     parallelism=ParallelismConfig(param_dtype="float32"),
     trainer=TrainerConfig(seed=3, device="cpu"),
