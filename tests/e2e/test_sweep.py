@@ -121,7 +121,9 @@ def _runs(pid):
     return True
 
 
-def test_ctrl_c_stops_all_jobs_marks_them_and_writes_the_report(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_to_the_group_stops_all_jobs_marks_them_and_writes_the_report(tmp_path, number, code):
+    """As a terminal, `timeout` and schedulers send it: to the server from which jobs are forked too."""
     cli = CommandLine(tmp_path)
     process = cli.start_fresh(
         *("-m", "debug=fast", "optimizer.lr=1e-3,1e-4,1e-5", "trainer.total_steps=5000", "hydra.launcher.slots=2", "tracking=none"),
@@ -129,7 +131,8 @@ def test_ctrl_c_stops_all_jobs_marks_them_and_writes_the_report(tmp_path):
     )
     jobs = [tmp_path / "sweep" / name for name in ("0_lr0.001", "1_lr0.0001")]
     wait_for(lambda: all((job / "metrics.jsonl").exists() and len(read_rows(job)) > 2 for job in jobs), process)
-    assert stop(process, signal.SIGINT) == 130
+    os.killpg(process.pid, number)
+    assert process.wait(90) == code
     assert [read_status(job)["state"] for job in jobs] == ["interrupted", "interrupted"]
     assert not any(_runs(read_status(job)["process"]["pid"]) for job in jobs)
     assert not (tmp_path / "sweep" / "2_lr1e-05").exists()

@@ -24,6 +24,7 @@ from xtuner_hydra.worker import die_with_parent
 _context = multiprocessing.get_context("forkserver")
 # what a job would import on its way, beside what this file does: torch._dynamo at its first update, matplotlib for its picture
 _context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+_STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def begin_imports() -> None:
@@ -45,8 +46,9 @@ def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variable
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits: it must not come between a job's start and its being followed, and the server, which inherits this, shall not hear it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """A wish to stop waits: it must not come between a job's start and its being followed, and the server, which inherits this, shall not hear
+    it. Ctrl-C, `timeout` and schedulers tell a whole group of processes, and the jobs would go with the server before they could say so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
     finally:
@@ -55,7 +57,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environment: dict[str, str]) -> None:
     os.setsid()  # Ctrl-C reaches the sweep alone, which then stops its jobs
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     die_with_parent()  # the server, which lives as long as a job does
     threading.Thread(target=_die_with_sweep, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
