@@ -115,7 +115,7 @@ class App:
 
     def shows_something(self) -> bool:
         """True for --help, --cfg, --info, --hydra-help and --shell-completion, after printing; a config that is shown is checked first."""
-        with _readable_errors():
+        with readable_errors():
             if self.args.help:
                 self.hydra.app_help(self.config_name, get_args_parser(), self.args)
             elif self.args.hydra_help:
@@ -135,17 +135,17 @@ class App:
     def compose(self, overrides: list[str]) -> Composition:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
         parsed = self.check_overrides(overrides)
-        with _readable_errors():
-            cfg = self._composed(overrides)
+        with readable_errors():
+            cfg = self.composed(overrides)
         HydraConfig.instance().set_config(cfg)  # so that ${hydra:...} resolves
         return self._typed(cfg, [override.input_line or "" for override in parsed])
 
     def compose_job(self, overrides: list[str], swept: list[str], number: int, sweep_dir: Path) -> Composition:
         """Compose and check a sweep's job: its `overrides`, of which `swept` set it apart, and a directory named by hydra.sweep.subdir."""
         parsed = self.check_overrides([*overrides, *swept])
-        with _readable_errors():
+        with readable_errors():
             texts = [*overrides, *swept, *self.hydra_overrides()]
-            cfg = self._composed(texts)
+            cfg = self.composed(texts)
             with read_write(cfg), open_dict(cfg):
                 cfg.hydra.job.num = number
                 cfg.hydra.overrides.task = swept
@@ -153,13 +153,24 @@ class App:
             directory = sweep_dir / _plain("hydra.sweep.subdir", cfg.hydra.sweep.subdir)
         return self._typed(cfg, [override.input_line or "" for override in parsed], directory)
 
+    def compose_options(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
+        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
+        groups = [f"{group}={option}" for group, option in chosen.items()]
+        with readable_errors():
+            cfg = self.composed([*groups, *self.hydra_overrides()])
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.runtime.choices.rerun = name
+            cfg.hydra.overrides.task = task
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
     def hydra_overrides(self) -> list[str]:
         """The overrides that speak to Hydra (`hydra.sweep.dir=...`), not to the job."""
         return [override for override in self.overrides if override.lstrip("+").startswith(("hydra.", "hydra/"))]
 
     def sweep_dir(self) -> Path:
         """The sweep's directory."""
-        with _readable_errors():
+        with readable_errors():
             return Path(str(self._multirun_config.hydra.sweep.dir)).resolve()
 
     def sweep_config(self) -> SweepConfig:
@@ -170,7 +181,7 @@ class App:
         """What the chosen option of `sweep` sets outside its own group and nothing sets otherwise, by full key, as an override would say it.
 
         Its duration gives way to one that was chosen."""
-        file = self._file("sweep", str(self._multirun_config.hydra.runtime.choices["sweep"]))
+        file = self.file("sweep", str(self._multirun_config.hydra.runtime.choices["sweep"]))
         values = OmegaConf.to_container(file) if file is not None and "sweep" in file else {}
         assert isinstance(values, dict)
         others = flatten({str(key): value for key, value in values.items() if key != "sweep"})
@@ -183,7 +194,7 @@ class App:
     def launcher(self) -> tuple[str, dict[str, Any]]:
         """(the option of hydra/launcher, its values)."""
         hydra = self._multirun_config.hydra
-        with _readable_errors():
+        with readable_errors():
             options = OmegaConf.to_container(hydra.launcher, resolve=True)
         assert isinstance(options, dict)
         return str(hydra.runtime.choices["hydra/launcher"]), {str(key): value for key, value in options.items()}
@@ -196,7 +207,7 @@ class App:
     def multirun(self, task: Callable[..., object]) -> None:
         """Let Hydra's sweeper plug-in choose jobs, which its launcher hands to `task`."""
         overrides = [*self.overrides, "hydra.mode=MULTIRUN"]
-        with _readable_errors():
+        with readable_errors():
             self.hydra.multirun(self.config_name, task, overrides, with_log_configuration=False)
 
     @property
@@ -206,24 +217,24 @@ class App:
 
     @functools.cached_property
     def _multirun_config(self) -> DictConfig:
-        with _readable_errors():
+        with readable_errors():
             self.check_overrides(self.overrides)
-            cfg = self._composed(self.overrides, RunMode.MULTIRUN)
+            cfg = self.composed(self.overrides, RunMode.MULTIRUN)
         HydraConfig.instance().set_config(cfg)
         return cfg
 
     @functools.cached_property
     def defaults(self) -> Config:
         """The config of a command line without overrides; where one's own --config-name leaves values open, the schema's defaults."""
-        with _readable_errors():
-            cfg = self._composed([])
+        with readable_errors():
+            cfg = self.composed([])
         HydraConfig.instance().set_config(cfg)
         try:
             return self._typed(cfg, []).config
         except RefusedError:
             return Config()
 
-    def _composed(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN, *, name: str | None = None) -> DictConfig:
+    def composed(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN, *, name: str | None = None) -> DictConfig:
         """Hydra's composition of the file `name` (None: the main one). Raises RefusedError where a file names code to run."""
         name = name or self.config_name
         main = self.hydra.config_loader.repository.load_config(name)  # type: ignore[attr-defined]
@@ -238,7 +249,7 @@ class App:
                 raise unknown_key(key)
         return cfg
 
-    def _refuse_unsafe(self, config: Config, where: Callable[[str], str]) -> None:
+    def refuse_unsafe(self, config: Config, where: Callable[[str], str]) -> None:
         """RefusedError for a value that holds a secret, and for code of others that nobody has asked for in this command."""
         for key, value in flatten(asdict(config)).items():
             if redacted(value) != value:
@@ -265,10 +276,10 @@ class App:
         choices = {str(key): value for key, value in hydra.runtime.choices.items() if not str(key).startswith("hydra/")}
         job = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         fill_from_pretrained(job)
-        with _readable_errors():
-            where = functools.partial(self._where_set, overrides, choices)
+        with readable_errors():
+            where = functools.partial(self.where_set, overrides, choices)
             config = to_config(job, where)
-            self._refuse_unsafe(config, where)
+            self.refuse_unsafe(config, where)
             _plain("hydra.job.name", hydra.job.name)
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
         return Composition(
@@ -283,7 +294,7 @@ class App:
             raise RefusedError(
                 str(error).strip().splitlines()[0] + "  Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
             ) from None
-        groups, keys = self._groups, known_keys()
+        groups, keys = self.groups, known_keys()
         # options behind `hydra.searchpath=` are seen by Hydra's own composition only, which refuses unknown ones too
         extra_searchpath = any(override.key_or_group == "hydra.searchpath" for override in parsed)
         for override in parsed:
@@ -302,7 +313,8 @@ class App:
         return parsed
 
     @functools.cached_property
-    def _groups(self) -> list[str]:
+    def groups(self) -> list[str]:
+        """All config groups, Hydra's own too."""
         return list(self.hydra.list_all_config_groups())
 
     def _check_option(self, override: Override) -> None:
@@ -322,61 +334,13 @@ class App:
                     f" Options of {group}: {', '.join(options) or 'none'}"
                 )
 
-    def recompose(self, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
-        """The run `name` again: its resolved `config` with this command line's overrides, checked as in `compose`.
-
-        GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
-        parsed = self.check_overrides(self.overrides)
-        given = {override.key_or_group: _option(override) for override in parsed if self._is_group(override)}
-        # options that an option's file chooses itself, as an experiment may; the command line's own win
-        chosen = {key: value for group, option in given.items() for key, value in self._chosen_by(group, option).items()} | given
-        task = [override for override in self.overrides if override not in self.hydra_overrides()]
-        composed = self._compose_choices(chosen, task, name)
-        cfg = OmegaConf.create(asdict(config))
-        for group in reversed(list(composed.hydra.runtime.choices)):  # Hydra notes them last one first; a later one's values win
-            if group in chosen:
-                self._replace_group(cfg, group, chosen[group])
-        for override in parsed:
-            if not self._is_group(override) and not override.key_or_group.startswith(("hydra.", "hydra/")):
-                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-        fill_from_pretrained(cfg)
-        with _readable_errors():
-            where = functools.partial(self._where_set, task, dict(chosen))
-            again = to_config(cfg, where)
-            self._refuse_unsafe(again, where)
-            run_dir = Path(str(composed.hydra.run.dir)).resolve()
-        return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: self.defaults, rerun_of)
-
-    def _compose_choices(self, chosen: dict[str, str], task: list[str], name: str) -> DictConfig:
-        """The composition of the `chosen` options alone, whose run directory is called after the run `name` and the overrides `task`."""
-        groups = [f"{group}={option}" for group, option in chosen.items()]
-        with _readable_errors():
-            cfg = self._composed([*groups, *self.hydra_overrides()])
-        with read_write(cfg), open_dict(cfg):
-            cfg.hydra.runtime.choices.rerun = name
-            cfg.hydra.overrides.task = task
-        HydraConfig.instance().set_config(cfg)
-        return cfg
-
-    def _is_group(self, override: Override) -> bool:
-        return override.key_or_group in self.hydra.list_all_config_groups() and not override.key_or_group.startswith("hydra/")
-
-    def _chosen_by(self, group: str, option: str) -> dict[str, str]:
+    def chosen_by(self, group: str, option: str) -> dict[str, str]:
         """Options of other groups that GROUP/OPTION.yaml chooses (`defaults: - override /model: hf`)."""
         loaded = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
         defaults = [one for one in (loaded.defaults_list if loaded else None) or [] if isinstance(one, GroupDefault) and one.override]
         return {str(one.group).lstrip("/"): str(one.value) for one in defaults}
 
-    def _replace_group(self, cfg: DictConfig, group: str, option: str) -> None:
-        with _readable_errors():
-            # what chooses options of other groups does not compose alone; those are replaced apart
-            alone = self._file(group, option) if self._chosen_by(group, option) else self._composed([], name=f"{group}/{option}")
-        assert alone is not None
-        if group in cfg:
-            cfg[group] = asdict(Config())[group]
-        cfg.merge_with(OmegaConf.masked_copy(alone, [str(key) for key in alone if key != "hydra"]))
-
-    def _where_set(self, overrides: list[str], choices: dict[str, str | None], key: str) -> str:
+    def where_set(self, overrides: list[str], choices: dict[str, str | None], key: str) -> str:
         """The override or the file that gave `key` its value (the last one wins)."""
         for override in reversed(overrides):
             name = override.lstrip("+").partition("=")[0]
@@ -390,11 +354,11 @@ class App:
         return f"{group}/{choices[group]}.yaml" if choices.get(group) else "config.yaml"
 
     def _file_has(self, group: str, option: str, key: str) -> bool:
-        file = self._file(group, option)
+        file = self.file(group, option)
         return file is not None and OmegaConf.select(file, key, throw_on_missing=False) is not None
 
-    def _file(self, group: str, option: str) -> DictConfig | None:
-        """The content of GROUP/OPTION.yaml."""
+    def file(self, group: str, option: str) -> DictConfig | None:
+        """The content of GROUP/OPTION.yaml; None where there is no such file."""
         loaded = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
         return None if loaded is None else loaded.config
 
@@ -436,23 +400,12 @@ def _fill(node: DictConfig, values: dict[str, Any]) -> None:
             node[key] = value
 
 
-def _option(override: Override) -> str:
+def option_of(override: Override) -> str:
     """The option that `GROUP=OPTION` names."""
     option = override.value()
     if not isinstance(option, str) or override.package is not None:
         raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
     return option
-
-
-def _joined(before: list[str], after: Sequence[str]) -> list[str]:
-    """Overrides `before` that `after` leaves in force, then `after`."""
-    replaced = {_key(override) for override in after}
-    kept = [override for override in before if _key(override) not in replaced and _key(override).partition(".")[0] not in replaced]
-    return [*kept, *after]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]
 
 
 def _conf_dir() -> str:
@@ -486,7 +439,7 @@ def _register_resolvers() -> None:
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
+def readable_errors() -> Iterator[None]:
     """Hydra's and OmegaConf's complaints as one sentence each."""
     try:
         yield

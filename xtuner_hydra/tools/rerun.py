@@ -20,6 +20,7 @@ from typing import Any
 from xtuner_hydra.app import App, Composition
 from xtuner_hydra.config.schema import Config, SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, DataError, RefusedError
+from xtuner_hydra.recompose import recompose
 from xtuner_hydra.results.run import Run, load_run
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.tracking.environment import environment
@@ -77,7 +78,7 @@ def again(app: App, run: Run) -> Composition:
         if re.match(r"\+*sweep[.=]", override):
             raise RefusedError(f"{override}: a rerun is a single run, without a sweep")
     name = re.sub(r"^\d\d-\d\d-\d\d-\d+_", "", run.name)
-    return app.recompose(_single(run), run.overrides, name, rerun_of=run.directory)
+    return recompose(app, _single(run), run.overrides, name, rerun_of=run.directory)
 
 
 def differences(run: Run, data: dict[str, Any], ranks: int) -> Iterator[str]:
