@@ -10,8 +10,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def read_config(directory: Path) -> Config:
 
 def read_overrides(directory: Path) -> list[str]:
     """What the user typed to start the run."""
-    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")  # splitlines knows line breaks that JSON does not escape
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
@@ -199,10 +199,18 @@ def is_alive(process: dict[str, Any], directory: Path) -> bool:
     """Whether the process that wrote `process` into `directory` still runs. On another host, which cannot be asked: whether anything in
     `directory` was written within QUIET_SECONDS."""
     if process.get("host") != socket.gethostname():
-        newest = max((path.stat().st_mtime for path in (*directory.glob("*"), *directory.glob("logs/*")) if path.is_file()), default=0)
-        return time.time() - newest < QUIET_SECONDS
+        return time.time() - _newest((*directory.glob("*"), *directory.glob("logs/*"))) < QUIET_SECONDS
     started = _started(int(process.get("pid", -1)))
     return started is not None and started == process.get("started", started)
+
+
+def _newest(paths: Iterable[Path]) -> float:
+    """When the last of the files was written; those that are gone by now, as temporary ones are, are left out."""
+    newest = 0.0
+    for path in paths:
+        with suppress(OSError):
+            newest = max(newest, path.stat().st_mtime) if path.is_file() else newest
+    return newest
 
 
 def _started(pid: int) -> str | None:
@@ -211,7 +219,7 @@ def _started(pid: int) -> str | None:
         # the name, in parentheses, may hold spaces and parentheses; after it the fields are those of proc(5) from the third on
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between opening and reading
         if Path("/proc/self/stat").exists():
             return None
     done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)  # no /proc: macOS

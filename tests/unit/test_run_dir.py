@@ -21,7 +21,7 @@ SHAPE = dict(
     vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8
 )
 CONFIG = Config(model=ModelConfig(**SHAPE), data=DataConfig(path=["a", "b"]))
-OVERRIDES = ["data.path=[a,b]", 'tracking.wandb.name="x: y"', "model.chat_template=null"]
+OVERRIDES = ["data.path=[a,b]", 'tracking.wandb.name="x: y"', "model.chat_template=null", "trainer.sample_prompts=[a\u2028b\u0085c]"]
 
 
 def test_what_is_created_can_be_read_back(tmp_path):

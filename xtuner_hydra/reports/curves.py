@@ -15,6 +15,10 @@ from xtuner_hydra.results.run import Run
 TOKENS = "train/total_tokens"
 SMOOTH_FROM = 60
 """Points; fewer are read better as they are."""
+_SHORTEST = 6
+"""Letters of a name on an axis."""
+_ALIKE = 1e-6
+"""A range that is a smaller share of its values is none."""
 POINTS = 160
 """A curve is drawn with about so many."""
 
@@ -107,7 +111,9 @@ def limits(lines: Iterable[Curve]) -> tuple[float, float]:
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
-    """The range with a margin of 5 %."""
+    """The range with a margin of 5 %; values that are alike but for rounding are not blown up."""
+    if high - low <= _ALIKE * abs(high):
+        low = high = (low + high) / 2
     margin = 0.05 * (high - low) or abs(low) * 0.05 or 0.5
     return low - margin, high + margin
 
@@ -150,11 +156,15 @@ class Scale:
 
     def marks(self, apart: float) -> tuple[list[float], list[str]]:
         """Where an axis has marks, and their texts: the values themselves, those nearer to the one before than `apart`, or than their texts are
-        long, left out."""
+        long, left out. Names are shortened rather, where that leaves enough of them."""
         at: list[float] = []
         texts: list[str] = []
+        told = words.apart(self.values, 2)
+        room = int(1 / max(1, len(self.values) - 1) / (0.44 * apart))
+        if self.kind == "places" and room >= _SHORTEST:
+            told = {value: words.cut(text, room) for value, text in told.items()}
         for value in self.values:
-            place, text = self(value), words.value(value, 2)
+            place, text = self(value), told[value]
             if not at or place - at[-1] >= max(apart, 0.22 * apart * (len(text) + len(texts[-1]))):
                 at.append(place)
                 texts.append(text)

@@ -14,9 +14,7 @@ from xtuner_hydra.reports.curves import Scale
 from xtuner_hydra.reports.lead import Lead, pooled
 from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 
-STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted")
-
-
+STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted", "damaged")
 TGS, TOKENS = "throughput/e2e_tgs", "train/total_tokens"
 BEST = 1
 """Number of the colour (orange) that marks the best setting among grey or blue ones."""
@@ -99,10 +97,10 @@ class Findings:
         """A value of the metric."""
         return words.fixed(value, self.digits)
 
-    def difference(self, value: float) -> str:
-        """A difference of the metric; so small a one that it would be 0.00 keeps a digit."""
-        text = words.fixed(value, self.digits)
-        return text if float(text.replace(",", "")) or not value else f"{value:.1g}"
+    def difference(self, value: float, digits: int | None = None) -> str:
+        """A difference of the metric, with as many digits as the metric or `digits`; so small a one that it would be 0.00 keeps one."""
+        text = words.fixed(value, self.digits if digits is None else digits)
+        return text if float(text.replace(",", "")) or not value else words.value(value, 1)
 
     def score(self, setting: Setting) -> str:
         """`8.441 ± 0.021`; of a setting that was stopped early where it stood then."""
@@ -113,26 +111,45 @@ class Findings:
     def name(self, setting: Setting) -> str:
         """`lr 6e-5, pack_max_length 2048`; where nothing was swept, the only setting there is."""
         return (
-            ", ".join(f"{self.short[key]} {words.value(setting.swept[key], 3)}" for key in self.keys if key in setting.swept)
+            ", ".join(f"{self.short[key]} {self.text(key, setting.swept[key], 3)}" for key in self.keys if key in setting.swept)
             or "the setting"
         )
 
     def job_name(self, job: JobResult) -> str:
         """The setting of a job and its seed."""
-        parts = [f"{self.short.get(key, key.rpartition('.')[2])} {words.value(value, 3)}" for key, value in job.swept.items()]
+        parts = [f"{self.short.get(key, key.rpartition('.')[2])} {self.text(key, value, 3)}" for key, value in job.swept.items()]
         return ", ".join(parts) or job.name
 
     def at(self, setting: Setting, key: str) -> Any:
-        """The setting's value of `key`; a list as text, so that it can be looked up."""
-        value = setting.swept.get(key)
-        return words.value(value) if isinstance(value, list) else value
+        """The setting's value of `key`, such that it can be looked up."""
+        return _hashable(setting.swept.get(key))
+
+    def text(self, key: str, value: Any, digits: int = 4) -> str:
+        """A value of a swept key in words, told apart from the key's other ones."""
+        if (key, digits) not in self._texts:
+            self._texts[key, digits] = words.apart({self.at(setting, key): None for setting in self.settings}, digits)
+        return self._texts[key, digits].get(_hashable(value)) or words.value(value, digits)
+
+    @cached_property
+    def _texts(self) -> dict[tuple[str, int], dict[Any, str]]:
+        return {}
 
     def rank(self, setting: Setting) -> int | None:
         """1 for the best; None without a value."""
-        return self.ranked.index(setting) + 1 if setting in self.ranked else None
+        return self._ranks.get(id(setting))
+
+    @cached_property
+    def _ranks(self) -> dict[int, int]:
+        """By identity: to compare settings would compare their runs."""
+        return {id(setting): rank for rank, setting in enumerate(self.ranked, 1)}
 
     def setting_of(self, job: JobResult) -> Setting:
-        return next(setting for setting in self.settings if job in setting.jobs)
+        return self._settings[job.number]
+
+    @cached_property
+    def _settings(self) -> dict[int, Setting]:
+        """By the numbers of their jobs."""
+        return {job.number: setting for setting in self.settings for job in setting.jobs}
 
     # --- who won, and whether it is more than chance
 
@@ -177,7 +194,7 @@ class Findings:
         shared = " shared" if number < max(len(lead.first.values), len(lead.second.values)) else ""
         on = ("both" if number == 2 else f"all {number}") if ahead == number else f"{ahead} of {number}"
         digits = max(2, min(6, -math.floor(math.log10(lead.spread) + 1e-6))) if lead.spread else self.digits
-        by = f"{mean(lead.pairs):.{digits}f} ± {lead.spread:.{digits}f}" if lead.spread else f"{self.difference(mean(lead.pairs))} on each"
+        by = self.difference(mean(lead.pairs), digits) + (f" ± {self.difference(lead.spread, digits)}" if lead.spread else " on each")
         return f"Ahead on {on}{shared} seeds, by {by}"
 
     def _against_noise(self, lead: Lead) -> str:
@@ -205,10 +222,11 @@ class Findings:
     def _unanswered(self) -> str:
         """Why there is no ranking."""
         if not self.result.count("running", "waiting"):
-            return "No job has completed, so there is no ranking."
+            end = f"ended with a finite {self.metric}" if self.result.count("completed") else "has completed"
+            return f"No job {end}, so there is no ranking."
         ends = {"failed": "ended by a failure", "interrupted": "interrupted"}
-        end = ends.get(self.result.plan.state)
-        return f"The sweep was {end} before any job completed." if end else "No job has completed yet."
+        why = ends.get(self.result.plan.state)
+        return f"The sweep was {why} before any job completed." if why else "No job has completed yet."
 
     @property
     def _stands(self) -> str:
@@ -217,7 +235,9 @@ class Findings:
             return ""
         if self.unfinished:
             return " leads so far"
-        return {"clear": " wins", "alone": " is the only one that completed"}.get(self.verdict, " leads")
+        others = sum(job.state == "completed" and job.value is None for job in self.result.jobs)
+        alone = f" is the only one with a finite {self.metric}" if others else " is the only one that completed"
+        return {"clear": " wins", "alone": alone}.get(self.verdict, " leads")
 
     def _ahead(self) -> str:
         """`, 0.051 below the next (lr 2e-4)`."""
@@ -341,12 +361,12 @@ class Findings:
         values = list(Scale.of(self.at(setting, key) for setting in self.settings).values) if key else []
         if key and 1 < len(values) <= most and not self.is_parallel:
             colours = {job.number: values.index(self.at(setting, key)) for setting in self.settings for job in setting.jobs}
-            return {**colours}, [(place, f"{self.short[key]} {words.value(value)}") for place, value in enumerate(values)]
+            return {**colours}, [(place, f"{self.short[key]} {self.text(key, value)}") for place, value in enumerate(values)]
         if len(self.settings) == 1:
             return dict.fromkeys((job.number for job in self.result.jobs), 0), []
-        best = self.best.jobs if self.best else []
+        best = {job.number for job in self.best.jobs} if self.best else set()
         entries: list[tuple[int | None, str]] = [(BEST, "best"), (None, "others")] if best else []
-        return {job.number: BEST if job in best else None for job in self.result.jobs}, entries
+        return {job.number: BEST if job.number in best else None for job in self.result.jobs}, entries
 
     # --- whether it is fair
 
@@ -430,7 +450,7 @@ class Findings:
     @property
     def failures(self) -> list[JobResult]:
         """Jobs that ended badly, in their order."""
-        return [job for job in self.result.jobs if job.state in ("failed", "killed", "interrupted")]
+        return [job for job in self.result.jobs if job.state in ("failed", "killed", "interrupted", "damaged")]
 
     def average(self, setting: Setting, metric: str) -> float | None:
         """Mean of the last `metric` over the setting's jobs, the completed ones where there are any; None where none has it."""
@@ -478,3 +498,7 @@ class Findings:
             return None
         first, second = (list(Scale.of(self.at(setting, key) for setting in self.settings).values) for key in self.keys)
         return (first, second) if len(first) * len(second) <= 2 * len(self.settings) and len(first) <= 14 and len(second) <= 14 else None
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

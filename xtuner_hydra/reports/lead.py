@@ -27,8 +27,9 @@ def enough(freedom: int) -> float:
 def pooled(settings: Sequence[Setting]) -> tuple[float | None, int]:
     """(standard deviation between jobs that differ in their seed alone, its degrees of freedom), over `settings`; None where none has two seeds."""
     freedom = sum(max(0, len(setting.values) - 1) for setting in settings)
-    squares = sum((len(setting.values) - 1) * setting.spread**2 for setting in settings if setting.spread is not None)
-    return (math.sqrt(squares / freedom) if freedom else None), freedom
+    # not squared and summed: diverged perplexities would overflow
+    spreads = [math.sqrt(len(setting.values) - 1) * setting.spread for setting in settings if setting.spread is not None]
+    return (math.hypot(*spreads) / math.sqrt(freedom) if freedom else None), freedom
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ def number(value: float | None, digits: int) -> Cell:
     return Cell(words.fixed(value, digits), value, number=True)
 
 
-def swept(value: Any) -> Cell:
-    """A config value, right-aligned where it is a number."""
+def swept(value: Any, text: str) -> Cell:
+    """A config value as `text`, right-aligned where it is a number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return Cell(words.value(value), value if is_number else words.value(value), number=is_number)
+    return Cell(text, value if is_number else text, number=is_number)
 
 
 def state(name: str) -> Cell:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import textwrap
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0b62a8", "#d55e00", "#008f68", "#a0458f", "#b98700", "#3a9fdc")
 GREY, GRID, TEXT = "#8a939b", "#e5e7eb", "#16191d"
 DPI = 130
+FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
+             "Hiragino Sans GB", "Microsoft YaHei")  # fmt: skip
+"""Fonts for letters that matplotlib's own does not have, in the names of runs and values."""
 
 
 def loss_png(run_dir: Path) -> Path | None:
@@ -77,7 +81,7 @@ def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
         x, y = evaluations.x, evaluations.y
         axes.plot(x, y, "o-", color=COLOURS[1], markersize=6, linewidth=1.2, label="evaluation")
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, -16), textcoords="offset points", ha="right", color=COLOURS[1],
+        axes.annotate(words.fixed(y[-1], 3), (x[-1], y[-1]), xytext=(0, -16), textcoords="offset points", ha="right", color=COLOURS[1],
                       fontweight="bold", bbox=box)  # fmt: skip
     axes.margins(y=0.1)  # room for the number below the last evaluation
     axes.set_ylabel("cross-entropy a token")
@@ -85,8 +89,12 @@ def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
 
 
 def _title(run: Run) -> str:
-    scores = [f"{title} {run.final[name]:.3f}" for title, name in (("train", "train/loss"), ("eval", "eval/loss")) if name in run.final]
-    return f"{run.name}\n{run.step} steps: {', '.join(scores)}"
+    scores = [
+        f"{title} {words.fixed(run.final[name], 3)}"
+        for title, name in (("train", "train/loss"), ("eval", "eval/loss"))
+        if name in run.final
+    ]
+    return f"{run.name}\n{words.counted(run.step, 'step')}: {', '.join(scores)}"
 
 
 # --- a sweep
@@ -123,8 +131,8 @@ def _draw_heat_map(axes: Axes, findings: Findings) -> None:
                   fontweight="bold" if best else None, linespacing=1.5)  # fmt: skip
         if best:
             axes.add_patch(_rectangle(column, row))
-    axes.set_xticks(range(len(columns)), [words.value(column) for column in columns])
-    axes.set_yticks(range(len(rows)), [words.value(row) for row in rows])
+    axes.set_xticks(range(len(columns)), [findings.text(second, column) for column in columns])
+    axes.set_yticks(range(len(rows)), [findings.text(first, row) for row in rows])
     axes.set(xlabel=second, ylabel=first, title=findings.metric)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -180,7 +188,15 @@ def _draw_parallel(axes: Axes, findings: Findings) -> None:
     for place, key in enumerate(keys):
         axes.axvline(place, color=GREY, linewidth=0.8)
         for end, value in ((-0.04, scales[key].values[0]), (1.04, scales[key].values[-1])):
-            axes.text(place, end, words.value(value, 2), ha="center", va="top" if end < 0 else "bottom", fontsize=9, color="#5d656d")
+            axes.text(
+                place,
+                end,
+                words.cut(findings.text(key, value, 2), 24),
+                ha="center",
+                va="top" if end < 0 else "bottom",
+                fontsize=9,
+                color="#5d656d",
+            )
     axes.axvline(len(keys), color=GREY, linewidth=0.8)
     for end, value in zip((-0.04, 1.04), findings.metric_range, strict=True):
         axes.text(len(keys), end, findings.number(value), ha="center", va="top" if end < 0 else "bottom", fontsize=9, color="#5d656d")
@@ -233,17 +249,29 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _families() -> list[str]:
+    """matplotlib's own font, then those that know more letters, where there are any."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in FALLBACKS if name in installed)]
+
+
 def _save(figure: Figure, path: Path) -> Path:
     """Write the picture, whole or not at all."""
     from matplotlib.text import Text
 
+    families = _families()
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a `$` in a name or a value begins no formula
+        text.set_fontfamily(families)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o666 & ~umask())
-            figure.savefig(file, format="png")
+            with warnings.catch_warnings():  # a letter that no font has is drawn as a box; that is no news for a terminal
+                warnings.filterwarnings("ignore", "Glyph .* missing from")
+                figure.savefig(file, format="png")
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

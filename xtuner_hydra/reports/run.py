@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_text
 from xtuner_hydra.reports import commands, page, svg, words
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, curve, limits, smoothed, thinned
@@ -70,8 +72,10 @@ def run_page(run: Run) -> str:
 def _answer(run: Run) -> str:
     """How it stands, in a sentence."""
     words_of = {"completed": "Completed", "running": "Running", "failed": "Failed", "interrupted": "Interrupted", "killed": "Killed"}
-    total = f" of {run.total_steps:,}" if run.total_steps and run.total_steps != run.step else ""
-    text = f"{words_of.get(run.state, run.state.capitalize())} after {run.step:,}{total} steps"
+    steps = words.counted(run.step, "step")
+    if run.total_steps and run.total_steps != run.step:
+        steps = f"{run.step:,} of {words.counted(run.total_steps, 'step')}"
+    text = f"{words_of.get(run.state, run.state.capitalize())} after {steps}"
     if tokens := run.final.get("train/total_tokens"):
         text += f" and {words.compact(tokens)} tokens"
     scores = [f"{name} {words.fixed(run.final[name], 3)}" for name in ("eval/loss", "train/loss") if name in run.final]
@@ -244,7 +248,8 @@ def _environment(run: Run) -> Markup:
 def _command(run: Run) -> str | None:
     """The command that makes this run; that of a sweep would make all its jobs."""
     if (run.directory.parent / FILE_NAME).is_file():
-        return commands.alone(SweepPlan.load(run.directory.parent), run.overrides)
+        with suppress(RefusedError):  # what lies beside a run must not cost it its report
+            return commands.alone(SweepPlan.load(run.directory.parent), run.overrides)
     return run.environment.get("command")
 
 
@@ -280,6 +285,6 @@ def _files(run: Run) -> Markup:
 def _size(path: Path) -> tuple[int, int]:
     """(files, bytes) of a file or of all below a directory."""
     if not path.is_dir():
-        return 1, path.stat().st_size
+        return 1, path.lstat().st_size
     sizes = [os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names]
     return len(sizes), sum(sizes)

@@ -18,6 +18,8 @@ SMALL = (360, 240)
 LARGEST = 1.3
 """Times its own size; drawn larger, its letters would be larger than the text around it."""
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 14, 46
+_LINE = 0.05
+"""Height of a line of text, as a share of an upright axis."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,12 @@ def _labels(values: Sequence[float]) -> Callable[[float], str]:
     """How the marks of an axis are written: all alike, with as many decimals as their distance asks for."""
     apart = values[1] - values[0] if len(values) > 1 else 1.0
     largest = max(map(abs, values), default=1.0)
-    if largest >= 10_000 or 0 < largest < 0.001:
-        return lambda value: words.compact(value) if largest >= 10_000 else words.value(value, 2)
-    decimals = next((digits for digits in range(6) if abs(round(apart, digits) - apart) < 1e-9 * max(1.0, apart)), 6)
-    return lambda value: words.fixed(value, decimals)
+    if 0 < largest < 0.001:
+        return lambda value: words.value(value, 2)
+    size, unit = words.unit(largest) if largest >= 10_000 else (1.0, "")
+    apart /= size
+    decimals = next((digits for digits in range(8) if abs(round(apart, digits) - apart) < 1e-6 * apart), 8)
+    return lambda value: words.fixed(value / size, decimals) + unit if value else "0"
 
 
 def _x_axis(frame: Frame, values: Sequence[float], label: str, texts: Sequence[str] | None = None) -> list[Markup]:
@@ -216,16 +220,16 @@ class Axis:
 
     @classmethod
     def of(cls, name: str, scale: Scale) -> Axis:
-        """The axis of a swept key: every value where they are few, else the lowest, the middle and the highest."""
+        """The axis of a swept key: every value where they are few, else the lowest, the middle and the highest; none on top of another."""
         values = list(scale.values)
         if len(values) > 6 and scale.kind != "places":
             values = [values[0], values[len(values) // 2], values[-1]]
-        return cls(name, {scale(value): _brief(value) for value in values})
-
-
-def _brief(value: object) -> str:
-    text = words.value(value, 2)
-    return text if len(text) <= 14 else text[:13] + "…"
+        texts = words.apart(scale.values, 2)
+        marks: dict[float, str] = {}
+        for place, value in ((scale(value), value) for value in values):
+            if not marks or place - max(marks) >= _LINE:
+                marks[place] = words.cut(texts[value], 14)
+        return cls(name, marks)
 
 
 def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Markup:

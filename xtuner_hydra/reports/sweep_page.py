@@ -80,7 +80,11 @@ def _fairness(findings: Findings) -> Markup | None:
         parts.append(("the same " if alike else "by seed ") + f"{findings.span(findings.eval_tokens)} held-out tokens")
     if findings.tokens:
         parts.append(f"{words.compact(min(findings.tokens))} training tokens each")
-    return page.fact("Fair comparison", ", ".join(parts).capitalize() + "." if parts else "All jobs ran alike.", "good")
+    return page.fact("Fair comparison", _sentence(", ".join(parts)) if parts else "All jobs ran alike.", "good")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 def _fastest(findings: Findings) -> Markup | None:
@@ -127,7 +131,7 @@ def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]
         Cell(f"{rank} *" if rank == 1 else rank or "–", rank),
         Cell(findings.score(setting) if setting.mean is None else findings.number(setting.mean), setting.mean, number=True),
         *[spread] * findings.has_repeats,
-        *(page.swept(setting.swept.get(key)) for key in findings.keys),
+        *(page.swept(setting.swept.get(key), findings.text(key, setting.swept.get(key))) for key in findings.keys),
         Cell(strip),
         *[Cell(_seeds(setting), len(setting.values), number=True)] * findings.has_repeats,
         page.number(findings.average(setting, TOKENS), 0),
@@ -171,11 +175,13 @@ def _heat_map(findings: Findings) -> Markup:
     first, second = findings.keys
     found = {(findings.at(setting, first), findings.at(setting, second)): setting for setting in findings.settings}
     head = tag(
-        "tr", tag("th", f"{findings.short[first]} ↓", class_="axis"), [tag("th", words.value(column), scope="col") for column in columns]
+        "tr",
+        tag("th", f"{findings.short[first]} ↓", class_="axis"),
+        [tag("th", findings.text(second, column), scope="col") for column in columns],
     )
     over = tag("tr", tag("th"), tag("th", findings.short[second] + " →", class_="axis", colspan=len(columns)))
     body = [
-        tag("tr", tag("th", words.value(row), scope="row"), [_heat_cell(findings, found.get((row, column))) for column in columns])
+        tag("tr", tag("th", findings.text(first, row), scope="row"), [_heat_cell(findings, found.get((row, column))) for column in columns])
         for row in rows
     ]
     return page.card(
@@ -439,7 +445,7 @@ def _job_row(findings: Findings, job: JobResult, swept: list[str]) -> list[Cell]
     speed = job.last(TGS)
     return [
         Cell(_report_link(findings, job), job.number, number=True),
-        *(page.swept(job.swept.get(key)) for key in swept),
+        *(page.swept(job.swept.get(key), findings.text(key, job.swept.get(key))) for key in swept),
         page.state(job.state),
         Cell(steps, job.run.step if job.run else None, number=True),
         page.number(job.last("train/loss"), 4),

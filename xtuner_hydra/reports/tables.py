@@ -82,7 +82,7 @@ def _cells(findings: Findings, setting: Setting) -> list[str]:
     tokens, speed, memory = (findings.average(setting, name) for name in (TOKENS, TGS, MEMORY))
     return [
         f"{rank or '-'}{' *' if rank == 1 else ''}",
-        *(words.value(setting.swept.get(key)) for key in findings.keys),
+        *(findings.text(key, setting.swept.get(key)) for key in findings.keys),
         findings.score(setting),
         *[str(len(setting.values))] * findings.has_repeats,
         words.fixed(tokens, 0),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 
@@ -13,10 +16,45 @@ def value(thing: Any, digits: int = 4) -> str:
         return {True: "true", False: "false", None: "null"}[thing]
     if isinstance(thing, float):
         return _float(thing, digits)
-    text = ", ".join(map(value, thing)) if isinstance(thing, list) else str(thing)
+    text = ", ".join(map(value, thing)) if isinstance(thing, list | tuple) else str(thing)
     if text.startswith("/"):
         text = "/".join(text.rsplit("/", 2)[-2:])
     return text if len(text) <= 40 else text[:38] + "…"
+
+
+def apart(values: Iterable[Any], digits: int = 4) -> dict[Any, str]:
+    """`value` of each of `values`. Those that would read alike get more digits, or of their texts the part in which they differ."""
+    texts = {one: value(one, digits) for one in values}
+    count = Counter(texts.values())
+    alike = [one for one, text in texts.items() if count[text] > 1]
+    if not alike:
+        return texts
+    if all(isinstance(one, float) for one in alike):
+        return texts | (apart(alike, digits + 1) if digits < 17 else {one: repr(one) for one in alike})
+    return texts | dict(zip(alike, _differences([_whole(one) for one in alike]), strict=True))
+
+
+def _whole(thing: Any) -> str:
+    return ", ".join(map(_whole, thing)) if isinstance(thing, list | tuple) else exact(thing) if isinstance(thing, float) else str(thing)
+
+
+def _differences(texts: Sequence[str]) -> list[str]:
+    """`texts` without the words or names of directories with which all begin, and those with which all end."""
+    parts = [re.split(r"(?<=[/ ])", text) for text in texts]
+    start = _alike(parts)
+    rests = [one[start:] for one in parts]
+    end = _alike([rest[::-1] for rest in rests])
+    return ["…" * (start > 0) + "".join(rest[: len(rest) - end]) + "…" * (end > 0) for rest in rests]
+
+
+def _alike(lists: Sequence[Sequence[str]]) -> int:
+    """How many first items `lists` share."""
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
+
+
+def cut(text: str, most: int) -> str:
+    """`text` in at most `most` characters: its beginning and its end."""
+    return text if len(text) <= most else text[: most - 1 - most // 2] + "…" + text[len(text) - most // 2 :]
 
 
 def exact(thing: Any) -> str:
@@ -62,11 +100,17 @@ def fixed(number: float | None, digits: int) -> str:
 
 
 def compact(number: float) -> str:
-    """12345 -> 12.3k: for axes and running text."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size <= abs(number) < HUGE:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+    """12345 -> 12.3k: for running text and for axes that start at 0."""
+    size, name = unit(number)
+    return f"{number / size:.3g}{name}"
+
+
+def unit(number: float) -> tuple[float, str]:
+    """What `compact` divides a number by, and how it says so: (1000, `k`); 999,700 is a million by then."""
+    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) < HUGE and float(f"{abs(number) / size:.3g}") >= 1:
+            return size, name
+    return 1.0, ""
 
 
 def bytes_(size: float) -> str:

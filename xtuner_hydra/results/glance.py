@@ -72,7 +72,7 @@ def _glance(directory: Path) -> Glance:
     return Glance(
         directory,
         run_dir.state_of(directory, status),
-        int(metrics.get("train/step") or status.get("step") or 0),
+        max(int(metrics.get("train/step") or 0), int(status.get("step") or 0)),
         status.get("total_steps"),
         [str(override) for override in overrides],
         metrics,
@@ -98,7 +98,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _last_metrics(path: Path) -> Row:
-    """The last value of every metric among the last rows."""
+    """The last value of every metric among the last rows, none where that is null."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -107,4 +107,7 @@ def _last_metrics(path: Path) -> Row:
     except FileNotFoundError:
         return {}
     whole = [line for line in lines[size > _TAIL :] if line.endswith(b"\n")]
-    return {name: value for line in whole for name, value in json.loads(line).items() if value is not None}
+    last: Row = {}
+    for line in whole:
+        last |= json.loads(line)
+    return {name: value for name, value in last.items() if value is not None}

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -67,14 +68,19 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return int(self.final.get("train/step", 0))
+        """Steps done, whether their metrics were logged or not."""
+        return max(int(self.final.get("train/step", 0)), int(self.status.get("step") or 0))
 
     @property
     def seconds(self) -> float | None:
-        """From its start (the last one, where it was resumed) to its last status; None where either is not known."""
+        """From its start (the last one, where it was resumed) to its end; of a run that did not come to it, to its last metrics. None where either
+        is not known."""
         try:
-            return max(0.0, self.status["time"] - datetime.fromisoformat(self.environment["time"]).timestamp())
+            end = self.status["time"]
+            if self.status["state"] == "running":
+                with suppress(FileNotFoundError):
+                    end = max(end, (self.directory / "metrics.jsonl").stat().st_mtime)
+            return max(0.0, end - datetime.fromisoformat(self.environment["time"]).timestamp())
         except (KeyError, ValueError):
             return None
 

@@ -224,7 +224,7 @@ class SweepResult:
     @property
     def doubts(self) -> list[str]:
         """Why the ranking may mislead, a sentence each: an unfair comparison, one across seeds, or an incomplete one."""
-        return [*self.unfair, *(text for text in (self._other_seeds(), self._unfinished()) if text)]
+        return [*self.unfair, *(text for text in (self._other_seeds(), self._unfinished(), self._without_value()) if text)]
 
     def _other_seeds(self) -> str | None:
         """Of a key that was zipped with the seed, or runs that differ in both."""
@@ -240,11 +240,16 @@ class SweepResult:
         left = self.plan.total - self.count("completed", "pruned")
         if left <= 0:
             return None
-        failed = self.count("failed", "killed")
-        told = (
-            f"{failed} failed" if failed == left else f"{failed} failed, {left - failed} not ended" if failed else f"{left} have not ended"
-        )
-        return f"Of {self.plan.total} jobs {told}; the ranking is of the others."
+        failed, damaged = self.count("failed", "killed"), self.count("damaged")
+        rest = left - failed - damaged
+        parts = [f"{failed} failed" * bool(failed), f"{damaged} cannot be read" * bool(damaged), f"{rest} did not end" * bool(rest)]
+        return f"Of {self.plan.total} jobs {', '.join(filter(None, parts))}; the ranking is of the others."
+
+    def _without_value(self) -> str | None:
+        count = sum(job.state == "completed" and job.value is None for job in self.jobs)
+        if not count or not self.best_job:
+            return None
+        return f"Of {self.plan.total} jobs {count} completed without a finite {self.plan.metric}; the ranking is of the others."
 
 
 def read_sweep(directory: Path) -> SweepResult:

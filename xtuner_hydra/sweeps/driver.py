@@ -280,7 +280,7 @@ class Driver:
 
     def _refused(self, job: Job, directory: Path, error: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        run_dir.write_status(directory, "failed", exit_code=EXIT_REFUSED, error=error)
+        run_dir.write_status(directory, "failed", exit_code=EXIT_REFUSED, error=error, overrides=job.overrides)
         self._conclude(job, "failed", error)
 
     def _conclude(self, job: Job, state: str, why: str | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from xtuner_hydra.config.strict import did_you_mean, known_keys, unknown_key
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
+from xtuner_hydra.reports.words import HUGE
 from xtuner_hydra.results.glance import Glance, glance
 from xtuner_hydra.results.run import find_runs
 from xtuner_hydra.safe_text import printable
@@ -201,7 +202,7 @@ def _rank(value: Any) -> tuple[int, Any]:
 
 
 def _number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if _is_number(value) else ""
+    return "" if not _is_number(value) else f"{value:.{digits}f}" if abs(value) < HUGE else f"{value:.3g}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,7 +62,7 @@ def _git() -> dict[str, Any] | None:
     commit = _output("git", "rev-parse", "HEAD")
     if commit is None:
         return None
-    diff = _output("git", "diff", "HEAD") or ""
+    diff = _output("git", "diff", "--no-color", "--no-ext-diff", "HEAD") or ""
     return {"commit": commit, "dirty": bool(diff), "diff": redact(diff)[:DIFF_BYTES]}
 
 

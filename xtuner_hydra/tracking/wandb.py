@@ -27,6 +27,7 @@ from xtuner_hydra.config.names import is_plain
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.files import write_text
+from xtuner_hydra.run_dir import read_status
 from xtuner_hydra.safe_text import redact, redacted
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row, Sample
@@ -129,17 +130,19 @@ class WandbTracker:
     def finish(self, state: str, exit_code: int) -> None:
         """End the W&B run as this one ended; a completed one uploads what was asked for."""
         self.run.summary["state"] = state
-        if state == "completed":
-            self._upload()
-        self.run.finish(exit_code=exit_code)
+        try:
+            if state == "completed":
+                self._upload()
+        finally:
+            self.run.finish(exit_code=exit_code)
 
     def _continue_from(self, run: Run, rows: list[Row]) -> None:
         """A resumed run goes on from the summary that its earlier part had reached."""
         last: Row = {}
         for row in rows:
             self.summary.improve(row)
-            last |= {name: value for name, value in row.items() if value is not None}
-        if last:
+            last |= row
+        if last := {name: value for name, value in last.items() if value is not None}:
             run.summary.update({**last, **self.summary.best})
 
     def _upload(self) -> None:
@@ -177,8 +180,8 @@ class Summary:
         """Take a row; the best values that it changes."""
         self.last |= row
         better: Row = {}
-        loss, tgs = row.get("eval/loss"), row.get("throughput/tgs")
-        if loss is not None and loss < (self.best.get("eval/best_loss") or math.inf):  # a NaN is below nothing
+        loss, tgs, best = row.get("eval/loss"), row.get("throughput/tgs"), self.best.get("eval/best_loss")
+        if loss is not None and loss < (math.inf if best is None else best):  # a NaN is below nothing
             better |= {"eval/best_loss": loss, "eval/best_step": row["train/step"]}
         if tgs is not None and tgs > (self.best.get("throughput/best_tgs") or 0):
             better["throughput/best_tgs"] = tgs
@@ -287,7 +290,7 @@ def _is_kept(run_dir: Path, sweep: dict[str, Any], summary: Summary) -> bool:
 def _others(sweep_dir: Path, run_dir: Path, metric: str) -> Iterator[float]:
     """What the other jobs of a sweep that have completed came to."""
     for path in sweep_dir.glob("*/status.json"):
-        status = json.loads(path.read_text(encoding="utf-8"))
+        status = read_status(path.parent)
         value = (status.get("metrics") or {}).get(metric)
         if path.parent != run_dir and status.get("state") == "completed" and value is not None:
             yield value

@@ -65,6 +65,23 @@ def test_the_same_lead_on_every_seed_is_clear_and_finite(tmp_path):
     assert found.verdict_text == "Ahead on both seeds, by 0.100 on each: not chance."
 
 
+def test_values_that_differ_by_little_or_by_all_are_told(tmp_path):
+    little = findings(tmp_path / "a", seeds(1e-4, 2.0, 2.5, 3.0) + seeds(2e-4, 2.0 + 1e-7, 2.5 + 1.1e-7, 3.0 + 1e-7))
+    assert little.verdict_text.startswith("Ahead on all 3 seeds, by 1e-7 ± 6e-9")
+    diverged = findings(tmp_path / "b", seeds(1e-4, 2.0, 1.0) + seeds(1.0, 1e228, 1e126))
+    assert diverged.answer.startswith("lr 1e-4 ")
+    assert diverged.noise > 1e227
+
+
+def test_lists_and_paths_that_differ_at_their_ends_are_two_settings(tmp_path):
+    start = "/data/corpora_2026/english/part-a.jsonl,/data/corpora_2026/english/part-b.jsonl"
+    files = [[*start.split(","), f"/data/x/{name}.jsonl"] for name in ("q1", "q2")]
+    found = findings(tmp_path, [({"data.path": path, LR: lr}, finished(2.0 + lr)) for path in files for lr in (1e-4, 1e-3)])
+    assert set(found.keys) == {"data.path", LR}
+    assert [found.text("data.path", path) for path in files] == ["…q1.jsonl", "…q2.jsonl"]
+    assert len({tuple(line[1:3]) for line in ranking(found)[1:]}) == 4
+
+
 def test_equal_settings_tie(tmp_path):
     jobs = [({LR: lr}, finished(6.265072035969525)) for lr in (1e-4, 2e-4)] + [({LR: 3e-4}, finished(7.0))]
     found = findings(tmp_path / "one", jobs)
@@ -79,6 +96,24 @@ def test_a_setting_on_its_own_does_not_win(tmp_path):
     assert findings(tmp_path / "nothing swept", alone).answer == "eval/loss 2.500 ± 0.707 over 2 seeds."
     others = [({LR: 1e-4}, finished(2.0)), ({LR: 1.0}, {"rows": [], "state": "failed"})]
     assert findings(tmp_path / "failed", others).answer == "lr 1e-4 is the only one that completed: eval/loss 2.000."
+
+
+def test_jobs_whose_metric_was_lost_have_completed_all_the_same(tmp_path):
+    lost = {"rows": [step(1, 3.0), evaluation(1, None)]}
+    none = findings(tmp_path / "none", [({LR: 1e-4}, lost), ({LR: 1e-3}, lost)])
+    assert (none.answer, none.result.doubts) == ("No job ended with a finite eval/loss, so there is no ranking.", [])
+    one = findings(tmp_path / "one", [({LR: 1e-4}, finished(2.0)), ({LR: 1e-3}, lost)])
+    assert one.answer == "lr 1e-4 is the only one with a finite eval/loss: eval/loss 2.000."
+    assert one.result.doubts == ["Of 2 jobs 1 completed without a finite eval/loss; the ranking is of the others."]
+
+
+def test_a_job_that_cannot_be_read_is_told(tmp_path):
+    make_sweep(tmp_path, [({LR: 1e-4}, finished(2.0)), ({LR: 1e-3}, finished(3.0))])
+    (tmp_path / "1_job" / "metrics.jsonl").write_bytes(b"\0\0\0\n")
+    found = Findings(read_sweep(tmp_path))
+    assert found.standing.startswith("2 jobs: 1 completed, 1 damaged")
+    assert found.result.doubts == ["Of 2 jobs 1 cannot be read; the ranking is of the others."]
+    assert ["cannot be read" in job.error for job in found.failures] == [True]
 
 
 def test_the_same_seed_again_is_no_further_seed(tmp_path):

@@ -73,6 +73,15 @@ def test_ten_thousand_steps_are_quick_and_small(tmp_path):
     assert path.stat().st_size < 300_000
 
 
+def test_what_stands_beside_a_run_does_not_cost_it_its_page(tmp_path):
+    directory = make_run(tmp_path / "run", [step(1, 3.0)])
+    (tmp_path / "sweep.json").write_text("of another version")
+    (directory / "gone").symlink_to(directory / "nothing")
+    page = write_run(directory).read_text()
+    assert "xtuner_hydra optimizer.lr=1e-4" in page
+    assert "Completed after 1 step and 100 tokens" in page
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RefusedError, match="not a run directory"):
         write_run(tmp_path)

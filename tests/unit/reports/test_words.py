@@ -19,6 +19,25 @@ def test_a_value_for_a_command_keeps_all_its_digits(number):
     assert float(words.exact(number)) == number
 
 
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([1e-4, 2e-4], ["1e-4", "2e-4"]),
+        ([1.00001e-4, 1.00002e-4, 5e-4], ["1.00001e-4", "1.00002e-4", "5e-4"]),
+        (["/data/en/clean/train.jsonl", "/data/de/clean/train.jsonl"], ["…en/…", "…de/…"]),
+        ([f"outputs/2026-07-01/12-00-00_qwen3_tiny_openai/hf/step-{n}" for n in (1, 20)], ["…step-1", "…step-20"]),
+        ([("/data/a_long_name/english.jsonl", f"/data/a_long_name/{name}.jsonl") for name in "ab"], ["…a.jsonl", "…b.jsonl"]),
+        (["x" * 50 + "/a", "x" * 50 + "/a/b", "short"], ["…a", "…a/b", "short"]),
+    ],
+)
+def test_values_that_read_alike_are_told_apart(values, texts):
+    assert list(words.apart(values).values()) == texts
+
+
+def test_a_text_is_cut_in_its_middle():
+    assert [words.cut("qwen3_chat_a_long_name", most) for most in (6, 7, 30)] == ["qw…ame", "qwe…ame", "qwen3_chat_a_long_name"]
+
+
 def test_short_names_are_told_apart():
     keys = ["optimizer.lr", "optimizer.name", "scheduler.name", "lr"]
     assert words.short(keys) == {
@@ -47,5 +66,6 @@ def test_durations(seconds, text):
 
 def test_compact_numbers_and_sizes():
     assert [words.compact(number) for number in (0, 950, 12345, 6.1e6, 2e9)] == ["0", "950", "12.3k", "6.1M", "2G"]
+    assert [words.compact(number) for number in (999.7, 999_499, 999_700, 999_999_999)] == ["1k", "999k", "1M", "1G"]
     assert [words.compact(-1.5e15), words.fixed(1.25e304, 4), words.fixed(1234.5, 2)] == ["-1.5e+15", "1.25e+304", "1,234.50"]
     assert [words.bytes_(size) for size in (5, 1536, 200 * 1024, 3 * 2**30)] == ["5 B", "1.5 KiB", "200 KiB", "3.0 GiB"]

@@ -1,8 +1,10 @@
 """load_run: a run as a notebook sees it."""
 
 import json
+import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from conftest import REPOSITORY
 from run_dirs import make_run
 
 import xtuner_hydra
+from xtuner_hydra import run_dir
 from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.results.glance import glance
 
 
 def test_a_fresh_process_reads_config_and_metrics_without_torch(tmp_path):
@@ -50,11 +54,28 @@ def test_a_killed_run_is_read_to_its_last_whole_row(tmp_path):
     assert (run.state, run.step) == ("killed", 2)
 
 
+def test_steps_whose_metrics_were_not_logged_count(tmp_path):
+    directory = make_run(tmp_path / "run", losses=[3.0, 2.0])
+    run_dir.write_status(directory, "interrupted", exit_code=130, step=74, total_steps=100)
+    assert (xtuner_hydra.load_run(directory).step, glance(directory).step) == (74, 74)
+
+
+def test_a_run_that_was_killed_lasted_to_its_last_metrics(tmp_path):
+    directory = make_run(tmp_path, state="running", environment={"time": "2026-01-02T03:04:05+00:00"})
+    status = run_dir.read_status(directory)
+    status["process"]["pid"] = 2**22 + 1
+    began = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
+    (directory / "status.json").write_text(json.dumps(status | {"time": began + 3}))
+    os.utime(directory / "metrics.jsonl", (began + 35, began + 35))
+    run = xtuner_hydra.load_run(directory)
+    assert (run.state, run.seconds) == ("killed", 35)
+
+
 def test_a_run_that_has_logged_nothing_has_no_metrics(tmp_path):
     directory = make_run(tmp_path, state="running")
     (directory / "metrics.jsonl").unlink()
     run = xtuner_hydra.load_run(directory)
-    assert (run.final, run.train, run.step) == ({}, {}, 0)
+    assert (run.final, run.train, run.step) == ({}, {}, 2)  # its status tells the steps
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml", "metrics.jsonl"])

@@ -140,6 +140,13 @@ def test_a_resumed_run_goes_on_with_the_same_id_steps_and_summary(tmp_path):
     assert (summary["train/loss"], summary["eval/loss"], summary["state"]) == (1.4, 2.25, "completed")
 
 
+def test_nothing_is_better_than_a_loss_of_zero():
+    summary = Summary()
+    for number, loss in enumerate((0.0, 0.5), 1):
+        summary.improve({"train/step": number, "eval/loss": loss})
+    assert summary.best == {"eval/best_loss": 0.0, "eval/best_step": 1}
+
+
 def test_values_that_are_not_numbers_are_never_the_best():
     summary = Summary()
     for loss in (math.nan, math.inf, 3.0, math.nan, None):
@@ -215,6 +222,8 @@ def test_in_a_sweep_only_jobs_whose_files_stay_are_uploaded(tmp_path, keep, dire
     (tmp_path / "sweep.json").write_text("{}")
     (tmp_path / "0_other").mkdir()
     (tmp_path / "0_other" / "status.json").write_text(json.dumps({"state": other[0], "metrics": {"eval/loss": other[1]}}))
+    (tmp_path / "2_damaged").mkdir()
+    (tmp_path / "2_damaged" / "status.json").write_bytes(b"\0")
     commit(tmp_path / "1_own", 3)
     sweep = {"keep": keep, "metric": None, "direction": direction}
     found = track(tmp_path / "1_own", artifacts="export", resolved={"sweep": sweep})  # it ends with an eval/loss of 2.75
