@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Before torch reads it. Two workers of two threads each on two cores wait for each other in every small operation: a test takes six times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import smollm2 as smollm2_model
 from forks import command, tests_environment
 
