@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import NoReturn
 
+from xtuner_hydra import __version__
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError, leave
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.safe_text import printable, redact
@@ -90,7 +92,11 @@ VERBS = ("plan", "data", "doctor", "report", "runs", "diff", "rerun", "chat", "e
 
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:
     """The function for the first word; a word that is neither verb, option nor override is refused by name."""
+    if argv == ["--version"]:  # Hydra's would tell its own
+        return _version
     if not argv or argv[0].startswith("-") or "=" in argv[0] or argv[0].startswith(("+", "~")):
+        if late := _late_verb(argv):
+            raise RefusedError(f"{late}: a command comes first: xtuner-hydra {late} ...")
         return train
     if argv[0] in VERBS:
         return lambda words: import_module(f"xtuner_hydra.tools.{words[0]}").main(words[1:])
@@ -98,6 +104,17 @@ def _verb(argv: list[str]) -> Callable[[list[str]], int]:
 
     hint = did_you_mean(argv[0], list(VERBS))
     raise RefusedError(f"{argv[0]}: no such command (there are {', '.join(VERBS)}), nor an override (KEY=VALUE).{hint} See --help")
+
+
+def _version(argv: list[str]) -> int:
+    print(f"xtuner_hydra {__version__}")
+    return EXIT_DONE
+
+
+def _late_verb(argv: list[str]) -> str | None:
+    """A verb that is neither the first word nor the value of an option."""
+    switches = ("-m", "--multirun", "--trust")
+    return next((word for before, word in pairwise(argv) if word in VERBS and (before in switches or not before.startswith("-"))), None)
 
 
 def _rank() -> int:

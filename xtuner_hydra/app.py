@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
@@ -181,7 +182,7 @@ class App:
         """What the chosen option of `sweep` sets outside its own group and nothing sets otherwise, by full key, as an override would say it.
 
         Its duration gives way to one that was chosen."""
-        file = self.file("sweep", str(self._multirun_config.hydra.runtime.choices["sweep"]))
+        file = self.file(f"sweep/{self._multirun_config.hydra.runtime.choices['sweep']}")
         values = OmegaConf.to_container(file) if file is not None and "sweep" in file else {}
         assert isinstance(values, dict)
         others = flatten({str(key): value for key, value in values.items() if key != "sweep"})
@@ -302,7 +303,8 @@ class App:
             if override.is_delete():
                 raise RefusedError(f"{override.input_line}: nothing can be removed; set another value, or null where it is allowed")
             if override.is_sweep_override() and not self.args.multirun:
-                raise RefusedError(f"{override.input_line}: several values; add -m to train each of them, or write {key}=[...] for a list")
+                or_list = "" if key in groups else f", or write {key}=[...] for a list"
+                raise RefusedError(f"{override.input_line}: several values; add -m to train each of them{or_list}")
             if key.startswith(("hydra.", "hydra/")) or (key in groups and "." not in key):
                 if key in groups and not extra_searchpath:
                     self._check_option(override)
@@ -325,13 +327,12 @@ class App:
         for choice in values:
             if isinstance(choice, dict):
                 raise RefusedError(f"{group}: choose an option ({', '.join(options)}), and set single values with {group}.KEY=VALUE")
+            if choice is None:  # Hydra takes null from a file only
+                raise RefusedError(f"{group}=null: not from a command line; leave it out. Options of {group}: {', '.join(options)}")
             name = str(getattr(choice, "text", choice))
-            if choice is None and group in ("experiment", "debug"):
-                continue
             if name not in options:
                 raise RefusedError(
-                    f"{group}={'null' if choice is None else name}: there is no such option.{did_you_mean(name, options)}"
-                    f" Options of {group}: {', '.join(options) or 'none'}"
+                    f"{group}={name}: there is no such option.{did_you_mean(name, options)} Options of {group}: {', '.join(options) or 'none'}"
                 )
 
     def chosen_by(self, group: str, option: str) -> dict[str, str]:
@@ -347,19 +348,17 @@ class App:
             if name == key or (key.startswith((f"{name}.", f"{name}[")) and "." in name):
                 return f"the command line: {override}"
         group, _, rest = key.partition(".")
-        for owner, inner in (("debug", key), ("experiment", key), (group, rest)):
-            option = choices.get(owner)
-            if option and self._file_has(owner, option, inner):
-                return f"{owner}/{option}.yaml"
-        return f"{group}/{choices[group]}.yaml" if choices.get(group) else "config.yaml"
+        presets = [(f"{owner}/{choices[owner]}", key) for owner in ("debug", "experiment") if choices.get(owner)]
+        own = [(f"{group}/{choices[group]}", rest)] if choices.get(group) else []
+        for name, inner in (*presets, (self.config_name, key), *own):
+            file = self.file(name)
+            if file is not None and OmegaConf.select(file, inner, throw_on_missing=False) is not None:
+                return f"{name}.yaml"
+        return f"{own[0][0] if own else self.config_name}.yaml"
 
-    def _file_has(self, group: str, option: str, key: str) -> bool:
-        file = self.file(group, option)
-        return file is not None and OmegaConf.select(file, key, throw_on_missing=False) is not None
-
-    def file(self, group: str, option: str) -> DictConfig | None:
-        """The content of GROUP/OPTION.yaml; None where there is no such file."""
-        loaded = self.hydra.config_loader.repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
+    def file(self, name: str) -> DictConfig | None:
+        """The content of NAME.yaml, where NAME is GROUP/OPTION or that of a main file; None where there is no such file."""
+        loaded = self.hydra.config_loader.repository.load_config(name)  # type: ignore[attr-defined]
         return None if loaded is None else loaded.config
 
     @staticmethod
@@ -444,6 +443,8 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+            raise RefusedError(f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}") from None
         # Hydra's advice would be to force the key in
         if (key := re.match(r"Could not override '([\w.]+)'", str(error))) and key[1] in known_keys():
             unknown, parent = str(getattr(error.__cause__, "full_key", key[1])), key[1].rpartition(".")[0]
@@ -452,11 +453,13 @@ def readable_errors() -> Iterator[None]:
             raise RefusedError(
                 f"{key[1]}: there is no {parent} here to set a part of; set it whole: '{parent}={{KEY:VALUE,...}}'"
             ) from None
+        if key and key[1].startswith("hydra."):
+            raise RefusedError(f"{key[1]}: Hydra has no such key.{did_you_mean(key[1], list(known_keys(HydraConf, 'hydra.')))}") from None
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip() and not _is_advice(line)]
         culprit = getattr(error.__cause__, "full_key", None)  # for a value that does not fit, Hydra's own words tell the override only
         raise RefusedError(f"{culprit or 'config'}: {' '.join(lines[:2])}") from None
 
 
 def _is_advice(line: str) -> bool:
-    """Hydra advises to force an unknown key in with a `+`, which we would refuse."""
-    return line.strip().startswith("To append to your config")
+    """Hydra advises to force an unknown key in with a `+`, which we would refuse, and lists where it looked."""
+    return line.strip().startswith(("To append to your config", "Config search path:", "provider="))

@@ -29,7 +29,7 @@ from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
-from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, Stopped
+from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, RefusedError, Stopped
 from xtuner_hydra.files import write_json
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
@@ -104,9 +104,22 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)
     prepared = Prepared(composition, config, ranks, data, tokenizer, checkpoint, began)
-    if checkpoint is not None and not prepared.is_done:
-        resume.refuse_beyond(checkpoint, data.plan.total_steps)
+    if not prepared.is_done:
+        if checkpoint is not None:
+            resume.refuse_beyond(checkpoint, data.plan.total_steps)
+        elif config.checkpoint.resume == "auto":
+            _refuse_completed(composition.run_dir)
     return prepared
+
+
+def _refuse_completed(directory: Path) -> None:
+    """RefusedError for a run that has come to its end and cannot be continued: to start over would overwrite its results."""
+    status = run_dirs.read_status(directory)
+    if status.get("state") == "completed":
+        raise RefusedError(
+            f"checkpoint.resume=auto: the run in {directory} has completed {status.get('step')} steps and kept no checkpoint to continue from. "
+            "Choose another directory"
+        )
 
 
 def resolve(config: Config, ranks: int) -> None:

@@ -44,7 +44,7 @@ def recompose(app: App, config: Config, typed: list[str], name: str, rerun_of: P
 def _replace_group(app: App, cfg: DictConfig, group: str, option: str) -> None:
     with readable_errors():
         # what chooses options of other groups does not compose alone; those are replaced apart
-        alone = app.file(group, option) if app.chosen_by(group, option) else app.composed([], name=f"{group}/{option}")
+        alone = app.file(f"{group}/{option}") if app.chosen_by(group, option) else app.composed([], name=f"{group}/{option}")
     assert alone is not None
     if group in cfg:
         cfg[group] = asdict(Config())[group]

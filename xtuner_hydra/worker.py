@@ -38,6 +38,7 @@ from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizers
+from xtuner_hydra.optim.schedules import decay_steps
 from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.compiling import Choice, choose_compile
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, runtime
@@ -46,6 +47,7 @@ from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.pointwise import compile_pointwise
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
+from xtuner_hydra.reports.words import counted
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, write_status
 from xtuner_hydra.safe_text import redacted
@@ -208,10 +210,15 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
         log.warning(sentence)
     if (warmup := trainer.config.scheduler.warmup_steps or 0) > trainer.total_steps:
         log.warning(f"scheduler.warmup_steps={warmup}: cut to the run's {trainer.total_steps} steps, which all warm up")
+    if trainer.config.scheduler.name == "wsd" and (decay := decay_steps(trainer.config.scheduler, trainer.total_steps)) < 2:
+        ratio = trainer.config.scheduler.decay_ratio
+        log.warning(
+            f"scheduler.decay_ratio={ratio}: {decay} of the run's {counted(trainer.total_steps, 'step')}, too few for the rate to fall"
+        )
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
-        f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "
-        f"{batch} packs a step, gradient accumulation steps: {batch // place.world_size}; {trainer.total_steps} steps"
+        f"{counted(place.world_size, 'rank')} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "
+        f"{counted(batch, 'pack')} a step, gradient accumulation steps: {batch // place.world_size}; {counted(trainer.total_steps, 'step')}"
     )
 
 

@@ -87,7 +87,7 @@ def test_a_gigabyte_of_nul_bytes_that_a_crash_left_is_one_bad_line_and_never_in_
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     said = (cli.directory / "output").read_text()
-    assert (process.returncode, "1 lines skipped (1 NUL bytes)" in said) == (0, True), said
+    assert (process.returncode, "1 line skipped (1 NUL bytes)" in said) == (0, True), said
     assert used.ru_maxrss < 1 << 20  # KB
 
 

@@ -32,7 +32,7 @@ def refused(cli, *args):
         ("model.tokenizer=nobody/nothing-at-all", "model.tokenizer=byte"),
         ("checkpoint.resume=nowhere", "no such file"),
         ("parallelism.nproc_per_node=2", "not divisible by the 2"),
-        ("trainer.epochs=1", "set one and leave the others null"),
+        ("trainer.epochs=1", "set one of them to null"),
     ],
 )
 def test_config(cli, override, words):
@@ -76,6 +76,11 @@ def test_showing_a_config_checks_it_too(cli):
 
 def test_an_unknown_word_is_no_verb(cli):
     assert "Did you mean plan?" in refused(cli, "plam")
+
+
+def test_a_verb_that_is_not_the_first_word_is_known(cli):
+    assert "plan: a command comes first" in refused(cli, "-m", "debug=fast", "plan")
+    assert "--config-dir plan: no such directory" in refused(cli, "plan", "--config-dir", "plan")
 
 
 def test_a_sweep_with_one_bad_job_starts_none(cli):

@@ -99,6 +99,17 @@ def test_auto_on_a_completed_run_says_so_and_changes_nothing(whole):
     assert (whole.directory / "whole" / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_completed_run_without_a_checkpoint_is_not_started_over(whole):
+    directory = whole.directory / "kept_none"
+    command = (*JOB, "checkpoint=none", "checkpoint.interval=null", "checkpoint.resume=auto", f"hydra.run.dir={directory}")
+    assert whole(*command).code == 0
+    before = (directory / "metrics.jsonl").read_bytes()
+    refused = whole(*command, "trainer.total_steps=9")
+    assert (refused.code, "kept no checkpoint to continue from" in refused.err) == (2, True), refused.text
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    assert whole(*command).code == 0  # there is nothing to do
+
+
 def test_auto_without_a_checkpoint_starts_at_the_beginning(whole):
     done = whole("debug=fast", "tracking=none", "checkpoint=none", "checkpoint.resume=auto", "data.eval_path=null", "hydra.run.dir=fresh")
     assert done.code == 0, done.text

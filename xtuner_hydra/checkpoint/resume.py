@@ -11,6 +11,10 @@ from xtuner_hydra.checkpoint.state import is_checkpoint, state_file
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import RefusedError
 
+_SAME_TENSORS = {"rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window", "max_position_embeddings", "pretrained",
+                 "norm_topk_prob", "router_aux_loss_coef", "num_experts_per_tok", "alpha", "dropout"}  # fmt: skip
+"""Keys of `model`, `model.moe` and `model.lora` that change what is computed and not with which tensors."""
+
 log = logging.getLogger("xtuner_hydra")
 
 
@@ -61,19 +65,35 @@ def _newest(parent: Path) -> Path | None:
 def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> None:
     """RefusedError that lists what differs between the checkpoint's run and this one, where that changes the trajectory and is not `allowed`.
 
-    `allowed` holds keys, or groups of them (`model`)."""
+    `allowed` holds keys, or groups of them (`model`). What makes other tensors cannot be allowed: the checkpoint has none for them."""
     before = state_file(checkpoint)["trajectory"]
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    refused = [key for key in differing if not {key, key.partition(".")[0]} & set(allowed)]
+    if "optimizer.name" in differing:  # with it goes what only one of the two has
+        differing = [key for key in differing if key != "optimizer.momentum"]
+    unfit = [key for key in differing if _other_tensors(key, before.get(key), now.get(key))]
+    refused = [key for key in differing if key in unfit or not {key, key.partition(".")[0]} & set(allowed)]
     if not refused:
         for key in differing:
             log.warning(f"checkpoint.allow_change: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there")
         return
     differences = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in refused)
+    advice = (
+        f"or begin a new run from its weights, exported, with model=hf model.pretrained=EXPORT: for another {', '.join(unfit)} it has no tensors"
+        if unfit
+        else f"or accept another trajectory with 'checkpoint.allow_change=[{','.join(refused)}]'"
+    )
     raise RefusedError(
         f"checkpoint.resume: {checkpoint} belongs to a run with another {differences}. Give the same values, start anew with "
-        f"checkpoint.resume=never, or accept another trajectory with 'checkpoint.allow_change=[{','.join(refused)}]'"
+        f"checkpoint.resume=never, {advice}"
     )
+
+
+def _other_tensors(key: str, before: Any, now: Any) -> bool:
+    """Whether weights or optimizer state have other names or shapes with the one value of `key` than with the other, or come from elsewhere."""
+    group, _, name = key.partition(".")
+    if group == "model" and isinstance(before, dict) and isinstance(now, dict):
+        return any(before.get(part) != now.get(part) for part in before.keys() | now.keys() if part not in _SAME_TENSORS)
+    return key in ("optimizer.name", "optimizer.momentum", "trainer.freeze") or (group == "model" and name not in _SAME_TENSORS)
 
 
 def refuse_beyond(checkpoint: Path, total_steps: int) -> None:

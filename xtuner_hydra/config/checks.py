@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from xtuner_hydra.config.schema import Config, LoRAConfig, OptimizerConfig, SchedulerConfig
+from xtuner_hydra.config.strict import did_you_mean, known_keys
 from xtuner_hydra.errors import ConfigError
 
 
@@ -15,6 +16,7 @@ def check(config: Config, world_size: int) -> None:
     _check_experts(config)
     _check_adapter(config)
     _check_best(config)
+    _check_allowed(config)
     _check_ranks(config, world_size)
 
 
@@ -83,6 +85,13 @@ def _check_best(config: Config) -> None:
             f"checkpoint.interval={saves} and trainer.eval_interval={evaluations} hardly ever meet, and only a checkpoint whose step is evaluated "
             "can be the best; make one a multiple of the other",
         )
+
+
+def _check_allowed(config: Config) -> None:
+    known = [*known_keys()]
+    for key in config.checkpoint.allow_change:
+        if key not in known:
+            raise ConfigError("checkpoint.allow_change", key, f"there is no such key or group of keys.{did_you_mean(key, known)}")
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

@@ -169,8 +169,8 @@ class ModelConfig:
             _at_least(1, "model.sliding_window", self.sliding_window)
         if self.attention_bias and self.qkv_bias:
             raise ConfigError("model.qkv_bias", True, "model.attention_bias=true has these biases already; set one of the two")
-        if self.adapter is not None:
-            _one_of("model.adapter", self.adapter, ("lora",))
+        if self.adapter not in ("lora", None):
+            raise ConfigError("model.adapter", self.adapter, "must be lora or null")
         if self.family == "hf" and self.pretrained is None:
             raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR or a Hub id, a Hugging Face model")
 
@@ -425,7 +425,7 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.{durations[0]}",
                 getattr(self, durations[0]),
-                f"trainer.{durations[1]} is set too; set one and leave the others null",
+                f"trainer.{durations[1]}={getattr(self, durations[1])} is set too; set one of them to null",
             )
 
 

@@ -180,7 +180,7 @@ def describe_skipped(skipped: list[Skipped], most: int = 3) -> list[str]:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line.kind for line in skipped).most_common())
     first = (f"  {line.file} {unit(Path(line.file))} {line.line}: {line.message}" for line in skipped[:most])
-    return [f"{len(skipped)} lines skipped ({kinds})", *first]
+    return [f"{len(skipped)} line{'s' * (len(skipped) > 1)} skipped ({kinds})", *first]
 
 
 def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:

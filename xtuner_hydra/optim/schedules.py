@@ -37,6 +37,11 @@ def warmup_steps(config: SchedulerConfig, total: int) -> int:
     return min(steps, total)
 
 
+def decay_steps(config: SchedulerConfig, total: int) -> int:
+    """Steps at the end over which `wsd` decays: decay_ratio of `total`, rounded; at most those that do not warm up."""
+    return min(max(1, total - warmup_steps(config, total)), round(config.decay_ratio * total))
+
+
 def learning_rate(config: SchedulerConfig, step: int, total: int, lr: float) -> float:
     """Learning rate at 0-based `step` of `total`: a straight line up to the peak `lr` that starts above 0, then the schedule over the rest.
 
@@ -47,5 +52,5 @@ def learning_rate(config: SchedulerConfig, step: int, total: int, lr: float) -> 
     after, rest = min(step, total) - warmup, max(1, total - warmup)
     lr_min = min(config.lr_min, lr)
     if config.name == "wsd":
-        return wsd(after, rest, lr, lr_min, min(rest, round(config.decay_ratio * total)))
+        return wsd(after, rest, lr, lr_min, decay_steps(config, total))
     return SCHEDULES[config.name](after, rest, lr, lr_min)

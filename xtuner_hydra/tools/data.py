@@ -69,7 +69,8 @@ def histogram(lengths: Int64s) -> list[str]:
 
 
 def _number(argv: list[str]) -> tuple[int, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m xtuner_hydra data", add_help=False, allow_abbrev=False)
+    usage = "xtuner-hydra data [KEY=VALUE]... [GROUP=OPTION]... [-n N]"
+    parser = argparse.ArgumentParser(prog="xtuner-hydra data", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("-n", type=int, default=3)
     known, rest = parser.parse_known_args(argv)
     if known.n < 0:

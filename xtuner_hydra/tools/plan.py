@@ -11,6 +11,7 @@ from xtuner_hydra.cost import Sizes, checkpoint_bytes, count_parameters, disk_by
 from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.launch import Prepared, prepare
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
+from xtuner_hydra.reports.words import counted
 from xtuner_hydra.run_dir import read_status, state_of
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.sweeps.draft import Draft, JobDraft, draft
@@ -50,7 +51,10 @@ def describe(prepared: Prepared) -> list[str]:
         else _line("starts from", config.model.pretrained or "random weights"),
         _line("model", f"{config.model.family}, {sizes.total / 1e6:.2f} M parameters{_trained(sizes)}"),
         _line("ranks", f"{prepared.ranks} ({config.parallelism.param_dtype} compute, fp32 master weights)"),
-        _line("steps", f"{data.plan.total_steps} ({config.trainer.global_batch_size} packs a step over all ranks)"),
+        _line(
+            "steps",
+            f"{data.plan.total_steps} ({counted(config.trainer.global_batch_size or prepared.ranks, 'pack')} a step over all ranks)",
+        ),
         _line("tokens", f"{'' if data.plan.is_countable else 'about '}{data.plan.total_tokens:,}"),
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
@@ -97,9 +101,8 @@ def _schedule(config: Config, total: int) -> str:
     scheduler, peak = config.scheduler, config.optimizer.lr
     warmup = warmup_steps(scheduler, total)
     rates = [learning_rate(scheduler, step, total, peak) for step in (0, min(warmup, total - 1), total // 2, total - 1)]
-    return (
-        f"{scheduler.name}, {warmup} warm-up steps: {rates[0]:.3g} first, {rates[1]:.3g} peak, {rates[2]:.3g} half-way, {rates[3]:.3g} last"
-    )
+    told = [f"{rate:.3g} {when}" for rate, when in zip(rates, ("first", "peak", "half-way", "last"), strict=True)]
+    return f"{scheduler.name}, {counted(warmup, 'warm-up step')}: {', '.join(told)}"
 
 
 def _trained(sizes: Sizes) -> str:
@@ -111,7 +114,8 @@ def _disk(config: Config, sizes: Sizes, total: int) -> str:
     # one more of each stands while the next is written, before the oldest goes
     return (
         f"about {_gb(disk_bytes(config, sizes, total))} GB at the end "
-        f"({checkpoints} checkpoints of {_gb(checkpoint_bytes(sizes))} GB, {exports} exports of {_gb(export_bytes(sizes))} GB)"
+        f"({counted(checkpoints, 'checkpoint')} of {_gb(checkpoint_bytes(sizes))} GB, "
+        f"{counted(exports, 'export')} of {_gb(export_bytes(sizes))} GB)"
     )
 
 

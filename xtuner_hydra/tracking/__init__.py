@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def build_trackers(
         from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
 
         trackers += _opened("TensorBoard", lambda: TensorBoardTracker(run_dir / "tensorboard", start_step, resolved))
-    if config.wandb.enabled:
+    if config.wandb.enabled and not (config.wandb.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
         from xtuner_hydra.tracking.wandb import WandbTracker
 
         trackers += _opened("W&B", lambda: WandbTracker(config.wandb, run_dir, resolved, overrides, start_step))

@@ -26,6 +26,7 @@ def config(*overrides):
         (["checkpoint.keep_best=eval/loss", "trainer.eval_interval=null"], 1, "checkpoint.keep_best"),
         (["checkpoint.keep_best=eval/loss", "checkpoint.interval=4"], 1, "checkpoint.keep_best"),
         (["checkpoint.keep_best=eval/loss", "checkpoint.interval=4", "trainer.eval_interval=6"], 1, "checkpoint.keep_best"),
+        (["checkpoint.allow_change=[data,trainer.sed]"], 1, "checkpoint.allow_change"),
         (["parallelism.dp_shard=2", "trainer.global_batch_size=4"], 4, "parallelism.dp_shard"),
         (["parallelism.dp_replicate=3", "trainer.global_batch_size=4"], 4, "parallelism.dp_replicate"),
     ],

@@ -38,9 +38,11 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
         ("checkpoint.interval=0", "-1 (at the end only)"),
         ("data.path=${nowhere}", "nowhere"),
         ("~optimizer.lr", "nothing can be removed"),
-        ("optimizer.lr=1,2", "add -m"),
+        ("optimizer.lr=1,2", "add -m to train each of them, or write optimizer.lr=[...] for a list"),
+        ("debug=null", "leave it out. Options of debug: fast,"),
+        ("hydra.run.dirr=x", "Hydra has no such key. Did you mean hydra.run.dir"),
         ("optimizer.lr", "KEY=VALUE"),
-        ("hydra.sweeep.dir=x", "hydra.sweeep"),
+        ("hydra.sweeep.dir=x", "Did you mean hydra.sweep.dir"),
         ("data=openai", "data.path: needs a value"),
         ("model=hf", "model.pretrained"),
         ("tracking.wandb.mode=on", "online"),
@@ -99,7 +101,7 @@ def test_a_mixture_takes_the_place_of_a_path_that_was_left_open():
 
 
 def test_two_durations_are_refused():
-    assert "trainer.epochs is set too" in refusal("trainer.total_steps=3", "trainer.epochs=1")
+    assert "trainer.epochs=1 is set too" in refusal("trainer.total_steps=3", "trainer.epochs=1")
 
 
 def test_a_typo_in_a_users_own_file_names_the_file(tmp_path):
@@ -109,6 +111,17 @@ def test_a_typo_in_a_users_own_file_names_the_file(tmp_path):
     assert "optimizer.weigth_decay" in message
     assert "optimizer/mine.yaml" in message
     assert "Did you mean optimizer.weight_decay?" in message
+
+
+def test_yaml_that_cannot_be_read_is_named_with_its_line(tmp_path):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("lr: 1\nbetas: [")
+    assert f"{tmp_path}/optimizer/mine.yaml:2: not YAML" in refusal("--config-dir", str(tmp_path), "optimizer=mine")
+
+
+def test_values_of_ones_own_main_file_are_its(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\ntracking: 3\n")
+    assert "(set in mine.yaml)" in refusal("--config-dir", str(tmp_path), "--config-name", "mine")
 
 
 def test_a_users_own_option_is_found(tmp_path):

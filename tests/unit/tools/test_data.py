@@ -63,7 +63,7 @@ def test_what_was_cut_left_out_or_skipped_is_told_with_its_place(say, lines):
     assert re.search(r"cut to .*\n  \S*chats\.jsonl line 3: 4\d\d tokens", text)
     assert "1 left out: no supervised token" in text
     assert re.search(r"left out: .*\n  \S*chats\.jsonl line 4: ", text)
-    assert "1 lines skipped (1 JSON)" in text
+    assert "1 line skipped (1 JSON)" in text
     _, text = say(*OURS, "data.overlong=drop")
     assert re.search(r"1 dropped as longer than allowed .*\n  \S*chats\.jsonl line 3: ", text)
 

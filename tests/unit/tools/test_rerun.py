@@ -120,7 +120,7 @@ def test_options_of_ones_own_are_found(run, tmp_path):
         ("optimizer.lr=-1", r"optimizer\.lr=-1\.0: must be .* \(set in the command line"),
         ("optimizer=adam", r"optimizer=adam: there is no such option\. Did you mean adamw\?"),
         ("optimzer=adamw", "Did you mean optimizer"),
-        ("experiment=null", "an option by its name"),
+        ("experiment=null", "leave it out"),
         ("~optimizer.lr", "nothing can be removed"),
         ("optimizer.lr=1,2", "several values"),
         ("sweep=seeds", "a rerun is a single run"),
