@@ -27,7 +27,6 @@ from xtuner_hydra.config.names import is_plain
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.files import write_text
-from xtuner_hydra.run_dir import read_status
 from xtuner_hydra.safe_text import redact, redacted
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row, Sample
@@ -290,7 +289,10 @@ def _is_kept(run_dir: Path, sweep: dict[str, Any], summary: Summary) -> bool:
 def _others(sweep_dir: Path, run_dir: Path, metric: str) -> Iterator[float]:
     """What the other jobs of a sweep that have completed came to."""
     for path in sweep_dir.glob("*/status.json"):
-        status = read_status(path.parent)
+        try:
+            status = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # a loss of power leaves such files
+            continue
         value = (status.get("metrics") or {}).get(metric)
         if path.parent != run_dir and status.get("state") == "completed" and value is not None:
             yield value
