@@ -1,6 +1,7 @@
 """A prepared run directory -> its ranks: one inside this process, several as workers under torch's elastic launcher.
 
-    python -m xtuner_hydra.ranks RUN_DIR RANKS          (how submitit starts a job of a sweep)
+    python -m xtuner_hydra.ranks RUN_DIR RANKS              (how submitit starts a job of a sweep)
+    python -m xtuner_hydra.ranks RUN_DIR one [restarted]    (how the launcher starts a rank, with its number in the environment)
 
 Workers that crash are started anew from the last commit, up to parallelism.max_restarts times. What would fail the same way again (bad data,
 a NaN, a full disk) is not tried again, for which torch's own restarts have no word.
@@ -25,15 +26,18 @@ from xtuner_hydra.safe_text import printable, redact
 
 
 def main() -> int:
-    """Entry of a job's process: ends when the process that started it does."""
+    """Entry of a job's process, or of a rank's: ends when the process that started it does."""
     collect_seldom()
-    from xtuner_hydra.worker import die_with_parent
+    from xtuner_hydra.worker import die_with_parent, train
 
     die_with_parent()
-    directory, ranks = sys.argv[1:]
+    directory, ranks, *again = sys.argv[1:]
+    if ranks == _ONE:
+        return train(Path(directory), traceback_on_screen=False, restarted=bool(again))
     return start_ranks(Path(directory), int(ranks))
 
 
+_ONE = "one"
 SHUTDOWN_SECONDS = 600
 """What workers are given to save and end after a signal; a scheduler that has less patience kills them itself."""
 
@@ -92,7 +96,7 @@ def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int
     for stale in [*(directory / "logs").glob("*.error.json"), *(directory / "logs").glob("*.stuck.json")]:
         stale.unlink()
     try:
-        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.worker", str(directory), *(["restarted"] if restarted else []))
+        elastic_launch(config, sys.executable)("-m", "xtuner_hydra.ranks", str(directory), _ONE, *(["restarted"] if restarted else []))
     except ChildFailedError as error:
         return _explain(directory, {rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:

@@ -1,7 +1,5 @@
 """One rank of a run: reads the run directory, builds everything, trains, and says how it ended.
 
-    python -m xtuner_hydra.worker RUN_DIR          (started by ranks.py with a rank in the environment)
-
 A worker never sees Hydra. `train` is the same for a rank of its own process and for a single run inside the Hydra process."""
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.show import first_sample
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.engine import Engine
-from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError, leave
+from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.garbage import collect_as_usual
 from xtuner_hydra.metrics import Row
@@ -58,13 +56,6 @@ from xtuner_hydra.tracking.jsonl import read
 from xtuner_hydra.trainer import Trainer
 
 log = logging.getLogger("xtuner_hydra")
-
-
-def main() -> int:
-    """Entry of a worker process: RUN_DIR, and `restarted` where it replaces one that failed."""
-    die_with_parent()
-    run_dir, *again = sys.argv[1:]
-    return train(Path(run_dir), traceback_on_screen=False, restarted=bool(again))
 
 
 def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = False) -> int:
@@ -271,7 +262,3 @@ def die_with_parent() -> None:
     """Linux: have this worker terminated when the launcher dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-if __name__ == "__main__":
-    leave(main())

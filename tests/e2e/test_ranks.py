@@ -60,7 +60,7 @@ def test_a_refusal_under_torchrun_ends_all_ranks(cli):
 
 
 def workers(run_dir):
-    found = subprocess.run(["pgrep", "-f", f"xtuner_hydra.worker {run_dir}"], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(["pgrep", "-f", f"xtuner_hydra.ranks {run_dir} one"], capture_output=True, text=True).stdout.split()
     return sorted(map(int, found))
 
 
