@@ -13,6 +13,11 @@ import torch
 _PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "B200": 2250}
 _PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165}
 
+_LONG = 0.01
+"""Seconds of a product beside which starting it costs nothing."""
+_PATIENCE = 0.2
+"""Seconds after which no larger product is tried."""
+
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
     """(peak, now) in GB of 2**30 bytes: what torch allocated and reserved on a GPU; resident memory on a CPU."""
@@ -29,14 +34,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = _known_flops(torch.cuda.get_device_name(device))
         if known is not None and dtype == torch.bfloat16:
             return known
-    size = 8192 if device.type == "cuda" else 1536  # long enough that starting it costs nothing beside
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        torch.mm(a, a).flatten()[0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    began, best, size, fastest = time.perf_counter(), 0.0, 128, 0.0
+    # on a busy CPU small products wait for a thread that waits for its turn; with a dtype that it lacks instructions for, large ones take minutes
+    while (size < 1024 or fastest < _LONG) and size < 8192 and time.perf_counter() - began < _PATIENCE:
+        size *= 2
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        fastest = min(_seconds(a) for _ in range(3))  # the first one warms up
+        best = max(best, 2 * size**3 / fastest)
+    return best
+
+
+def _seconds(a: torch.Tensor) -> float:
+    """What the product of `a` with itself takes."""
+    start = time.perf_counter()
+    torch.mm(a, a).flatten()[0].item()
+    return time.perf_counter() - start
 
 
 def _known_flops(name: str) -> float | None:

@@ -1,8 +1,9 @@
-"""A GPU's speed is looked up by its whole name."""
+"""A GPU's speed is looked up by its whole name, a CPU's is measured."""
 
 import pytest
+import torch
 
-from xtuner_hydra.parallel.device import _known_flops
+from xtuner_hydra.parallel.device import _known_flops, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,8 @@ from xtuner_hydra.parallel.device import _known_flops
 )
 def test_only_the_gpus_that_are_known(name, tflops):
     assert _known_flops(name) == (tflops and tflops * 1e12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_is_between_the_slowest_and_the_fastest_there_are(dtype):
+    assert 1e8 < peak_flops(torch.device("cpu"), dtype) < 1e15
