@@ -135,7 +135,7 @@ def test_what_it_costs_is_said_before(whole, monkeypatch, capsys):
         assert (checkpoint, export) == pytest.approx((12 * adapter, exported), rel=0.01)
 
 
-COSTS = (r"memory +(\S+) GB a rank", r"checkpoints of (\S+) GB", r"exports of (\S+) GB")
+COSTS = (r"memory +(\S+) GB a rank", r"checkpoints? of (\S+) GB", r"exports? of (\S+) GB")
 
 
 def test_peft_and_transformers_load_the_export(whole):
