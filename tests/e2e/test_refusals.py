@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import xtuner_hydra
+
 GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 LINE = json.dumps(GOOD).encode()
 
@@ -93,6 +95,7 @@ def test_showing_creates_nothing_and_succeeds(cli):
         (["--help"], "GROUP=OPTION"),
         (["--cfg", "job", "--resolve"], "lr: 6.0e-05"),
         (["plan", "debug=fast"], "steps           2"),
+        (["--version"], f"xtuner_hydra {xtuner_hydra.__version__}"),
     ):
         done = cli(*args)
         assert (done.code, words in done.out) == (0, True), done.text

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from xtuner_hydra import run_dir
 from xtuner_hydra.app import App
 from xtuner_hydra.errors import RefusedError, TrainingError
+from xtuner_hydra.results.glance import glance
 from xtuner_hydra.results.sweep import SweepPlan, read_sweep
 from xtuner_hydra.sweeps import draft as drafts
 from xtuner_hydra.sweeps import driver, multirun
@@ -124,6 +125,22 @@ def test_a_failed_job_is_told_with_its_error_and_does_not_stop_the_others(tmp_pa
     assert (code, [job.state for job in result.jobs]) == (1, ["completed", "failed", "completed"])
     assert "failed: step 1: NaN\n" in capsys.readouterr().out
     assert 1 in kept(result), "a failed job's checkpoints are needed to go on"
+
+
+def test_a_job_that_is_refused_when_its_turn_comes_is_found_among_the_runs(tmp_path, monkeypatch):
+    """A search's job may be impossible; of a list's the data or the disk may be gone."""
+    create = driver.launch.create
+
+    def refuse_one(prepared):
+        if prepared.config.optimizer.lr == 1e-4:
+            raise RefusedError("the disk is gone")
+        create(prepared)
+
+    monkeypatch.setattr(driver.launch, "create", refuse_one)
+    code, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0))
+    assert (code, [job.state for job in result.jobs]) == (1, ["completed", "failed", "completed"])
+    seen = glance(result.directory / result.jobs[1].name)
+    assert (seen.state, seen.overrides, seen.error) == ("failed", ["optimizer.lr=0.0001"], "the disk is gone")
 
 
 def test_a_job_that_the_driver_ended_before_it_could_say_so_is_interrupted(tmp_path, monkeypatch):

@@ -89,6 +89,12 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_loaded(words, mes
         chat.main(["nowhere", *words])
 
 
+def test_a_sweep_is_told_from_a_run(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(RefusedError, match="a sweep, not a run"):
+        chat.main([str(tmp_path), "-p", "x"])
+
+
 def test_under_torchrun_it_is_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.setenv(name, "1")

@@ -48,6 +48,15 @@ def test_all_are_finished_even_if_one_cannot(caplog):
     assert "could not be closed: no answer" in caplog.text
 
 
+@pytest.mark.parametrize(("variable", "directories"), [("disabled", []), ("offline", ["wandb"])])
+def test_wandb_is_left_out_where_its_own_variable_says_so(tmp_path, monkeypatch, variable, directories):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    config = TrackingConfig(jsonl=False, tensorboard=False, wandb=WandbConfig(enabled=True, mode="auto"))
+    build_trackers(config, tmp_path, resolved={}, overrides=[], total_steps=1, start_step=0).finish("completed", 0)
+    assert [path.name for path in tmp_path.iterdir()] == directories
+
+
 def test_a_dashboard_that_cannot_be_opened_is_left_out_with_a_warning(tmp_path, caplog):
     for name in ("wandb", "tensorboard"):
         (tmp_path / name).touch()  # where its directory should be
