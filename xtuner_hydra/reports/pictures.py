@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,6 +260,20 @@ def _families() -> list[str]:
     return ["DejaVu Sans", *(name for name in FALLBACKS if name in installed)]
 
 
+@contextmanager
+def _fonts_unmentioned() -> Iterator[None]:
+    """A letter that no font has is drawn as a box, and a font without a bold face as it is: no news for a terminal."""
+    finder = logging.getLogger("matplotlib.font_manager")
+    level = finder.level
+    finder.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            yield
+    finally:
+        finder.setLevel(level)
+
+
 def _save(figure: Figure, path: Path) -> Path:
     """Write the picture, whole or not at all."""
     from matplotlib.text import Text
@@ -269,8 +286,7 @@ def _save(figure: Figure, path: Path) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o666 & ~umask())
-            with warnings.catch_warnings():  # a letter that no font has is drawn as a box; that is no news for a terminal
-                warnings.filterwarnings("ignore", "Glyph .* missing from")
+            with _fonts_unmentioned():
                 figure.savefig(file, format="png")
         os.replace(temporary, path)
     except BaseException:
