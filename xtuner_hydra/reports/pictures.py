@@ -86,7 +86,8 @@ def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         axes.annotate(words.fixed(y[-1], 3), (x[-1], y[-1]), xytext=(0, -16), textcoords="offset points", ha="right", color=COLOURS[1],
                       fontweight="bold", bbox=box)  # fmt: skip
-    axes.margins(y=0.1)  # room for the number below the last evaluation
+    low, high = limits([train, evaluations])  # a few losses that exploded must not flatten the others
+    axes.set_ylim(low - 0.05 * (high - low), high)  # room for the number below the last evaluation
     axes.set_ylabel("cross-entropy a token")
     axes.legend(frameon=False)
 

@@ -44,6 +44,16 @@ def test_what_is_drawn_is_the_run(tmp_path):
     assert numpy.corrcoef(x[curve], y[curve])[0, 1] > 0.99
 
 
+def test_a_spike_does_not_flatten_the_loss(tmp_path, monkeypatch):
+    """The loss falls from 9 to 5; one step of it was 1e30."""
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    loss_png(make_run(tmp_path / "run", [row(number, 1e30 if number == 30 else 9 - number / 25) for number in range(1, 101)]))
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < 5
+    assert 9 <= high < 12
+
+
 @pytest.mark.parametrize("rows", [[], [row(1, None)], [evaluation(0, 3.0)]])
 def test_without_a_loss_there_is_no_picture(tmp_path, rows):
     make_run(tmp_path, rows)
