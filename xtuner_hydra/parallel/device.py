@@ -16,7 +16,7 @@ _PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165}
 _LONG = 0.01
 """Seconds of a product beside which starting it costs nothing."""
 _PATIENCE = 0.2
-"""Seconds after which no larger product is tried."""
+"""Seconds of the fastest products of all sizes, after which no larger one is tried."""
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
@@ -34,12 +34,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = _known_flops(torch.cuda.get_device_name(device))
         if known is not None and dtype == torch.bfloat16:
             return known
-    began, best, size, fastest = time.perf_counter(), 0.0, 128, 0.0
+    best, size, fastest, spent = 0.0, 128, 0.0, 0.0
     # on a busy CPU small products wait for a thread that waits for its turn; with a dtype that it lacks instructions for, large ones take minutes
-    while (size < 1024 or fastest < _LONG) and size < 8192 and time.perf_counter() - began < _PATIENCE:
+    while (size < 1024 or fastest < _LONG) and size < 8192 and spent < _PATIENCE:
         size *= 2
         a = torch.ones(size, size, device=device, dtype=dtype)
-        fastest = min(_seconds(a) for _ in range(3))  # the first one warms up
+        fastest = min(_seconds(a) for _ in range(3))  # the first one warms up; a GPU's library takes its time for that
+        spent += fastest
         best = max(best, 2 * size**3 / fastest)
     return best
 
