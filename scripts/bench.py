@@ -11,10 +11,11 @@ go, peak memory; as a table, and with --out as JSON and PNG.
 A step is one pack (or trainer.global_batch_size=N); with model.pretrained all start from its weights. The plain loop is what one writes by
 hand: transformers' model with fp32 weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping;
 `plain_lora` the same with peft's adapter of the config's shape. `trl`: TRL's SFTTrainer, see bench_trl.py. A name may end in the malloc
-that it runs under (`/system`, `/tcmalloc`, `/jemalloc`): without one, ours takes what its command line would preload, the others the
-system's, as their users run them. Each contender runs in a process of its own, in turn; the first step of each is left out. Peak: the
-process's greatest resident memory, loading included, and what was resident before the first step. The last contender is what others are
-compared with. Where the machine has other work, see its load (of the last minute), and each step's CPU seconds, which tell more then.
+that it runs under (`/system`, `/tcmalloc`, `/jemalloc`), and gets huge pages then, as ours does. Without one, ours takes what its command
+line would preload, the others the system's and small pages, as their users run them. Each contender runs in a process of its own, in turn;
+the first step of each is left out. Peak: the process's greatest resident memory, loading included, and what was resident before the first
+step. The last contender is what others are compared with. Where the machine has other work, see its load (of the last minute), and each
+step's CPU seconds, which tell more then.
 
 --ranks N,M: ours (and lora) on each of these numbers of gloo ranks under torchrun, which share the threads evenly. A step is then as many
 packs as the most ranks, for everyone; tokens are those of all ranks, memory is added up (what the ranks share of it counts for each)."""
@@ -106,17 +107,19 @@ def in_own_process(entry: str, threads: int, argv: list[str]) -> dict:
 
 
 def environment(contender: str, malloc: str = "") -> dict[str, str]:
-    """This process's, with the malloc that the contender runs under."""
+    """This process's, with the malloc that the contender runs under, and the huge pages that ours asks for."""
     from xtuner_hydra.parallel import allocator
 
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    plain = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *allocator.HUGE_PAGES}}
+    if malloc or contender in WITH_RANKS:
+        plain |= allocator.huge_pages()
     libraries = allocator.found()
     malloc = malloc or (next(iter(libraries), "system") if contender in WITH_RANKS else "system")
     if malloc == "system":
         return plain
     if malloc not in libraries:
         raise SystemExit(f"{contender}/{malloc}: not on this machine. {allocator.HOW_TO_GET_ONE}")
-    return plain | allocator.SETTINGS.get(malloc, {}) | {"LD_PRELOAD": str(libraries[malloc])}
+    return plain | allocator.environment(malloc, libraries[malloc])
 
 
 def describe(result: dict) -> str:

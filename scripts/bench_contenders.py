@@ -38,6 +38,7 @@ def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[st
     split["other"] = statistics.mean(seconds) - sum(split.values())
     return {
         "malloc": allocator.active() or "system",
+        "huge_pages": allocator.pages(),
         "load": os.getloadavg()[0],
         "step_s": statistics.median(seconds),
         "cpu_s": statistics.median(watch.cpu[1:]),

@@ -24,6 +24,8 @@ from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 
+from xtuner_hydra.parallel.allocator import HUGE_PAGES
+
 MAIN_JOB = ["model=qwen3_tiny", "data=openai_sft", "trainer.total_steps=1"]
 TARGETS = {
     "--help": 1.0,
@@ -97,7 +99,7 @@ def measure(directory: Path, cache: Path, is_cold: bool, overrides: list[str], s
 
 def timed(words: list[str], directory: Path) -> tuple[float, list[tuple[float, str]]]:
     """(seconds to the end, every line of output with the second at which it came) of `python -m xtuner_hydra WORDS`, as a user starts it."""
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *HUGE_PAGES}}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-u", "-m", "xtuner_hydra", *words]
     start, lines = time.perf_counter(), []

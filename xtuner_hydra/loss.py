@@ -22,7 +22,7 @@ from xtuner_hydra.pointwise import pointwise
 
 CPU_CHUNK, CHUNK = 2**22, 2**27
 """Logits at a time: few enough for a CPU's caches; elsewhere enough for large kernels, and for few passes over the hidden states' gradient."""
-KEPT = 2**28
+KEPT = 2**29
 """Bytes of logits that the backward pass finds and need not compute again."""
 _NARROWEST = 64  # a slice of fewer columns makes a slow product
 

@@ -145,6 +145,8 @@ def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> 
 def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None) -> Engine:
     """Model with its first weights, and over them those of `checkpoint` where one is given, sharded, and optimizers of those that are trained.
     Nothing is allocated before it is sharded."""
+    if config.model.moe is None:
+        allocator.keep_few_kernels()
     model = blueprint(config)
     if config.model.pretrained:
         keep_frozen_as_stored(model, config.model.pretrained)
@@ -196,6 +198,7 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
     log.info("trainable: " + ", ".join(_ranges(list(trained))))
     if trainer.runtime.device.type == "cpu":
         log.info("malloc: " + (allocator.active() or f"of the system; {allocator.advice()}"))
+        log.info(f"on huge pages: {allocator.pages()}")
     log.info(f"torch.compile: {compiled.why}")
     for sentence in idle(trainer.config):
         log.warning(sentence)

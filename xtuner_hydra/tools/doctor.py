@@ -127,7 +127,7 @@ def bf16() -> Check:
 def malloc() -> Check:
     """The memory allocator of runs on a CPU."""
     if (name := allocator.active()) is not None:
-        return Check("malloc", "ok", name)
+        return Check("malloc", "ok", f"{name}; on huge pages: {allocator.pages()}")
     return Check("malloc", "note", f"the system's; {allocator.advice()}")
 
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,12 @@ here = pytest.mark.skipif(allocator.find() is None, reason="no tcmalloc or jemal
 
 
 def ask(*words, **environment):
-    without = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run([sys.executable, "-c", ASK, *words], env=without | environment, capture_output=True, text=True, check=True)
+    return output(ASK, *words, **environment)
+
+
+def output(program, *words, **environment):
+    without = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *allocator.HUGE_PAGES}}
+    done = subprocess.run([sys.executable, "-c", program, *words], env=without | environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -33,6 +39,7 @@ def test_without_a_library_the_command_goes_on_as_it_is(monkeypatch):
     monkeypatch.setattr(allocator, "LIBRARIES", {})
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.setattr(os, "execve", lambda *args: pytest.fail("replaced itself by nothing better"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     allocator.preload()
 
 
@@ -51,3 +58,63 @@ def test_advice_is_how_to_get_one_or_who_leaves_it_out(tmp_path, monkeypatch):
     monkeypatch.setattr(allocator, "find", lambda: ("tcmalloc", tmp_path))
     assert "apt install" not in allocator.advice()
     assert "tcmalloc is on this machine, but LD_PRELOAD= leaves it out" in allocator.advice()
+
+
+TRAIN = """
+    from xtuner_hydra.parallel import allocator
+    allocator.preload()
+    import torch
+    weight = torch.ones(2**26)
+    on_huge = open("/proc/self/smaps_rollup").read().split("AnonHugePages:")[1].split()[0]
+    print(allocator.pages(), int(on_huge) * 1024 > weight.nbytes / 2)
+"""
+
+
+@pytest.mark.skipif(allocator.huge_pages() == {}, reason="this kernel gives no huge pages to who asks")
+@pytest.mark.parametrize("environment", [{}, {"LD_PRELOAD": ""}], ids=["with a library", "without"])
+def test_large_tensors_are_on_huge_pages_unless_the_user_says_otherwise(environment):
+    program = textwrap.dedent(TRAIN)
+    assert output(program, **environment) == "large tensors True"
+    assert output(program, THP_MEM_ALLOC_ENABLE="0", **environment) == "none False"
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "pages"),
+    [
+        ("always [madvise] never", True, "large tensors"),
+        ("[always] madvise never", False, "everything"),
+        ("always madvise [never]", False, "none"),
+        (None, False, "none"),
+    ],
+)
+def test_the_kernel_is_asked_where_it_listens(setting, asked, pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(allocator, "KERNEL_SETTING", kernel := Path(tmp_path / "enabled"))
+    if setting:
+        kernel.write_text(setting + "\n")
+    assert bool(allocator.huge_pages()) == asked
+    monkeypatch.setattr(os, "environ", {**os.environ, **allocator.huge_pages()})
+    assert allocator.pages() == pages
+
+
+PRODUCTS = """
+    import os, sys
+    from xtuner_hydra.parallel import allocator
+    allocator.keep_few_kernels() if sys.argv[1] == "few" else None
+    import torch
+    weight = torch.randn(64, 512)
+    def kilobytes():
+        return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+    def product(rows):
+        torch.ops.mkldnn._linear_pointwise(torch.randn(rows, 512), weight, None, "none", [], "")
+    for rows in range(200, 300):
+        product(rows)
+    before = kilobytes()
+    for rows in range(301, 451):
+        product(rows)
+    print(kilobytes() - before)
+"""
+
+
+def test_shapes_of_products_that_will_not_come_again_take_no_memory():
+    few, all_of_them = (int(output(textwrap.dedent(PRODUCTS), which)) for which in ("few", "all"))
+    assert few < all_of_them / 4
