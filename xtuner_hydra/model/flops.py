@@ -12,39 +12,36 @@ def training_flops(model: ModelConfig, document_lengths: Iterable[int], supervis
     """FLOPs of forward and backward pass over packed documents, recomputation not counted.
 
     Matrix products only: 2 a weight and token in the layers, of experts those that a token goes to; 2 a weight at supervised positions in
-    the head, the only ones it is asked for; in attention 4 a head dimension and pair of positions that see each other (Kaplan et al. 2020,
-    section 2.1, with causal pairs). The backward pass takes as many for the inputs' gradients and as many again for the weights', which
-    those under an adapter do not have; what trainer.freeze saves is not taken off."""
+    the head and the last layer's MLP, the only ones that they work for; in attention 4 a head dimension and pair of positions that see each
+    other (Kaplan et al. 2020, section 2.1, with causal pairs). The backward pass takes as many for the inputs' gradients and as many again
+    for the weights', which those under an adapter do not have; what trainer.freeze saves is not taken off."""
     lengths = list(document_lengths)
-    layers = range(model.num_hidden_layers)
-    weights = (
-        sum(_layer_weights(model, layer) for layer in layers) * sum(lengths) + model.hidden_size * model.vocab_size * supervised_tokens
-    )
-    adapters = sum(_adapter_weights(model, layer) for layer in layers) * sum(lengths)
+    tokens, layers = sum(lengths), range(model.num_hidden_layers)
+    last_mlp = f"model.layers.{model.num_hidden_layers - 1}.mlp."
+    parts = [
+        (name, shape, supervised_tokens if name.startswith(last_mlp) else tokens)
+        for layer in layers
+        for name, shape in _linear(model, layer).items()
+    ]
+    weights = sum(inner * outer * seen for _, (inner, outer), seen in parts)
+    weights += sum(_expert_weights(model, layer) for layer in layers) * tokens
+    weights += model.hidden_size * model.vocab_size * supervised_tokens
+    adapters = sum(model.lora.rank * sum(shape) * seen for name, shape, seen in parts if _has_adapter(model, name))
     queries = model.num_attention_heads * model.head_dim
     attention = 2 * model.num_hidden_layers * queries * sum(_pairs(length, model.sliding_window) for length in lengths)
     passes = 3 if model.adapter is None else 2
     return float(2 * (passes * weights + 3 * (adapters + attention)))
 
 
-def _layer_weights(model: ModelConfig, layer: int) -> int:
-    """Weights that a token is multiplied with in a layer: the linear ones; of experts, of each that it goes to, and the router."""
-    linear = sum(inner * outer for inner, outer in _linear(model, layer).values())
+def _expert_weights(model: ModelConfig, layer: int) -> int:
+    """Weights that a token is multiplied with in a layer's router and in each of the experts that it goes to."""
     if model.moe is None or not model.has_experts(layer):
-        return linear
-    return linear + model.hidden_size * (3 * model.moe.num_experts_per_tok * model.moe.moe_intermediate_size + model.moe.num_experts)
-
-
-def _adapter_weights(model: ModelConfig, layer: int) -> int:
-    """Weights of a layer's adapters."""
-    if model.adapter is None:
         return 0
-    chosen = [
-        shape
-        for name, shape in _linear(model, layer).items()
-        if any(target == ALL or fits(name, target) for target in target_names(model.lora))
-    ]
-    return model.lora.rank * sum(map(sum, chosen))
+    return model.hidden_size * (3 * model.moe.num_experts_per_tok * model.moe.moe_intermediate_size + model.moe.num_experts)
+
+
+def _has_adapter(model: ModelConfig, name: str) -> bool:
+    return model.adapter is not None and any(target == ALL or fits(name, target) for target in target_names(model.lora))
 
 
 def _linear(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:

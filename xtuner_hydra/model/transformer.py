@@ -86,15 +86,16 @@ class Decoder(nn.Module):
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype, self.config.rope_scaling)
         routings = []
         for number, layer in enumerate(self.layers):
-            hidden, routing = layer(hidden, cos, sin, cu_seqlens, max_seqlen, caches[number] if caches else None)
+            wanted = rows if layer is self.layers[-1] else None
+            hidden, routing = layer(hidden, cos, sin, cu_seqlens, max_seqlen, wanted, caches[number] if caches else None)
             if routing is not None:
                 routings.append(routing)
-        hidden = self.norm(hidden if rows is None else hidden.index_select(0, rows))
-        return hidden, Routing(*map(torch.stack, zip(*routings, strict=True))) if routings else None
+        return self.norm(hidden), Routing(*map(torch.stack, zip(*routings, strict=True))) if routings else None
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP or experts, each added to the residual stream: x (T, hidden) -> (the same, Routing of experts or None)."""
+    """Pre-norm attention and MLP or experts, each added to the residual stream: x (T, hidden) -> (the same, or `rows` (N,) of it, for which alone
+    an MLP works then; Routing of experts, who work for all tokens, or None)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -104,13 +105,26 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: Cache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen, cache)
-        out = self.mlp(self.post_attention_layernorm(x))
-        # returned, not kept in the module: so recomputation and FSDP's hooks see it
-        out, routing = out if isinstance(self.mlp, MoE) else (out, None)
-        return x + out, routing
+        if isinstance(self.mlp, MoE):
+            # returned, not kept in the module: so recomputation and FSDP's hooks see it
+            out, routing = self.mlp(self.post_attention_layernorm(x))
+            return _select(x + out, rows), routing
+        x = _select(x, rows)
+        return x + self.mlp(self.post_attention_layernorm(x)), None
+
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 class Head(nn.Linear):

@@ -18,17 +18,18 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("supervised", [21, 5])
 @pytest.mark.parametrize("case", CASES)
-def test_products_with_weights_are_those_that_run(case):
+def test_products_with_weights_are_those_that_run(case, supervised):
     """One token a document: attention has one pair each, which torch counts too (as a product of a row with itself)."""
     config = ModelConfig(**vars(SHAPE) | CASES[case])
     model = CausalLM(config)
     initialise(model, 0)
     tokens = 24
-    ids, cu_seqlens = torch.arange(tokens), torch.arange(tokens + 1, dtype=torch.int32)
+    ids, cu_seqlens, rows = torch.arange(tokens), torch.arange(tokens + 1, dtype=torch.int32), torch.arange(3, supervised + 3)
     with FlopCounterMode(display=False) as counter:
-        model(ids, torch.zeros(tokens, dtype=torch.long), cu_seqlens, 1)
-    weights_only = training_flops(config, [1] * tokens, tokens) / 3 - 4 * config.num_hidden_layers * 60 * tokens
+        model(ids, torch.zeros(tokens, dtype=torch.long), cu_seqlens, 1, rows=rows)
+    weights_only = training_flops(config, [1] * tokens, supervised) / 3 - 4 * config.num_hidden_layers * 60 * tokens
     counts = counter.get_flop_counts()["Global"]
     ran = sum(count for operation, count in counts.items() if "attention" not in str(operation) and "bmm" not in str(operation))
     assert ran == weights_only
@@ -43,9 +44,10 @@ def test_products_under_adapters_are_those_that_run(targets):
     initialise(model, 0)
     tokens = 24
     ids, cu_seqlens = torch.arange(tokens), torch.arange(tokens + 1, dtype=torch.int32)
+    rows = torch.arange(5, 16)
     with FlopCounterMode(display=False) as counter:
-        model(ids, torch.zeros(tokens, dtype=torch.long), cu_seqlens, 1).sum().backward()
-    weights_only = training_flops(config, [1] * tokens, tokens) - 3 * 4 * config.num_hidden_layers * 60 * tokens
+        model(ids, torch.zeros(tokens, dtype=torch.long), cu_seqlens, 1, rows=rows).sum().backward()
+    weights_only = training_flops(config, [1] * tokens, len(rows)) - 3 * 4 * config.num_hidden_layers * 60 * tokens
     ran = sum(
         count
         for operation, count in counter.get_flop_counts()["Global"].items()
