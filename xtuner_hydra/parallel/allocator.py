@@ -1,4 +1,5 @@
-"""A malloc that keeps its memory, for training on a CPU: found on the machine and preloaded before anything else is loaded.
+"""Main memory for training on a CPU: a malloc that keeps it, found on the machine and preloaded before anything else is loaded; huge pages; a
+small cache of kernels.
 
 glibc's malloc gives large blocks back to the system whenever they are freed; a training step frees and takes gigabytes, and about half of its
 time goes into page faults. tcmalloc and jemalloc keep them. A library can be preloaded only into a new process, so the command line replaces
