@@ -1,8 +1,8 @@
 """Commands and ranks in processes that start at once: forked from a server that has imported everything and started no thread.
 
 A command is all that `python -m xtuner_hydra` runs, with its own arguments, environment, directory and output; only the interpreter's start
-and the imports, 3 s of them, are not repeated, in the jobs of a sweep neither. How these start is tested with conftest.CommandLine.fresh and
-.start_fresh."""
+and the imports, 3 s of them, are not repeated, neither in the jobs of a sweep nor in the ranks of a launcher. How these start is tested with
+conftest.CommandLine.fresh and .start_fresh."""
 
 import faulthandler
 import multiprocessing
@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from faults.injection import inject
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from xtuner_hydra import ranks as ranks_module
 from xtuner_hydra.__main__ import main
 from xtuner_hydra.app import App
 from xtuner_hydra.errors import leave
@@ -152,8 +154,39 @@ def _prepare(args):
 def _command(words):
     # a sweep's jobs are forked from the command, which has all that the sweep's own server would import once more
     jobs._context, jobs.begin_imports = multiprocessing.get_context("fork"), lambda: None
+    SubprocessHandler._popen = _LaunchedRank
     sys.argv = [str(TESTS.parent / "xtuner_hydra" / "__main__.py"), *words]
     return main(words)
+
+
+class _LaunchedRank:
+    """What torch's launcher wants to know of a rank, which is forked from it instead of started.
+
+    words: the command line of xtuner_hydra.ranks."""
+
+    def __init__(self, words, environment):
+        self._process = multiprocessing.get_context("fork").Process(target=_be_rank, args=(words, environment))
+        with jobs._uninterrupted():  # the launcher's handlers are not for the rank
+            self._process.start()
+        self.pid = self._process.pid
+        os.setpgid(self.pid, self.pid)  # before the launcher may end it with its group
+
+    def poll(self):
+        return self._process.exitcode
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+
+
+def _be_rank(words, environment):
+    for number in jobs._STOPPING | {signal.SIGHUP, signal.SIGQUIT}:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, jobs._STOPPING)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = list(words[2:])  # what stands behind `python -m`
+    leave(ranks_module.main())
 
 
 def _run(function, args, directory, output, errors, environment):

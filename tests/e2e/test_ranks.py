@@ -66,7 +66,7 @@ def workers(run_dir):
 
 def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(cli):
     run = cli.directory / "run"
-    process = cli.start(*JOB, "trainer.total_steps=5000", "parallelism.nproc_per_node=2", "hydra.run.dir=run")
+    process = cli.start_fresh(*JOB, "trainer.total_steps=5000", "parallelism.nproc_per_node=2", "hydra.run.dir=run")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_rows(run)) > 2, process)
     os.kill(workers(run)[1], signal.SIGKILL)
     assert process.wait(60) == 1
@@ -79,7 +79,7 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(cli):
 
 def test_ctrl_c_stops_all_ranks(cli):
     run = cli.directory / "run"
-    process = cli.start(*JOB, "trainer.total_steps=5000", "parallelism.nproc_per_node=2", "hydra.run.dir=run")
+    process = cli.start_fresh(*JOB, "trainer.total_steps=5000", "parallelism.nproc_per_node=2", "hydra.run.dir=run")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_rows(run)) > 2, process)
     assert stop(process) == 130
     assert read_status(run)["state"] == "interrupted"

@@ -82,7 +82,7 @@ def test_ranks_are_started_again_from_the_last_commit(faulty, reference, tmp_pat
 @pytest.mark.parametrize("fault", ["raise@3", "kill@3"])
 def test_torchrun_starts_ranks_again(faulty, reference, tmp_path, fault):
     faulty.environment |= {"FAULT": fault, "FAULT_RANK": "0", "FAULT_ONCE": str(tmp_path / "struck")}
-    done = faulty("--nproc-per-node", "2", "--max-restarts", "1", "-m", "xtuner_hydra", *JOB, module="torch.distributed.run")
+    done = faulty.fresh("--nproc-per-node", "2", "--max-restarts", "1", "-m", "xtuner_hydra", *JOB, module="torch.distributed.run")
     assert done.code == 0, done.text
     assert f"step 2/{STEPS}" in done.out
     assert_same(faulty.directory / "run", reference, STEPS)
