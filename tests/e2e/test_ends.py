@@ -85,8 +85,9 @@ def test_a_warm_up_that_is_longer_than_the_run_and_a_decay_that_is_too_short_are
     assert rates[0] == pytest.approx(rates[1] / 2)
 
 
-def test_overfit_learns_its_few_packs(cli):
-    done = cli("debug=overfit", "tracking=none", "hydra.run.dir=run", timeout=280)
+def test_overfit_learns_its_pack(cli):
+    """One instead of the few that it sees by itself, which needs a third of the steps."""
+    done = cli("debug=overfit", "data.sample_ratio=0.015", "trainer.total_steps=100", "tracking=none", "hydra.run.dir=run", timeout=280)
     assert done.code == 0, done.text
     losses = [row["train/loss"] for row in read_rows(cli.directory / "run")]
     assert losses[0] > 4
