@@ -33,6 +33,8 @@ from xtuner_hydra.tracking.base import Row
 TICK_SECONDS = 0.2
 KILL_SECONDS = 30
 """How long to wait for a job that was killed; one that cannot be ended is left behind as running."""
+REPORT_SHARE = 0.1
+"""Of the time at most, while jobs run: a report of some hundred jobs takes seconds, and the next job would wait for it."""
 MOST_TWINS = 50
 """Draws in a row that repeat earlier jobs before a search counts as exhausted."""
 SETTLED = ("completed", "pruned")
@@ -117,6 +119,8 @@ class Driver:
         self.why_stopped: str | None = None
         self.started = time.monotonic()
         self.seconds_before = plan.seconds
+        self.news = False  # that the report does not tell
+        self.next_report = self.started  # not before
 
     def run(self) -> int:
         """All jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM and SIGUSR1 stop every job, and the report is written all the same.
@@ -159,17 +163,22 @@ class Driver:
             self._fill()
             if ended:
                 self._save("running")
+                self.news = True
+            if self.news and time.monotonic() >= self.next_report:
                 self._report()
             self.screen.show(self.running, self.plan)
 
     def _report(self) -> None:
         """A sweep is worth more than its report."""
+        began, self.news = time.monotonic(), False
         try:
             self.write_report(self.directory)
         except Exception as error:
             self.screen.say(
                 f"the report could not be written ({type(error).__name__}: {error}); xtuner-hydra report {self.directory} tries again"
             )
+        ended = time.monotonic()
+        self.next_report = ended + (ended - began) * (1 / REPORT_SHARE - 1)
 
     def _fill(self) -> None:
         """Start jobs while there is room for one."""

@@ -249,6 +249,15 @@ def test_a_report_that_fails_does_not_cost_the_sweep(tmp_path, monkeypatch, caps
     assert "the report could not be written (ZeroDivisionError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("share", "reports"), [(1, [1, 2, 3, 3]), (1e-6, [1, 3])])
+def test_a_report_is_written_after_a_job_as_long_as_it_takes_little_of_the_time(tmp_path, monkeypatch, share, reports):
+    told = []
+    monkeypatch.setattr(driver, "REPORT_SHARE", share)
+    monkeypatch.setattr(multirun, "write_sweep", lambda directory: told.append(read_sweep(directory).count("completed")))
+    run(tmp_path / "sweep", FakeLauncher(2.0, 1.0, 3.0))
+    assert told == reports
+
+
 def test_twins_run_once(tmp_path):
     with App([*BASE, "optimizer.lr=1e-3,0.001,1e-4"]) as app:
         draft = drafts.draft(app, tmp_path / "sweep")
