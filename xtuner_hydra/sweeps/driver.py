@@ -117,6 +117,7 @@ class Driver:
         self.retries: dict[int, int] = {}  # how many are left, by job
         self.stopped = False  # no further job is to start
         self.why_stopped: str | None = None
+        self.signals: list[int] = []  # that have come
         self.started = time.monotonic()
         self.seconds_before = plan.seconds
         self.news = False  # that the report does not tell
@@ -137,11 +138,11 @@ class Driver:
     def _run(self) -> int:
         interrupted: int | None = None
         self._save("running")
-        with self.screen, _signals_interrupt():
+        with self.screen, _signals_interrupt(self.signals):
             try:
                 self._go_on()
-            except KeyboardInterrupt as interrupt:
-                interrupted = EXIT_PREEMPTED if interrupt.args else EXIT_INTERRUPTED
+            except KeyboardInterrupt:
+                interrupted = EXIT_PREEMPTED if {signal.SIGTERM, signal.SIGUSR1} & {*self.signals} else EXIT_INTERRUPTED
                 self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
                 self._stop_all()
             with _without_interrupts():
@@ -155,6 +156,8 @@ class Driver:
         self._fill()
         while self.running:
             time.sleep(TICK_SECONDS)
+            if self.signals:  # one whose KeyboardInterrupt a library has dropped, or made an error of its own
+                raise KeyboardInterrupt
             ended = [followed for followed in self.running if self._follow(followed)]
             for followed in ended:
                 self._settle(followed)
@@ -373,18 +376,18 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; the exception names the signal. Ctrl-C's is set too: a process that a
-    script has put into the background is started with SIGINT ignored."""
+def _signals_interrupt(came: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; their numbers go to `came`. Ctrl-C's is set too: a process that a script
+    has put into the background is started with SIGINT ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+        came.append(number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

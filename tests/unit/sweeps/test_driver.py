@@ -249,6 +249,23 @@ def test_a_report_that_fails_does_not_cost_the_sweep(tmp_path, monkeypatch, caps
     assert "the report could not be written (ZeroDivisionError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_that_a_library_makes_an_error_of_its_own_stops_the_sweep_all_the_same(tmp_path, monkeypatch, number, code):
+    """matplotlib's C++ takes a KeyboardInterrupt for a wrong argument."""
+
+    def draw(directory):
+        if read_sweep(directory).count("completed") == 1:
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                raise TypeError("incompatible function arguments") from None
+
+    monkeypatch.setattr(multirun, "write_sweep", draw)
+    launcher = FakeLauncher(2.0, None, 3.0)
+    assert run(tmp_path / "sweep", launcher)[0] == code
+    assert len(launcher.started) == 2
+
+
 @pytest.mark.parametrize(("share", "reports"), [(1, [1, 2, 3, 3]), (1e-6, [1, 3])])
 def test_a_report_is_written_after_a_job_as_long_as_it_takes_little_of_the_time(tmp_path, monkeypatch, share, reports):
     told = []
