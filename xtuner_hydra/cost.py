@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -75,17 +75,20 @@ def export_bytes(sizes: Sizes) -> int:
 
 
 def kept(checkpoint: CheckpointConfig, total_steps: int) -> tuple[int, int]:
-    """How many checkpoints and exports stand at the end."""
-    return (
-        _kept(checkpoint.interval, checkpoint.keep, total_steps),
-        _kept(checkpoint.hf_interval, checkpoint.hf_keep, total_steps),
-    )
+    """How many checkpoints and exports stand at the end, at most: the best checkpoint may be one that stays anyhow."""
+    saved = _saved(checkpoint.interval, total_steps)
+    older = saved[: -checkpoint.keep]
+    for_good = [step for step in older if checkpoint.keep_every and step % checkpoint.keep_every == 0]
+    best = checkpoint.keep_best is not None and len(for_good) < len(older)
+    exports = _saved(checkpoint.hf_interval, total_steps)[-checkpoint.hf_keep :]
+    return len(saved) - len(older) + len(for_good) + best, len(exports)
 
 
-def _kept(interval: int | None, keep: int, total: int) -> int:
+def _saved(interval: int | None, total: int) -> Sequence[int]:
+    """The steps that are saved."""
     if interval is None:
-        return 0
-    return 1 if interval == -1 else min(keep, -(-total // interval))
+        return []
+    return [total] if interval == -1 else [*range(interval, total, interval), total]
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

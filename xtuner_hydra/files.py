@@ -26,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,23 +43,13 @@ def sync_tree(directory: Path) -> None:
     """Flush every file and directory below `directory` to the disk."""
     for root, _, files in os.walk(directory):
         for name in files:
-            _fsync(Path(root, name))
-        sync_directory(Path(root))
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file's content to the disk."""
-    _fsync(path)
+            sync(Path(root, name))
+        sync(Path(root))
 
 
 def readable_by_others(path: Path) -> None:
     """Give a file the mode of any other new one: a library that writes 0600 would shut out a colleague who may read the directory."""
     path.chmod(0o666 & ~umask())
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries (new names, renames) to the disk."""
-    _fsync(directory)
 
 
 def checksum(path: Path) -> str:
@@ -79,7 +69,8 @@ def umask() -> int:
     return mask
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file's content, or a directory's entries (new names, renames), to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

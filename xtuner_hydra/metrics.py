@@ -12,8 +12,7 @@ from xtuner_hydra.engine import StepResult
 from xtuner_hydra.model.flops import training_flops
 from xtuner_hydra.parallel.device import memory_gb
 from xtuner_hydra.parallel.runtime import Runtime
-
-Row = dict[str, float | int | None]
+from xtuner_hydra.tracking.base import Row
 
 
 def evaluation(loss: float, tokens: int) -> Row:

@@ -51,7 +51,7 @@ def start_ranks(directory: Path, ranks: int) -> int:
         code, is_crash = _start_workers(directory, ranks, restarted=left < restarts)
         if not is_crash or not left:
             return code
-        print(f"starting the ranks again from the last checkpoint ({left} of {restarts} restarts left)", file=sys.stderr)
+        print(f"starting the ranks again from the last checkpoint (restart {restarts - left + 1} of {restarts})", file=sys.stderr)
     raise AssertionError
 
 

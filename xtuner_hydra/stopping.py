@@ -62,6 +62,11 @@ class Stopping:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def begin_training(self) -> None:
+        """Signals wait for the next edge from now on. What came before, the start, is no stretch between edges that could come again."""
+        self.training = True
+        self._longest, self._last = 0.0, time.monotonic()
+
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Let this block end before a signal that comes in it is raised as Stopped: what it calls would take that for an error of its own."""

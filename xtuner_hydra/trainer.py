@@ -21,7 +21,7 @@ from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import Stopped, TrainingError
-from xtuner_hydra.files import sync_file
+from xtuner_hydra.files import sync
 from xtuner_hydra.metrics import Meter, Row, evaluation
 from xtuner_hydra.optim.schedules import learning_rate
 from xtuner_hydra.parallel.device import peak_flops
@@ -116,7 +116,7 @@ class Trainer:
         self.engine.at_edge = self.stopping.check
         self.stopping.reserve = lambda: self.saver.expected_seconds() + ENDING_SECONDS
         self.stopping.save_failed = self.saver.failed
-        self.stopping.training = True
+        self.stopping.begin_training()
         try:
             if self.state.step > 0:
                 self.complete_step()  # what an earlier process may have left undone
@@ -206,6 +206,7 @@ class Trainer:
         """Answer trainer.sample_prompts and show the answers. All ranks take part."""
         config, stop, samples = self.config.trainer, self.tokenizer.stop_token_ids, list[Sample]()
         for prompt, ids in zip(config.sample_prompts, sample_prompts(self.config, self.tokenizer), strict=True):
+            self.stopping.check()
             answer = self.engine.answer(ids, config.sample_tokens, stop)
             samples.append({"train/step": self.state.step, "prompt": prompt, "text": self.tokenizer.decode(answer)})
         if samples:
@@ -216,7 +217,7 @@ class Trainer:
         """Commit a checkpoint to resume from, or with checkpoint.asynchronous begin to."""
         metrics = self.run_dir / "metrics.jsonl"
         if self.runtime.rank == 0 and metrics.exists():
-            sync_file(metrics)  # a checkpoint must not outlive the rows that lead to it
+            sync(metrics)  # a checkpoint must not outlive the rows that lead to it
         tensors = state.trained_tensors(self.engine.model, self.engine.optimizers)
         self.saver.save(Snapshot(tensors, deepcopy(self.state), self.trajectory, self.rng))
         self.warn_of_changed_data()

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,21 @@ def job(tmp_path_factory):
     done = cli(*JOB, *SAMPLED, "hydra.run.dir=run")
     assert done.code == 0, done.text
     return SimpleNamespace(cli=cli, run=cli.directory / "run", out=done.out)
+
+
+@pytest.fixture(scope="module")
+def trained_on(job):
+    """(number of ranks, options) -> the directory of such a run, made once."""
+
+    @cache
+    def run(ranks, *options):
+        directory = job.cli.directory / f"{ranks}-{len(options)}"
+        spread = (f"parallelism.nproc_per_node={ranks}", f"trainer.global_batch_size={ranks}", "tracking.wandb.enabled=false")
+        done = job.cli(*JOB, *options, *spread, f"hydra.run.dir={directory}")
+        assert done.code == 0, done.text
+        return directory
+
+    return run
 
 
 def read_samples(run):
@@ -69,13 +85,8 @@ def test_samples_are_in_the_log_the_report_and_wandb(job):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_samples_change_no_bit_of_training(job, ranks):
-    runs = []
-    for name, more in (("with", SAMPLED), ("without", ())):
-        runs.append(job.cli.directory / f"{name}{ranks}")
-        more = (*more, "tracking.wandb.enabled=false", f"parallelism.nproc_per_node={ranks}", f"trainer.global_batch_size={ranks}")
-        done = job.cli(*JOB, *more, f"hydra.run.dir={runs[-1]}")
-        assert done.code == 0, done.text
+def test_samples_change_no_bit_of_training(trained_on, ranks):
+    runs = trained_on(ranks, *SAMPLED), trained_on(ranks)
     exact = ("train/step", "train/loss", "train/grad_norm", "eval/loss")
     sampled, plain = ([[row.get(name) for name in exact] for row in read_rows(run)] for run in runs)
     assert sampled == plain
@@ -137,8 +148,8 @@ def test_evaluate_of_a_directory_needs_no_training_data(job, tmp_path, monkeypat
     assert "held.jsonl:\nloss " in capsys.readouterr().out
 
 
-def test_evaluate_of_a_run_on_two_ranks_is_near_its_own(job):
-    run = job.cli.directory / "with2"
+def test_evaluate_of_a_run_on_two_ranks_is_near_its_own(job, trained_on):
+    run = trained_on(2, *SAMPLED)
     done = job.cli("evaluate", run, "--json")
     assert done.code == 0, done.text
     assert json.loads(done.out)["eval/loss"] == pytest.approx(read_rows(run)[-1]["eval/loss"], rel=1e-5)

@@ -72,7 +72,7 @@ def test_ranks_are_started_again_from_the_last_commit(faulty, reference, tmp_pat
     done, run = fails(faulty, fault, "parallelism.max_restarts=1", FAULT_ONCE=str(tmp_path / "struck"))
     assert done.code == 0, done.text
     assert words in done.err
-    assert "starting the ranks again from the last checkpoint (1 of 1 restarts left)" in done.err
+    assert "starting the ranks again from the last checkpoint (restart 1 of 1)" in done.err
     assert f"step 2/{STEPS}" in done.out
     assert read_status(run)["state"] == "completed"
     assert_same(run, reference, STEPS)

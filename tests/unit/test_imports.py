@@ -64,7 +64,7 @@ def parts_used_by(part):
         ("tracking", {"config", "errors", "files", "safe_text"}),
         ("results", {"config", "errors", "files", "run_dir", "safe_text", "tracking"}),
         ("reports", {"config", "errors", "files", "results", "run_dir", "safe_text", "tracking"}),
-        ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel"}),
+        ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel", "tracking"}),
         ("trained", {"checkpoint", "config", "errors", "model", "parallel", "results"}),
         (
             "trainer",

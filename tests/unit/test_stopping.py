@@ -188,6 +188,13 @@ def test_time_is_up_when_another_step_would_not_fit_any_more(stopping):
         stopping.check()
 
 
+def test_the_start_is_no_step_for_which_time_must_be_left(stopping):
+    time.sleep(0.3)
+    stopping.begin_training()
+    stopping.deadline = time.time() + 0.25
+    stopping.check()
+
+
 def test_a_signal_is_named_rather_than_the_time(stopping):
     stopping.deadline = time.time() - 1
     os.kill(os.getpid(), signal.SIGINT)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from xtuner_hydra.errors import SaveError
-from xtuner_hydra.files import checksum, sync_directory, sync_tree, write_json
+from xtuner_hydra.files import checksum, sync, sync_tree, write_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -162,7 +162,7 @@ def _finish(staging: Path, directory: Path, known: Checksums) -> None:
     except OSError:
         put_back(directory.parent)
         raise
-    sync_directory(directory.parent)
+    sync(directory.parent)
     if old is not None:
         shutil.rmtree(old)
 

@@ -18,7 +18,7 @@ from xtuner_hydra.checkpoint.commit import MANIFEST, commit, has_step_name, left
 from xtuner_hydra.checkpoint.retention import surplus
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
-from xtuner_hydra.files import readable_by_others, sync_directory, write_json
+from xtuner_hydra.files import readable_by_others, sync, write_json
 from xtuner_hydra.model.adapters import ALL, adapted_names, is_adapter, merged, target_names, whole
 from xtuner_hydra.model.families import family_of, hf_config
 from xtuner_hydra.model.hub import published_name
@@ -241,4 +241,4 @@ def point_latest(path: Path) -> None:
     if (latest / MANIFEST).is_file() and not latest.is_symlink():
         shutil.rmtree(latest)  # a copy of an export, by a tool that follows links
     os.replace(temporary, latest)
-    sync_directory(path.parent)
+    sync(path.parent)

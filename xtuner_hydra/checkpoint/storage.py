@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from xtuner_hydra.files import checksum, readable_by_others, sync_file, write_json
+from xtuner_hydra.files import checksum, readable_by_others, sync, write_json
 
 INDEX = "tensors.json"
 
@@ -51,7 +51,7 @@ class SafetensorsWriter(StorageWriter):
         path = self.directory / f"rank-{dist.get_rank()}.safetensors"
         save_file(tensors, path)
         readable_by_others(path)
-        sync_file(path)
+        sync(path)
         self.checksums[path.name] = checksum(path)
         return _done([WriteResult(item.index, tensors[_key(item.index)].nbytes, path.name) for item in plan.items])
 

@@ -37,7 +37,7 @@ from xtuner_hydra.data.processes import ProcessDied, map_in_processes
 from xtuner_hydra.data.readers import Part, records, split, unit
 from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
-from xtuner_hydra.files import sync_directory, sync_tree, write_json
+from xtuner_hydra.files import sync, sync_tree, write_json
 
 VERSION = 5
 """Raise it when the files of a cache change, or what a format reads from a line."""
@@ -144,9 +144,9 @@ def build_cache(
         if _stamps(files) != stamps:
             raise DataError(f"{key}: {', '.join(map(str, files))}: changed while being read. Run again")
         writer.finish(fingerprint)
-        _publish(staging, directory)
+        is_ours = _publish(staging, directory)
     cache = open_cache(directory, files)
-    cache.built, cache.file_hashes, cache.file_stamps = True, hashes, stamps
+    cache.built, cache.file_hashes, cache.file_stamps = is_ours, hashes, stamps
     return cache
 
 
@@ -431,19 +431,20 @@ def _staging(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _publish(staging: Path, directory: Path) -> None:
-    """Give `staging` its final name, unless another process was faster; a broken cache of that name makes way."""
+def _publish(staging: Path, directory: Path) -> bool:
+    """Give `staging` its final name; False where another process was faster. A broken cache of that name makes way."""
     sync_tree(staging)
     while True:
         try:
             staging.rename(directory)
-            return sync_directory(directory.parent)
+            sync(directory.parent)
+            return True
         except OSError:
             if not directory.exists():
                 raise
         try:
             _valid_meta(directory, verify=True)
-            return None
+            return False
         except CacheError:
             broken = _aside(directory)
             with suppress(FileNotFoundError):  # another process moved it away

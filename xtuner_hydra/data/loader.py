@@ -45,7 +45,7 @@ def train_batches(plan: TrainPlan, *, start_step: int, dp_rank: int, dp_size: in
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def make() -> None:
         try:
             for step in range(start_step, plan.total_steps):
                 if stopped.is_set():
@@ -55,7 +55,7 @@ def train_batches(plan: TrainPlan, *, start_step: int, dp_rank: int, dp_size: in
         except BaseException as error:
             put(error)
 
-    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread = threading.Thread(target=make, name="batches", daemon=True)
     thread.start()
     try:
         while (item := steps.get()) is not None:

@@ -106,11 +106,11 @@ def none(lengths: Int64s, rng: np.random.Generator | None) -> Packs:
     return _whole(_order(len(lengths), rng), lengths, np.arange(len(lengths) + 1))
 
 
-def length_grouped_order(packs: Packs, global_batch_size: int, seed: int, group_size: int = 1) -> Int64s:
-    """XTuner's order of packs: int64 (packs,). Nearby packs have samples of like length, so that ranks get like work.
+def length_grouped_order(packs: Packs, global_batch_size: int, seed: int) -> Int64s:
+    """XTuner's order of packs for its group size of 1: int64 (packs,). It is random; that ranks get like work is seen to in plan.py.
 
     A random permutation is cut into mega-batches of k * global_batch_size packs, k = min(packs // (4 * global_batch_size), 50) or 1. Each is
-    sorted by its packs' longest sample, descending, and cut into groups of `group_size`, which are shuffled."""
+    sorted by its packs' longest sample, descending, and shuffled."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -121,9 +121,8 @@ def length_grouped_order(packs: Packs, global_batch_size: int, seed: int, group_
     result: list[int] = []
     for begin in range(0, len(order), mega):
         batch = sorted(order[begin : begin + mega], key=lambda pack: -longest[pack])
-        groups = [batch[i : i + group_size] for i in range(0, len(batch), group_size)]
-        shuffle(groups)
-        result += [pack for group in groups for pack in group]
+        shuffle(batch)
+        result += batch
     return np.array(result, dtype=np.int64)
 
 

@@ -184,17 +184,20 @@ class TrainPlan:
 
     def locate(self, step: int) -> tuple[int, range]:
         """(epoch, numbers of its packs) of 0-based `step`."""
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + self._steps_in(len(self._starts) - 1))
-        epoch = bisect_right(self._starts, step) - 1
+        epoch = self._epoch_of(step)
         first = (step - self._starts[epoch]) * self.batch_size
         return epoch, range(first, min(first + self.batch_size, len(self.epoch(epoch).packs)))
+
+    def _epoch_of(self, step: int) -> int:
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + self._steps_in(len(self._starts) - 1))
+        return bisect_right(self._starts, step) - 1
 
     def epochs_after(self, step: int) -> float:
         """Epochs done after `step` steps: 1.5 is in the middle of the second."""
         if step == 0:
             return 0.0
-        epoch, _ = self.locate(step - 1)
+        epoch = self._epoch_of(step - 1)
         start, stop = self._starts[epoch : epoch + 2]
         return epoch + (step - start) / (stop - start)
 

@@ -166,6 +166,12 @@ def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
         )
     if metric.startswith(("router/", "train/aux_loss")) and any(draft.config.model.moe is None for draft in jobs):
         raise ConfigError("sweep.metric", metric, "only models with experts have it (model.moe), and not every job's has")
+    if sweep.early_stop and not metric.startswith("eval/"):
+        raise ConfigError(
+            "sweep.early_stop",
+            True,
+            f"jobs are judged by their evaluations on the way, which have no {metric} (sweep.metric); set sweep.early_stop=false, or another metric",
+        )
     if sweep.early_stop and not (evaluated and all((draft.config.trainer.eval_interval or 0) > 0 for draft in jobs)):
         raise ConfigError(
             "sweep.early_stop", True, "jobs are judged by their evaluations on the way; set trainer.eval_interval=N and data.eval_path"

@@ -127,7 +127,12 @@ class Driver:
         """All jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM and SIGUSR1 stop every job, and the report is written all the same.
 
         Raises TrainingError where the sweep's directory cannot be written any more; its jobs are stopped then."""
-        self.waiting = [job for job in self.plan.jobs if self._state(job) not in SETTLED]
+        for result in results_of(self.directory, self.plan).jobs:
+            if (state := self._state(result.job)) in SETTLED:
+                # one may have ended while no driver ran, as on a cluster, and the search has not heard of it
+                self.search.tell(result.job.trial, result.value, pruned=state == "pruned")
+            else:
+                self.waiting.append(result.job)
         try:
             return self._run()
         except OSError as error:
@@ -257,7 +262,7 @@ class Driver:
         """Complete status.json where the job could not, or where it does not know why it was stopped."""
         status = run_dir.read_status(followed.directory)
         fields = progress(followed.directory)
-        if status.get("state") == "running" and code < 0 and (self.stopped or followed.hopeless):  # by us, before it could say so
+        if status.get("state") == "running" and (self.stopped or followed.hopeless):  # by us, before it could say so
             why = {"pruned": followed.hopeless} if followed.hopeless else {"error": f"stopped: {self.why_stopped or 'with its sweep'}"}
             run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, **why)
         elif status.get("state") == "running":
@@ -285,7 +290,9 @@ class Driver:
         left = self.retries.setdefault(job.number, self.options.retries)
         if state == "failed" and left and status.get("exit_code") != EXIT_REFUSED and not self.stopped:
             self.retries[job.number] -= 1
-            self.screen.ended(job, f"failed, is tried again ({left} of {self.options.retries} retries left)", status.get("error"))
+            self.screen.ended(
+                job, f"failed, is tried again (retry {self.options.retries - left + 1} of {self.options.retries})", status.get("error")
+            )
             self.waiting.insert(0, job)
             return
         self._conclude(job, state, status.get("error") or status.get("pruned"))

@@ -111,7 +111,6 @@ def _trained(sizes: Sizes) -> str:
 
 def _disk(config: Config, sizes: Sizes, total: int) -> str:
     checkpoints, exports = kept(config.checkpoint, total)
-    # one more of each stands while the next is written, before the oldest goes
     return (
         f"about {_gb(disk_bytes(config, sizes, total))} GB at the end "
         f"({counted(checkpoints, 'checkpoint')} of {_gb(checkpoint_bytes(sizes))} GB, "

@@ -280,8 +280,11 @@ def _is_kept(run_dir: Path, sweep: dict[str, Any], summary: Summary) -> bool:
         return True
     if sweep.get("keep") == "none":
         return False
-    metric = sweep.get("metric") or ("eval/loss" if "eval/loss" in summary.last else "train/loss")
-    sign = 1 if sweep.get("direction") == "minimize" else -1
+    try:
+        plan = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
+    except ValueError:  # a loss of power leaves such files
+        return False
+    metric, sign = plan["metric"], 1 if plan["direction"] == "minimize" else -1
     own = summary.last.get(metric)
     return own is not None and math.isfinite(own) and all(sign * own <= sign * other for other in _others(directory, run_dir, metric))
 

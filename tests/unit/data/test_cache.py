@@ -120,6 +120,20 @@ def test_a_worker_is_told_of_one_that_is_gone(tmp_path):
         open_cache(cache.directory, cache.files)
 
 
+def test_one_that_another_process_has_published_first_is_not_ours_to_take_back(tmp_path, monkeypatch):
+    write_lines(tmp_path / "data.jsonl", RECORDS)
+
+    def publish_after_another(staging, directory):
+        shutil.copytree(staging, directory)
+        return publish(staging, directory)
+
+    publish = cache_module._publish
+    monkeypatch.setattr(cache_module, "_publish", publish_after_another)
+    late = build([tmp_path / "data.jsonl"], tmp_path)
+    assert not late.built
+    assert content(late) == expected(RECORDS)
+
+
 def build_in_a_process(directory, results):
     results.put(content(build([directory / "data.jsonl"], directory)))
 

@@ -149,6 +149,30 @@ def test_a_job_that_the_driver_ended_before_it_could_say_so_is_interrupted(tmp_p
     assert (code, result.jobs[0].state) == (130, "interrupted")
 
 
+def test_one_that_a_cluster_cancelled_before_it_had_begun_is_interrupted(tmp_path, monkeypatch):
+    """submitit tells nothing but that it is gone."""
+    monkeypatch.setattr(FakeJob, "_write", lambda self, *_, **__: 1)
+    code, result = run(tmp_path / "sweep", FakeLauncher(None, 1.0, capacity=2, interrupt=1))
+    assert (code, result.jobs[0].state) == (130, "interrupted")
+
+
+class Hears(Listed):
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def tell(self, trial, value, *, pruned=False):
+        self.told.append((value, pruned))
+
+
+def test_a_resumed_sweep_tells_its_search_of_jobs_that_ended_without_it(tmp_path):
+    _, before = run(tmp_path / "sweep", FakeLauncher(2.0, "an error", 3.0))
+    search = Hears()
+    run(tmp_path / "sweep", FakeLauncher(1.0), plan=before.plan, search=search)
+    assert search.told == [(2.0, False), (3.0, False), (1.0, False)]
+
+
 def test_a_job_killed_without_a_word_is_marked_failed(tmp_path):
     code, result = run(tmp_path / "sweep", FakeLauncher(2.0, signal.SIGKILL, 1.0))
     assert (code, result.jobs[1].state) == (1, "failed")

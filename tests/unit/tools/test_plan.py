@@ -129,6 +129,17 @@ def test_sizes_are_written_out(say, keep):
     assert all(re.fullmatch(r"\d+(\.\d+)?", number) for number in gigabytes(text, "disk"))
 
 
+def test_as_many_checkpoints_are_announced_as_stay(fast):
+    """Of steps 2, 4, 6, 7: the newest, and the fourth for good."""
+    _, cli = fast
+    job = ("debug=fast", "trainer.total_steps=7", "tracking=none", "checkpoint.interval=2", "checkpoint.keep=1", "checkpoint.keep_every=4")
+    told = re.search(r"^disk .*\((\d+) checkpoints of", cli("plan", *job).out, re.MULTILINE)[1]
+    assert cli(*job, "hydra.run.dir=kept").code == 0
+    assert int(told) == len(list((cli.directory / "kept" / "checkpoints").iterdir())) == 2
+    best = cli("plan", *job, "checkpoint.keep_best=eval/loss", "trainer.eval_interval=2").out
+    assert "(3 checkpoints of" in best
+
+
 def test_nothing_saved_takes_no_disk(say):
     _, text = say("debug=fast", "checkpoint=none")
     assert re.search(r"^disk .*0 checkpoints .* 0 exports", text, re.MULTILINE)
