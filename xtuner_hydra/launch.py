@@ -1,7 +1,8 @@
 """From a composed config to workers: everything that can refuse, then the run directory, then the ranks.
 
-`prepare` creates nothing but the token cache; `create` makes the run directory; ranks.py trains what stands there. Under torchrun rank 0
-prepares and publishes the run directory through the rendezvous store, and every rank trains in its own process."""
+`prepare` creates nothing but caches (tokens, weights of the Hub), and gives its name back to a checkpoint that a crash had put aside; `create`
+makes the run directory; ranks.py trains what stands there. Under torchrun rank 0 prepares and publishes the run directory through the
+rendezvous store, and every rank trains in its own process."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ class Prepared:
 
 
 def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool = False) -> Prepared:
-    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but the token cache.
+    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but caches.
 
     elsewhere: the run will be on another machine, whose devices are not known here."""
     began = time.time()
