@@ -6,10 +6,9 @@ import math
 import time
 
 from xtuner_hydra.checkpoint.state import TrainState
-from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.loader import StepBatch
 from xtuner_hydra.engine import StepResult
-from xtuner_hydra.model.flops import training_flops
+from xtuner_hydra.model.flops import TrainingFlops
 from xtuner_hydra.parallel.device import memory_gb
 from xtuner_hydra.parallel.runtime import Runtime
 from xtuner_hydra.tracking.base import Row
@@ -24,9 +23,9 @@ def evaluation(loss: float, tokens: int) -> Row:
 class Meter:
     """Measures steps: call `data_ready` when a batch has come, `row` when its step is done. peak_flops: FLOP/s of a device (device.py)."""
 
-    def __init__(self, runtime: Runtime, model: ModelConfig, peak_flops: float) -> None:
+    def __init__(self, runtime: Runtime, flops: TrainingFlops, peak_flops: float) -> None:
         self.runtime = runtime
-        self.model = model
+        self.flops = flops
         self.peak_flops = peak_flops
         self.tokens = 0
         self.started = self.step_started = time.perf_counter()
@@ -73,8 +72,4 @@ class Meter:
 
     def _flops(self, batch: StepBatch) -> float:
         """This rank's share of the step."""
-        return sum(
-            training_flops(self.model, micro.cu_seqlens.diff().tolist(), len(micro.targets))
-            for micro in batch.micro_batches
-            if micro.tokens
-        )
+        return sum(self.flops.of(micro.cu_seqlens.diff().tolist(), len(micro.targets)) for micro in batch.micro_batches if micro.tokens)

@@ -23,7 +23,8 @@ from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import Stopped, TrainingError
 from xtuner_hydra.files import sync
 from xtuner_hydra.metrics import Meter, Row, evaluation
-from xtuner_hydra.optim.schedules import learning_rate
+from xtuner_hydra.model.flops import training_flops
+from xtuner_hydra.optim.schedules import is_stable, learning_rate
 from xtuner_hydra.parallel.device import peak_flops
 from xtuner_hydra.parallel.profiling import Profiler
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, patience
@@ -95,9 +96,17 @@ class Trainer:
         return self.state.step
 
     def reconcile_schedule(self) -> None:
-        """A run that is made longer keeps its schedule and then its last learning rate, which so never rises again; a shorter one decays sooner."""
+        """A run that is made longer keeps its schedule and then its last learning rate, which so never rises again, unless it was at its peak before
+        `wsd` decays and so need not have been made for any length; a shorter one decays sooner."""
         before, now = self.state.schedule_steps, self.total_steps
-        if now > before:
+        if (
+            now > before
+            and is_stable(self.config.scheduler, self.state.step, before)
+            and is_stable(self.config.scheduler, self.state.step, now)
+        ):
+            log.info(f"the run goes on to step {now}: the learning rate has not begun to fall, and does so at the new end")
+            self.state.schedule_steps = now
+        elif now > before:
             rate = learning_rate(self.config.scheduler, before, before, self.config.optimizer.lr)
             log.warning(
                 f"the run goes on to step {now}, its schedule was made for {before}: the learning rate stays at its end, {rate:.3g}"
@@ -112,7 +121,8 @@ class Trainer:
         """Train to the end of the plan; returns the last metrics.
 
         Raises Stopped, after a save, where the run is asked to end before, and TrainingError when training cannot go on."""
-        self.meter = Meter(self.runtime, self.config.model, self.peak_flops)
+        trained = {name for name, parameter in self.engine.model.named_parameters() if parameter.requires_grad}
+        self.meter = Meter(self.runtime, training_flops(self.config.model, trained), self.peak_flops)
         self.engine.at_edge = self.stopping.check
         self.stopping.reserve = lambda: self.saver.expected_seconds() + ENDING_SECONDS
         self.stopping.save_failed = self.saver.failed

@@ -1,58 +1,94 @@
-"""How many floating-point operations a training step needs, counted from shapes."""
+"""How many floating-point operations a training step needs, counted from shapes and from what is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 from xtuner_hydra.config.schema import ModelConfig
-from xtuner_hydra.model.adapters import ALL, fits, target_names
+from xtuner_hydra.model.adapters import ALL, LORA_A, LORA_B, fits, target_names
 
 
-def training_flops(model: ModelConfig, document_lengths: Iterable[int], supervised_tokens: int) -> float:
-    """FLOPs of forward and backward pass over packed documents, recomputation not counted.
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of the forward and backward pass over packed documents, recomputation not counted.
 
     Matrix products only: 2 a weight and token in the layers, of experts those that a token goes to; 2 a weight at supervised positions in
     the head and the last layer's MLP, the only ones that they work for; in attention 4 a head dimension and pair of positions that see each
-    other (Kaplan et al. 2020, section 2.1, with causal pairs). The backward pass takes as many for the inputs' gradients and as many again
-    for the weights', which those under an adapter do not have; what trainer.freeze saves is not taken off."""
-    lengths = list(document_lengths)
-    tokens, layers = sum(lengths), range(model.num_hidden_layers)
-    last_mlp = f"model.layers.{model.num_hidden_layers - 1}.mlp."
-    parts = [
-        (name, shape, supervised_tokens if name.startswith(last_mlp) else tokens)
-        for layer in layers
-        for name, shape in _linear(model, layer).items()
-    ]
-    weights = sum(inner * outer * seen for _, (inner, outer), seen in parts)
-    weights += sum(_expert_weights(model, layer) for layer in layers) * tokens
-    weights += model.hidden_size * model.vocab_size * supervised_tokens
-    adapters = sum(model.lora.rank * sum(shape) * seen for name, shape, seen in parts if _has_adapter(model, name))
+    other (Kaplan et al. 2020, section 2.1, with causal pairs). The backward pass takes as many again for a weight that is trained, and as many
+    for an input that has a gradient: where anything before it is trained."""
+
+    a_token: int
+    a_label: int
+    a_pair: int
+    window: int | None
+
+    def of(self, document_lengths: Iterable[int], supervised_tokens: int) -> float:
+        """Of one micro-batch."""
+        lengths = list(document_lengths)
+        pairs = sum(_pairs(length, self.window) for length in lengths)
+        return float(self.a_token * sum(lengths) + self.a_label * supervised_tokens + self.a_pair * pairs)
+
+
+def training_flops(model: ModelConfig, trained: Collection[str]) -> TrainingFlops:
+    """Count them for a model of which the parameters of the names `trained` are trained."""
+    token = label = pair = 0
     queries = model.num_attention_heads * model.head_dim
-    attention = 2 * model.num_hidden_layers * queries * sum(_pairs(length, model.sliding_window) for length in lengths)
-    passes = 3 if model.adapter is None else 2
-    return float(2 * (passes * weights + 3 * (adapters + attention)))
+    has_gradient = "model.embed_tokens.weight" in trained
+    for layer in range(model.num_hidden_layers):
+        name = f"model.layers.{layer}"
+        has_gradient |= f"{name}.input_layernorm.weight" in trained
+        token += sum(_linear(model, trained, *part, has_gradient) for part in _projections(model, f"{name}.self_attn"))
+        has_gradient |= _holds(trained, *(f"{name}.self_attn.{part}_" for part in "qkv"))  # projections and norms
+        pair += 2 * queries * (1 + 2 * has_gradient)
+        token += _linear(model, trained, f"{name}.self_attn.o_proj", queries, model.hidden_size, has_gradient)
+        has_gradient |= _holds(trained, f"{name}.self_attn.", f"{name}.post_attention_layernorm.")
+        mlp = _mlp(model, trained, f"{name}.mlp", layer, has_gradient)
+        if layer == model.num_hidden_layers - 1 and not model.has_experts(layer):
+            label += mlp
+        else:
+            token += mlp
+        has_gradient |= _holds(trained, f"{name}.mlp.")
+    has_gradient |= "model.norm.weight" in trained
+    head = "model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
+    label += model.hidden_size * model.vocab_size * (1 + has_gradient + (head in trained))
+    return TrainingFlops(2 * token, 2 * label, 2 * pair, model.sliding_window)
 
 
-def _expert_weights(model: ModelConfig, layer: int) -> int:
-    """Weights that a token is multiplied with in a layer's router and in each of the experts that it goes to."""
+def _projections(model: ModelConfig, name: str) -> Iterator[tuple[str, int, int]]:
+    """(name, in, out) of the three that attention begins with."""
+    yield f"{name}.q_proj", model.hidden_size, model.num_attention_heads * model.head_dim
+    for part in ("k_proj", "v_proj"):
+        yield f"{name}.{part}", model.hidden_size, model.num_key_value_heads * model.head_dim
+
+
+def _mlp(model: ModelConfig, trained: Collection[str], name: str, layer: int, has_gradient: bool) -> int:
+    """Products a token of a layer's MLP, or of its router and those of its experts that a token goes to."""
+    hidden = model.hidden_size
     if model.moe is None or not model.has_experts(layer):
-        return 0
-    return model.hidden_size * (3 * model.moe.num_experts_per_tok * model.moe.moe_intermediate_size + model.moe.num_experts)
+        inner = model.intermediate_size
+        wide = sum(_linear(model, trained, f"{name}.{part}_proj", hidden, inner, has_gradient) for part in ("gate", "up"))
+        has_gradient |= _holds(trained, f"{name}.gate_proj.", f"{name}.up_proj.")
+        return wide + _linear(model, trained, f"{name}.down_proj", inner, hidden, has_gradient)
+    inner, each = model.moe.moe_intermediate_size, model.moe.num_experts_per_tok
+    is_wide_trained = f"{name}.experts.gate_up_proj" in trained
+    router = hidden * model.moe.num_experts * (1 + has_gradient + (f"{name}.gate.weight" in trained))
+    wide = 2 * hidden * inner * each * (1 + has_gradient + is_wide_trained)
+    return router + wide + hidden * inner * each * (1 + (has_gradient or is_wide_trained) + (f"{name}.experts.down_proj" in trained))
 
 
-def _has_adapter(model: ModelConfig, name: str) -> bool:
-    return model.adapter is not None and any(target == ALL or fits(name, target) for target in target_names(model.lora))
+def _linear(model: ModelConfig, trained: Collection[str], name: str, inner: int, outer: int, has_gradient: bool) -> int:
+    """Products a token of a linear layer and its adapter. has_gradient: its input."""
+    products = inner * outer * (1 + has_gradient + (f"{name}.weight" in trained))
+    if model.adapter is None or not any(target == ALL or fits(name, target) for target in target_names(model.lora)):
+        return products
+    is_a_trained, is_b_trained = name + LORA_A in trained, name + LORA_B in trained
+    narrow = inner * (1 + has_gradient + is_a_trained) + outer * (1 + (has_gradient or is_a_trained) + is_b_trained)
+    return products + model.lora.rank * narrow
 
 
-def _linear(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
-    """(in, out) of a layer's linear parts by their full names, experts apart."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    shapes = {"self_attn.q_proj": (hidden, queries), "self_attn.k_proj": (hidden, keys), "self_attn.v_proj": (hidden, keys)}
-    shapes |= {"self_attn.o_proj": (queries, hidden)}
-    if not model.has_experts(layer):
-        shapes |= {"mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
-    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+def _holds(trained: Collection[str], *beginnings: str) -> bool:
+    return any(name.startswith(beginnings) for name in trained)
 
 
 def _pairs(length: int, window: int | None) -> int:

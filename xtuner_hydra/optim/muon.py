@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that carries singular values of (0, 1] to about 0.7 to 1.2 in STEPS iterations (https://kellerjordan.github.io/posts/muon)."""
@@ -39,13 +40,19 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-                matrices = parameter.grad.lerp(buffer, momentum)
+                weight, gradient, buffer = map(_own_matrices, (parameter, parameter.grad, state["momentum_buffer"]))
+                buffer.lerp_(gradient, 1 - momentum)
+                matrices = gradient.lerp(buffer, momentum)
                 if stacked > 1:
                     matrices = matrices.unflatten(-2, (stacked, -1))  # (..., n rows, columns) -> (..., n, rows, columns)
-                update = orthogonalise(matrices, self.dtype).reshape_as(parameter)
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(matrices.shape[-2:])))
+                update = orthogonalise(matrices, self.dtype).reshape_as(weight)
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(update, alpha=-0.2 * lr * math.sqrt(max(matrices.shape[-2:])))
+
+
+def _own_matrices(tensor: Tensor) -> Tensor:
+    """Of a stack that FSDP deals out matrix by matrix, those of this rank, perhaps none; a single matrix, of which every rank has rows, as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) and tensor.ndim > 2 else tensor
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,6 +42,11 @@ def decay_steps(config: SchedulerConfig, total: int) -> int:
     return min(max(1, total - warmup_steps(config, total)), round(config.decay_ratio * total))
 
 
+def is_stable(config: SchedulerConfig, step: int, total: int) -> bool:
+    """Whether 0-based `step` of `total` is between `wsd`'s warm-up and its decay, where the rate does not tell `total`."""
+    return config.name == "wsd" and warmup_steps(config, total) <= step <= total - decay_steps(config, total)
+
+
 def learning_rate(config: SchedulerConfig, step: int, total: int, lr: float) -> float:
     """Learning rate at 0-based `step` of `total`: a straight line up to the peak `lr` that starts above 0, then the schedule over the rest.
 

@@ -25,7 +25,7 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
         return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.memory_reserved(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return peak / 2**30, now / 2**30
+    return max(peak, now) / 2**30, now / 2**30  # the kernel updates the peak now and then
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -65,12 +65,23 @@ class Profiler:
     def _write(self, done: profile) -> None:
         done.stop()
         self.profile, self.left = None, 0
+        try:
+            self._write_files(done)
+        except OSError as error:
+            log.warning(f"the profile could not be written, the run is not affected: {self.directory}: {error.strerror or error}")
+            return
+        log.info(f"profile written: {self.directory} (trace.json opens in https://ui.perfetto.dev)")
+
+    def _write_files(self, done: profile) -> None:
         self.directory.mkdir(exist_ok=True)
-        done.export_chrome_trace(str(self.directory / "trace.json"))
+        trace = self.directory / "trace.json"
+        done.export_chrome_trace(str(trace))
+        if not trace.exists():  # kineto says so on stderr alone, and leaves a part of it
+            Path(f"{trace}.tmp").unlink(missing_ok=True)
+            raise OSError("trace.json could not be written; is the disk full?")
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = done.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
         (self.directory / "operators.txt").write_text(table, encoding="utf-8")
         if torch.cuda.is_available():
             torch.cuda.memory._dump_snapshot(str(self.directory / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        log.info(f"profile written: {self.directory} (trace.json opens in https://ui.perfetto.dev)")

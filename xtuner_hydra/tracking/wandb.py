@@ -16,8 +16,9 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,14 +71,14 @@ class WandbTracker:
             "reinit": "finish_previous",
         }
         before = [row for row in jsonl.read(run_dir / "metrics.jsonl") if (row["train/step"] or 0) <= start_step]
-        opener = ThreadPoolExecutor(1, "wandb")
-        self._opened = opener.submit(self._open, resolve_mode(config), arguments, before)
-        opener.shutdown(wait=config.mode == "online")  # a run that insists on the server does not start without it
-        if config.mode == "online":
+        # rows wait for their turn behind training: to find out that the server is not there takes ONLINE_SECONDS
+        self._thread, self._waiting = ThreadPoolExecutor(1, "wandb"), deque[Future[None]]()
+        self._opened = self._thread.submit(self._open, resolve_mode(config), arguments, before)
+        if config.mode == "online":  # a run that insists on the server does not start without it
             self._opened.result()
 
     def _open(self, mode: Literal["online", "offline"], arguments: dict[str, Any], before: list[Row]) -> Run:
-        """Start the W&B run. Takes a second or two, in a thread: the first step is computed meanwhile."""
+        """Start the W&B run. Takes a second or two: the first steps are computed meanwhile."""
         import wandb
 
         # git, code: W&B would take the diff, the remote's address and the program as they are; environment.json has them redacted
@@ -106,9 +107,33 @@ class WandbTracker:
         return self._opened.result()
 
     def log(self, row: Row) -> None:
-        """Send the row. A step and its evaluation are one row of W&B's history, numbered by `train/step`.
+        """Send the row, behind training. A step and its evaluation are one row of W&B's history, numbered by `train/step`. Raises what an earlier
+        row did.
 
         A resumed run repeats the steps after its checkpoint. W&B takes none twice, so those it has already go into the summary alone."""
+        self._later(self._log, row)
+
+    def show(self, samples: list[Sample]) -> None:
+        """Log the answers as the table `samples`, in the step's row of the history. A resumed run's repeated steps have theirs already."""
+        self._later(self._show, samples)
+
+    def finish(self, state: str, exit_code: int) -> None:
+        """End the W&B run as this one ended; a completed one uploads what was asked for."""
+        try:
+            while self._waiting:
+                self._waiting.popleft().result()
+            self.run.summary["state"] = state
+            if state == "completed":
+                self._upload()
+        finally:
+            self.run.finish(exit_code=exit_code)
+
+    def _later(self, send: Callable[[Any], None], what: Any) -> None:
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(send, what))
+
+    def _log(self, row: Row) -> None:
         values, step, run = {name: value for name, value in row.items() if value is not None}, int(row["train/step"] or 0), self.run
         if step <= self.known_step:
             run.summary.update(values)
@@ -117,23 +142,13 @@ class WandbTracker:
         if better := self.summary.improve(row):
             run.summary.update(better)
 
-    def show(self, samples: list[Sample]) -> None:
-        """Log the answers as the table `samples`, in the step's row of the history. A resumed run's repeated steps have theirs already."""
+    def _show(self, samples: list[Sample]) -> None:
         import wandb
 
         step, run = int(samples[0]["train/step"]), self.run
         if step > self.known_step:
             table = wandb.Table(columns=["prompt", "text"], data=[[sample["prompt"], sample["text"]] for sample in samples])
             run.log({"train/step": step, "samples": table}, step=step)
-
-    def finish(self, state: str, exit_code: int) -> None:
-        """End the W&B run as this one ended; a completed one uploads what was asked for."""
-        self.run.summary["state"] = state
-        try:
-            if state == "completed":
-                self._upload()
-        finally:
-            self.run.finish(exit_code=exit_code)
 
     def _continue_from(self, run: Run, rows: list[Row]) -> None:
         """A resumed run goes on from the summary that its earlier part had reached."""

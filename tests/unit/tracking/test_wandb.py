@@ -10,6 +10,7 @@ import pytest
 import wandb
 import wandb_file
 import wandb_server
+from conftest import wait_for
 
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError
@@ -268,7 +269,8 @@ def test_an_online_run_that_resumes_goes_on_with_the_curve_on_the_server(tmp_pat
         tracker = begin(tmp_path, start_step=1)
         for row in (*ROWS[1:], {"train/step": 4, "train/loss": 1.25}):
             tracker.log(row)
-        assert tracker.run.summary["eval/loss"] == 2.75  # of step 3, which the server has already, but without an evaluation
+        # of step 3, which the server has already, but without an evaluation
+        wait_for(lambda: dict(tracker.run.summary).get("eval/loss") == 2.75, seconds=20)
         end(tracker)
     (history,) = server.history.values()
     assert [(row["_step"], row["train/loss"]) for row in history] == [(1, 2.5), (2, 2.0), (3, 1.5), (4, 1.25)]
@@ -330,8 +332,9 @@ def test_what_fails_while_wandb_opens_costs_a_warning_and_not_the_run(tmp_path, 
         raise RuntimeError("no room")
 
     monkeypatch.setattr(wandb, "init", fail)
-    trackers = Trackers([begin(tmp_path, mode="auto")])
+    trackers = Trackers([tracker := begin(tmp_path, mode="auto")])
     trackers.log(ROWS[0])
+    wait_for(lambda: tracker._waiting[0].done(), seconds=20)
     trackers.log(ROWS[1])
     assert [record.message for record in caplog.records] == ["WandbTracker failed and is left out from now on: no room"]
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
