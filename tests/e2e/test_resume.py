@@ -126,6 +126,22 @@ def test_a_longer_run_goes_on_at_the_last_learning_rate_and_says_so(whole):
     assert [row["train/lr"] for row in read_rows(run)][6:] == [1e-6, 1e-6]
 
 
+def test_a_run_that_had_not_begun_to_decay_is_made_longer_as_if_it_had_been_so_long(whole):
+    """With wsd, from before the decay of 6 steps: rates and losses are those of 12 in one go."""
+    wsd = ("scheduler=wsd", "scheduler.decay_ratio=0.5", "scheduler.warmup_ratio=0", "optimizer.lr=1e-2")
+    for name, more in (
+        ("short", ()),
+        ("made-longer", ("trainer.total_steps=12", "checkpoint.resume=short/checkpoints/step-2")),
+        ("long", ("trainer.total_steps=12",)),
+    ):
+        done = whole(*JOB, *wsd, *more, f"hydra.run.dir={name}")
+        assert done.code == 0, done.text
+    rates = [row["train/lr"] for row in read_rows(whole.directory / "long")]
+    assert rates[:7] == [rates[0]] * 7 > rates[7:]
+    same = trajectory(whole.directory / "long")[2:]
+    assert trajectory(whole.directory / "made-longer") == same
+
+
 def test_prompts_are_answered_once_a_step(whole):
     asks = ("debug=fast", "tracking=none", "data.eval_path=null", "checkpoint.hf_interval=null", "hydra.run.dir=asks")
     for steps in (1, 2):

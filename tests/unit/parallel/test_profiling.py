@@ -1,6 +1,7 @@
 """A profile holds the operators of the steps asked for, and nothing is written where none are."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def test_a_run_without_a_step_after_the_warm_up_says_so(tmp_path, caplog):
     steps(Profiler(tmp_path, 2), WARM_UP)
     assert not list(tmp_path.iterdir())
     assert "no profile: the run ended within the first 2 steps" in caplog.text
+
+
+def test_a_trace_that_could_not_be_written_is_told(tmp_path, caplog, monkeypatch):
+    """kineto says so on stderr, and leaves what fitted."""
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: Path(f"{path}.tmp").write_text("{"))
+    steps(Profiler(tmp_path, 2), 8)
+    assert "trace.json could not be written" in caplog.text
+    assert "profile written" not in caplog.text
+    assert not list((tmp_path / FOLDER).iterdir())
 
 
 def test_no_steps_no_profile(tmp_path, caplog):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import socket
+import threading
 
 import pytest
 import wandb
@@ -286,6 +287,23 @@ def test_a_server_that_cannot_be_reached_makes_the_run_offline(tmp_path, monkeyp
         found = track(tmp_path / "run")
     assert [row["train/step"] for row in found.history] == [1, 2, 3]
     assert "wandb sync" in caplog.text
+
+
+def test_training_does_not_wait_for_wandb(tmp_path, monkeypatch):
+    """Nor for the server that does not answer."""
+    goes_on, init = threading.Event(), wandb.init
+
+    def slow(**arguments):
+        assert goes_on.wait(60)
+        return init(**arguments)
+
+    monkeypatch.setattr(wandb, "init", slow)
+    tracker = begin(tmp_path / "run")
+    for row in ROWS:
+        tracker.log(row)
+    goes_on.set()
+    end(tracker)
+    assert [row["train/step"] for row in wandb_file.read_all(tmp_path / "run")[-1].history] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
