@@ -54,6 +54,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first step, which also loads and compiles, is not measured")
+    if args.rounds < 1 or args.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
     overrides = [*args.overrides, *(f"{key}={value}" for name, key in SHAPES.items() if (value := getattr(args, name)) is not None)]
     if args.contender:
         from bench_contenders import run
@@ -102,8 +104,10 @@ def in_own_process(entry: str, threads: int, argv: list[str]) -> dict:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         variables["OMP_NUM_THREADS"] = str(threads // int(ranks))
     command = [sys.executable, *launcher, __file__, "--contender", contender, *argv]
-    output = subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{entry} ended with code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(contender: str, malloc: str = "") -> dict[str, str]:

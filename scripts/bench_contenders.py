@@ -31,6 +31,8 @@ def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[st
     """Train `steps` steps; the median step's seconds without the first, tokens a second, peak memory, losses, where the time went."""
     torch.set_num_threads(threads)
     config, batches = packs(steps, batch_size, [*overrides, *(["model.adapter=lora"] if "lora" in name else [])])
+    if config.optimizer.name != "adamw" and name not in ("ours", "lora"):
+        raise SystemExit(f"optimizer={config.optimizer.name}: the others train with AdamW alone")
     watch = Watch()
     trainable = _trainer(name)(config, batches, watch)
     seconds, tokens = watch.steps[1:], watch.tokens[1:]

@@ -47,6 +47,8 @@ def main() -> int:
     if args.side:
         print(json.dumps(train(args.steps, args.threads, args.overrides)))
         return 0
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: what an update does shows in the step after it")
     if not (tree := (args.against or ROOT).resolve()).joinpath("xtuner_hydra", "__init__.py").is_file():
         parser.error(f"--against {tree}: there is no xtuner_hydra")
     sys.path.insert(0, str(ROOT))

@@ -75,6 +75,7 @@ def train(argv: list[str]) -> int:
         if app.shows_something():
             return _shown()
         if app.is_sweep:
+            app.sweep_config()  # refuses what can be refused before torch is imported
             from xtuner_hydra.sweeps.multirun import sweep
 
             return sweep(app)
