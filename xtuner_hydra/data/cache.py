@@ -1,6 +1,6 @@
 """Token cache: every sample's ids and supervision, whole and untruncated, made once and memory-mapped from then on.
 
-A cache is a directory named after its fingerprint, a hash of all that decides its content (the files' content, format, tokenizer, ...):
+A cache is a directory named after its fingerprint, a hash of all that decides its content (the files' content and kind, format, tokenizer, ...):
 
     ids.bin         uint16 or uint32 (tokens,)   token ids, sample after sample
     supervised.bin  bool (tokens,)               whether the token is to be learnt
@@ -34,12 +34,12 @@ from numpy.typing import NDArray
 from xtuner_hydra.data.bad_lines import BadLine, Kind
 from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, find_format, format_identity, holds_nul
 from xtuner_hydra.data.processes import ProcessDied, map_in_processes
-from xtuner_hydra.data.readers import Part, records, split, unit
+from xtuner_hydra.data.readers import Part, reading, records, split, unit
 from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync, sync_tree, write_json
 
-VERSION = 5
+VERSION = 6
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")
@@ -128,7 +128,7 @@ def build_cache(
     stamps = _stamps(files)
     recipe = _Recipe(format, tokenizer, skip=bad_lines == "skip")
     hashes = [hash_file(file) for file in files]
-    fingerprint = _fingerprint(hashes, recipe)
+    fingerprint = _fingerprint([f"{reading(file)} {digest}" for file, digest in zip(files, hashes, strict=True)], recipe)
     directory = cache_dir / fingerprint
     if directory.exists():
         try:
@@ -464,8 +464,9 @@ def _remove_stale(cache_dir: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _fingerprint(file_hashes: list[str], recipe: _Recipe) -> str:
-    parts = [VERSION, format_identity(recipe.format), recipe.tokenizer.fingerprint, recipe.skip, file_hashes]
+def _fingerprint(files: list[str], recipe: _Recipe) -> str:
+    """files: of each, how it is read and its hash."""
+    parts = [VERSION, format_identity(recipe.format), recipe.tokenizer.fingerprint, recipe.skip, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -137,7 +137,7 @@ class ChatTemplate:
     @cached_property
     def lacks(self) -> list[str]:
         """What the template has no place for; it is written into the text."""
-        lacking = {"tools": "tool_calls" not in self._all, "thinking": not re.search(r"reasoning_content|thinking|reasoning", self._all)}
+        lacking = {"tools": "tool_calls" not in self._all, "thinking": not re.search(r"reasoning|(?<!enable_)thinking", self._all)}
         return [name for name, missing in lacking.items() if missing]
 
     @property
@@ -155,10 +155,11 @@ class ChatTemplate:
             raise ValueError("role pretrain has no place in a chat template; use data.format=text for such data")
         text, marked = self._render(conversation)
         self._refuse_lost_tools(given, conversation, text)
+        self._refuse_lost_answers(given, conversation, text)
         if _is_marked(self._of(conversation)):
             spans = self._by_marks(conversation, marked)
         else:
-            _refuse_losses(given, text)
+            _refuse_lost_thinking(given, text)
             spans = [self._answer(conversation, text, i) for i, message in enumerate(conversation.messages) if _learnt(message)]
         others = [i for i, message in enumerate(conversation.messages) if message.supervised and message.role != "assistant"]
         spans += [self._other(conversation, text, i) for i in others]
@@ -171,6 +172,27 @@ class ChatTemplate:
                 "the chat template leaves out the tools that the conversation has; give one that writes them with model.chat_template=PATH, "
                 "a .jinja file, or write them into a message and take `tools` out"
             )
+
+    def _refuse_lost_answers(self, given: Conversation, folded: Conversation, text: str) -> None:
+        """ValueError where what an answer says, or one of its calls, is not in the text."""
+        for number, message in enumerate(given.messages, 1):
+            if _learnt(message) and message.content.rpartition("</think>")[2].strip() not in text:
+                raise ValueError(f"message {number}: the chat template leaves out its content; {_REMEDY}")
+        for i, message in enumerate(folded.messages):
+            # a name alone may stand in the list of tools
+            if _learnt(message) and any(self._is_lost(folded, text, i, call) for call in range(len(message.tool_calls))):
+                raise ValueError(f"message {i + 1}: the chat template leaves out its tool calls; {_REMEDY}")
+
+    def _is_lost(self, conversation: Conversation, text: str, i: int, call: int) -> bool:
+        """Whether the text is the same without a call of message `i`."""
+        message = conversation.messages[i]
+        calls, ids = ([*values[:call], *values[call + 1 :]] for values in (message.tool_calls, message.call_ids))
+        without = replace(message, tool_calls=calls, call_ids=ids)
+        try:
+            messages = [*conversation.messages[:i], without, *conversation.messages[i + 1 :]]
+            return self._render(replace(conversation, messages=messages))[0] == text
+        except ValueError:  # that would be no conversation
+            return False
 
     def _by_marks(self, conversation: Conversation, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
         answers = [message for message in conversation.messages if message.role == "assistant"]
@@ -346,15 +368,14 @@ def _assistant(content: str, thinking: str | None = None, calls: list[dict[str, 
     return Message("assistant", content, True, calls or [], thinking=thinking)
 
 
-def _refuse_losses(conversation: Conversation, text: str) -> None:
-    """ValueError where an answer that is to be learnt has thinking or calls which the template left out of `text`."""
+def _refuse_lost_thinking(conversation: Conversation, text: str) -> None:
+    """ValueError where an answer that is to be learnt has thinking which the template left out of `text`. One with {% generation %} may: it was
+    written for training."""
     for number, message in enumerate(conversation.messages, 1):
         if not _learnt(message):
             continue
         if any(thought.strip() not in text for thought in (message.thinking or "", *_thoughts(message.content))):
             raise ValueError(f"message {number}: the chat template leaves out its thinking; {_REMEDY}")
-        if any(call["name"] not in text for call in message.tool_calls):
-            raise ValueError(f"message {number}: the chat template leaves out its tool calls; {_REMEDY}")
 
 
 def _thoughts(content: str) -> list[str]:

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from xtuner_hydra.errors import ConfigError
@@ -20,6 +20,7 @@ from xtuner_hydra.errors import ConfigError
 ROLES = ("system", "developer", "user", "assistant", "tool", "pretrain")
 SUPERVISED_ROLES = ("assistant", "pretrain")  # XTuner's: the loss is taken on these unless a message says otherwise
 _UNREAD = {"function_call": "give it as one of `tool_calls`", "refusal": "give its text as `content`"}
+_MEDIA = ("images", "image", "videos", "audios")  # beside a conversation whose text has places for them
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # names that transformers reads, the usual one first
 
 
@@ -74,6 +75,7 @@ def parse_openai(record: object) -> Conversation:
         tools, system = record.get("tools"), _system(record)
         if record.get("functions"):
             raise ValueError("`functions` is an old form; give `tools`")
+        _refuse_media(record)
         keys = [key for key in ("messages", "dialogs") if key in record]
         if len(keys) != 1:
             raise ValueError(f"an object needs `messages` (or `dialogs`), this one has {_keys(record)}")
@@ -86,6 +88,7 @@ def parse_sharegpt(record: object) -> Conversation:
 
     `from` is human or user, gpt or assistant, system, function_call (a call as JSON), or function, tool or observation (its result)."""
     turns = _field(record, "conversations", list, "a list of turns")
+    _refuse_media(record)
     messages = [_sharegpt_message(number, turn) for number, turn in enumerate(turns, 1)]
     return _conversation(_system(record) + messages, _maybe_json("tools", _get(record, "tools")))
 
@@ -95,6 +98,7 @@ def parse_alpaca(record: object) -> Conversation:
 
     Perhaps `system`, and `history`: [question, answer] pairs that came before."""
     instruction, output = _field(record, "instruction", str, "text"), _field(record, "output", str, "text")
+    _refuse_media(record)
     context = _get(record, "input") or ""
     if not isinstance(context, str):
         raise ValueError(f"input must be text, got {_kind(context)}")
@@ -166,16 +170,37 @@ def find_format(name: str, key: str = "data.format") -> Format:
 
 
 def format_identity(name: str) -> str:
-    """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of its file."""
+    """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of the file that it is named
+    by and of those that this one uses, as far as they lie beside or below it."""
     if name in FORMATS:
         return name
-    function = _import(name, "data.format")
-    try:
-        source = inspect.getsourcefile(function)
-    except TypeError:  # an object that can be called: the file that it is named by
-        source = sys.modules[name.partition(":")[0]].__file__
-    content = Path(source).read_bytes() if source else b""
-    return f"{name} {hashlib.sha256(content).hexdigest()}"
+    _import(name, "data.format")
+    digest = hashlib.sha256()
+    for source in _sources(sys.modules[name.partition(":")[0]]):
+        digest.update(source.read_bytes())
+    return f"{name} {digest.hexdigest()}"
+
+
+def _sources(module: ModuleType) -> list[Path]:
+    """The module's file and those of the modules whose values it has, or whose values they have, in the tree that it was imported from. Packages
+    that are installed are not looked at: their versions are the environment's."""
+    if module.__file__ is None:
+        return []
+    root = Path(module.__file__).parents[module.__name__.count(".")]
+    found, pending = {Path(module.__file__)}, [module]
+    while pending:
+        for value in list(vars(pending.pop()).values()):
+            used = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", None)))
+            file = Path(getattr(used, "__file__", None) or "")
+            if used is None or file in found or not file.is_relative_to(root) or _is_others(used, file):
+                continue
+            found.add(file)
+            pending.append(used)
+    return sorted(found)
+
+
+def _is_others(module: ModuleType, file: Path) -> bool:
+    return "site-packages" in file.parts or module.__name__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _import(name: str, key: str) -> Callable[[object], object]:
@@ -218,6 +243,11 @@ def _conversation(messages: list[Message], tools: object) -> Conversation:
 def _refuse_silence(messages: list[Message]) -> None:
     if not any(message.content or message.tool_calls or message.thinking for message in messages):
         raise EmptyRecord("no message says anything" if messages else "a conversation without a message")
+
+
+def _refuse_media(record: object) -> None:
+    if found := [key for key in _MEDIA if _get(record, key)]:
+        raise ValueError(f"`{found[0]}` is not read; only text can be trained on")
 
 
 def _document(text: str) -> Text:
@@ -305,11 +335,20 @@ def _call(number: int, call: object) -> dict[str, Any]:
             raise ValueError(f"message {number}: arguments of tool call {function['name']} are not JSON ({error})") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"message {number}: arguments of tool call {function['name']} must be an object, got {_kind(arguments)}")
+    _refuse_what_is_no_json(f"message {number}: arguments of tool call {function['name']}", arguments)
     return {"name": function["name"], "arguments": arguments}
 
 
 def _no_json(constant: str) -> object:
     raise ValueError(f"{constant} is none")
+
+
+def _refuse_what_is_no_json(what: str, value: object) -> None:
+    """ValueError for NaN and infinities, which Python reads and writes, and the model would learn."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except ValueError:
+        raise ValueError(f"{what} hold NaN or Infinity, which is no JSON") from None
 
 
 def _call_id(call: Any) -> str | None:
@@ -322,6 +361,7 @@ def _tools(tools: object) -> list[dict[str, Any]]:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools must be a list of objects")
+    _refuse_what_is_no_json("tools", tools)
     return tools
 
 

@@ -56,11 +56,23 @@ def unit(file: Path) -> str:
     return "row" if file.suffix == ".parquet" else "line"
 
 
+def reading(file: Path) -> str:
+    """How the file's name says that it is to be read; the same bytes are other records under another."""
+    if file.suffix == ".parquet":
+        return "parquet"
+    compressed = file.suffix if file.suffix in _COMPRESSED else ""
+    return f"{'perhaps an array' if _may_be_array(file) else 'lines'}{compressed}"
+
+
+def _may_be_array(file: Path) -> bool:
+    return ".json" in (file.suffix, file.with_suffix("").suffix)
+
+
 def split(file: Path, size: int) -> Iterator[Part]:
     """`file` in parts of about `size` bytes, in order. Raises DataError where it cannot be read."""
     if file.suffix == ".parquet":
         yield from _rows_of(file)
-    elif ".json" in (file.suffix, file.with_suffix("").suffix) and (array := _array(file)) is not None:
+    elif _may_be_array(file) and (array := _array(file)) is not None:
         yield Part(file, 0, 0, file.stat().st_size, array, is_array=True)
     elif file.suffix in _COMPRESSED:
         yield from _decompressed(file, size)

@@ -56,6 +56,16 @@ def test_its_key_is_the_content_not_the_name_the_format_and_the_template(tmp_pat
     assert cache_of(tmp_path, RECORDS[:-1]).fingerprint != first.fingerprint
 
 
+def test_the_same_bytes_under_a_name_that_is_read_otherwise_are_another_one(tmp_path):
+    """One array over several lines, and lines of which one can be used."""
+    text = "[\n{}\n,\n{}\n]\n".format(*map(json.dumps, RECORDS[:2]))
+    for name in ("data.jsonl", "data.json"):
+        (tmp_path / name).write_text(text)
+    lines, array = (build([tmp_path / name], tmp_path, bad_lines="skip") for name in ("data.jsonl", "data.json"))
+    assert (len(lines.skipped), len(array.skipped)) == (3, 0)
+    assert content(lines) == content(array)
+
+
 def test_two_files_are_one_cache_that_knows_where_each_sample_is_from(tmp_path):
     files = [write_lines(tmp_path / "a.jsonl", RECORDS[:3]), write_lines(tmp_path / "b.jsonl", [b"", *RECORDS[3:5]])]
     cache = build(files, tmp_path)

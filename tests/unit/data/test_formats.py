@@ -58,6 +58,7 @@ def test_the_system_text_of_a_record_comes_first():
         ([USER, {**ANSWER, "content": "", "function_call": {"name": "f", "arguments": "{}"}}], "message 2: `function_call` is not read"),
         ([USER, {**ANSWER, "content": "", "refusal": "I cannot."}], "message 2: `refusal` is not read"),
         ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "`functions` is an old form; give `tools`"),
+        ({"messages": [USER, ANSWER], "images": ["cat.png"]}, "`images` is not read; only text"),
     ],
 )
 def test_what_would_be_lost_is_refused(record, words):
@@ -247,6 +248,8 @@ def test_a_document(record):
         (parse_alpaca, {"instruction": "x", "output": "y", "input": {}, "history": [["q"]]}, "history must be a list of"),
         (parse_prompt_completion, {"prompt": "x"}, "expected an object with prompt and completion"),
         (parse_prompt_completion, {"prompt": "x", "completion": [ANSWER]}, "must both be text or both lists of messages"),
+        (parse_sharegpt, {"conversations": [{"from": "gpt", "value": "x"}], "videos": ["cat.mp4"]}, "`videos` is not read"),
+        (parse_alpaca, {"instruction": "x", "output": "y", "image": "cat.png"}, "`image` is not read"),
         (parse_text, {"body": "x"}, "expected an object with `text` (or `content`), got one with 'body'"),
         (parse_text, {"text": ["x"]}, "text must be text, got a list"),
         (parse_sharegpt, {"conversations": []}, "a conversation without a message"),
@@ -293,7 +296,8 @@ def module(tmp_path, monkeypatch):
     """A module of the user's in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "my_formats", raising=False)
+    for name in ("my_formats", "my_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "my_formats.py").write_text(MODULE)
     return tmp_path / "my_formats.py"
 
@@ -314,6 +318,28 @@ def test_the_identity_of_a_user_s_format_is_the_content_of_its_file(module):
     module.write_text(MODULE + "\n# changed\n")
     assert all(format_identity(name) != then for name, then in zip(names, before, strict=True))
     assert format_identity("openai") == "openai"
+
+
+def test_modules_that_a_user_s_format_uses_belong_to_its_identity(module):
+    """Also where a decorator of another module's would pass its own file for the format's."""
+    helper = module.with_name("my_helper.py")
+    helper.write_text("import functools\n\ndef noted(f):\n    return functools.wraps(f)(lambda *args: f(*args))\n")
+    module.write_text("import json\nfrom my_helper import noted\n\n@noted\ndef decorated(record):\n    return record['a']\n")
+    before = format_identity("my_formats:decorated")
+    assert format_identity("my_formats:decorated") == before
+    module.write_text(module.read_text() + "# changed\n")
+    after = format_identity("my_formats:decorated")
+    helper.write_text(helper.read_text() + "# changed\n")
+    assert len({before, after, format_identity("my_formats:decorated")}) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), [1, float("-inf")]])
+def test_what_is_no_json_is_not_learnt(value):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": value}}}]}
+    with pytest.raises(ValueError, match="message 2: arguments of tool call f hold NaN or Infinity"):
+        parse_openai([USER, call])
+    with pytest.raises(ValueError, match="tools hold NaN or Infinity"):
+        parse_openai({"messages": [USER, ANSWER], "tools": [{"name": "f", "default": value}]})
 
 
 @pytest.mark.parametrize(

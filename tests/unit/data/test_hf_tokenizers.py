@@ -343,6 +343,40 @@ def test_tools_that_a_template_drops_are_refused(load, tmp_path, template):
     assert supervised_text(load("bare", str(path)), {"messages": chat("a"), "tools": CALLS["tools"]}) == "a<|im_end|>"
 
 
+def writing(answer):
+    """A template that lists the tools, and writes messages as `answer` says."""
+    return "{{ tools | tojson if tools }}" + made.CHATML.replace("message['content'] +", f"({answer}) +")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (writing("message.content or message.tool_calls | tojson"), "message 2: the chat template leaves out its tool calls"),
+        (writing("message.tool_calls | tojson if message.tool_calls else message.content"), "leaves out its content"),
+        (writing("message.content + (message.tool_calls[0] | tojson if message.tool_calls else '')"), "leaves out its tool calls"),
+        ("{{ tools | tojson if tools }}{# tool_calls #}" + made.CHATML_MARKED, "leaves out its tool calls"),
+    ],
+)
+def test_an_answer_that_a_template_drops_a_part_of_is_refused(load, tmp_path, template, words):
+    """Though the tools' names stand in the list of tools, and a call beside the one that is lost."""
+    path = tmp_path / "drops.jinja"
+    path.write_text(template)
+    calls = [{"function": {"name": "add", "arguments": {"a": number}}} for number in (1, 2)]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    messages = [chat("x")[0], {"role": "assistant", "content": "I add.", "tool_calls": calls}]
+    with pytest.raises(ValueError, match=words):
+        load("chatml", str(path)).encode(parse_openai({"messages": messages, "tools": tools}))
+    assert supervised_text(load("chatml", str(path)), {"messages": chat("a"), "tools": tools}) == "a<|im_end|>"
+
+
+def test_a_switch_for_thinking_in_the_prompt_is_no_place_for_it(load, tmp_path):
+    path = tmp_path / "switch.jinja"
+    path.write_text(made.CHATML_MARKED + "{% if enable_thinking is defined %}{% endif %}")
+    tokenizer = load("chatml", str(path))
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "because"}
+    assert supervised_text(tokenizer, [chat("x")[0], answer]) == "<think>\nbecause\n</think>\n\nyes<|im_end|>"
+
+
 def test_a_template_that_fails_and_one_that_speaks_of_marks_in_a_comment(load, tmp_path):
     (tmp_path / "fails.jinja").write_text(made.CHATML + "{{ '' if 1 / (messages | length - 3) }}")
     tokenizer = load("chatml", str(tmp_path / "fails.jinja"))

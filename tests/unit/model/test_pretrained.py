@@ -249,6 +249,14 @@ UNSUPPORTED = {  # the case, keys of config.json that change the numbers, and th
 }
 
 
+def test_a_mistral_of_full_layers_has_no_window(tmp_path):
+    """As transformers has it, which takes one with layer_types for a Ministral."""
+    make_checkpoint(tmp_path, "mistral")
+    assert read_hf_config(tmp_path)["sliding_window"] == 13
+    change_config(tmp_path, layer_types=["full_attention"] * read_hf_config(tmp_path)["num_hidden_layers"])
+    assert read_hf_config(tmp_path)["sliding_window"] is None
+
+
 @pytest.mark.parametrize("what", UNSUPPORTED)
 def test_what_the_decoder_does_not_do_is_refused_by_name(tmp_path, what):
     case, changes, words = UNSUPPORTED[what]

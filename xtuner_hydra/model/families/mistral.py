@@ -4,11 +4,11 @@ from xtuner_hydra.model.families.family import Family, HFConfig, window_size
 
 
 def _window(config: HFConfig) -> int | None:
-    """Absent is not null: transformers then takes 4096."""
+    """Absent is not null: transformers then takes 4096. With layer_types it takes the model for a Ministral, whose full layers have no window."""
     kinds = set(config.names("layer_types"))
     if len(kinds) > 1:
         raise config.unsupported(f"a mixture of attentions over the layers (layer_types {', '.join(sorted(kinds))})")
-    return window_size(config)
+    return None if kinds == {"full_attention"} else window_size(config)
 
 
 FAMILY = Family(
