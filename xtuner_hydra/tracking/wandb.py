@@ -53,7 +53,7 @@ class WandbTracker:
     required = False
 
     def __init__(self, config: WandbConfig, run_dir: Path, resolved: dict[str, Any], overrides: list[str], start_step: int = 0) -> None:
-        self.config, self.run_dir, self.resolved = config, run_dir, resolved
+        self.config, self.run_dir = config, run_dir
         self.summary = Summary()
         id_file = run_dir / "wandb" / "run_id"
         self.id, known = _run_id(id_file)
@@ -164,7 +164,7 @@ class WandbTracker:
         import wandb
 
         wanted = {"none": (), "all": ("export", "checkpoint")}.get(self.config.artifacts, (self.config.artifacts,))
-        if not wanted or not _is_kept(self.run_dir, self.resolved.get("sweep", {}), self.summary):
+        if not wanted or not _is_kept(self.run_dir, self.summary):
             return
         for kind in wanted:
             parent = self.run_dir / {"export": "hf", "checkpoint": "checkpoints"}[kind]
@@ -288,18 +288,19 @@ def _sweep_of(run_dir: Path) -> Path | None:
     return run_dir.parent if (run_dir.parent / "sweep.json").exists() else None
 
 
-def _is_kept(run_dir: Path, sweep: dict[str, Any], summary: Summary) -> bool:
-    """Whether a job's files stay: as sweep.keep says, `best` being the best among the jobs that have completed. A run of its own always does."""
+def _is_kept(run_dir: Path, summary: Summary) -> bool:
+    """Whether a job's files stay, as its sweep.json says: with `best` those of the best among the jobs that have completed. A run of its own
+    always does."""
     directory = _sweep_of(run_dir)
-    if directory is None or sweep.get("keep") == "all":
+    if directory is None:
         return True
-    if sweep.get("keep") == "none":
-        return False
     try:
         plan = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
-    except ValueError:  # a loss of power leaves such files
+        keep, metric, sign = plan["keep"], plan["metric"], 1 if plan["direction"] == "minimize" else -1
+    except (ValueError, KeyError, TypeError):  # a loss of power leaves such files
         return False
-    metric, sign = plan["metric"], 1 if plan["direction"] == "minimize" else -1
+    if keep != "best":
+        return bool(keep == "all")
     own = summary.last.get(metric)
     return own is not None and math.isfinite(own) and all(sign * own <= sign * other for other in _others(directory, run_dir, metric))
 

@@ -42,11 +42,10 @@ ROWS = (
 )
 
 
-def begin(run_dir, *, start_step=0, overrides=(), resolved=None, **config):
+def begin(run_dir, *, start_step=0, overrides=(), **config):
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    resolved = {"optimizer": {"lr": 6e-5}, "sweep": {"keep": "best", "metric": None, "direction": "minimize"}} | (resolved or {})
-    return WandbTracker(WandbConfig(**config), run_dir, resolved, list(overrides), start_step)
+    return WandbTracker(WandbConfig(**config), run_dir, {"optimizer": {"lr": 6e-5}}, list(overrides), start_step)
 
 
 def end(tracker, state="completed", exit_code=0):
@@ -221,14 +220,13 @@ def fail(*args, **kwargs):
     ],
 )
 def test_in_a_sweep_only_jobs_whose_files_stay_are_uploaded(tmp_path, keep, direction, other, uploads):
-    (tmp_path / "sweep.json").write_text(json.dumps({"metric": "eval/loss", "direction": direction}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"keep": keep, "metric": "eval/loss", "direction": direction}))
     (tmp_path / "0_other").mkdir()
     (tmp_path / "0_other" / "status.json").write_text(json.dumps({"state": other[0], "metrics": {"eval/loss": other[1]}}))
     (tmp_path / "2_damaged").mkdir()
     (tmp_path / "2_damaged" / "status.json").write_bytes(b"\0")
     commit(tmp_path / "1_own", 3)
-    sweep = {"keep": keep, "metric": None, "direction": "minimize"}  # as the config has it; what decides stands in sweep.json
-    found = track(tmp_path / "1_own", artifacts="export", resolved={"sweep": sweep})  # it ends with an eval/loss of 2.75
+    found = track(tmp_path / "1_own", artifacts="export")  # it ends with an eval/loss of 2.75
     assert bool(found.artifacts) == uploads
     assert "sweep" in found.run.tags
 
