@@ -111,6 +111,7 @@ def parse_prompt_completion(record: object) -> Sample:
     """`prompt` and `completion`: both text (no chat template; loss on the completion and an EOS), or both messages (loss on the latter)."""
     if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
         raise ValueError(f"expected an object with prompt and completion, got {_described(record)}")
+    _refuse_media(record)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _text([(prompt, False), (completion, True)])
@@ -263,6 +264,8 @@ def _text(pieces: list[tuple[str, bool]]) -> Text:
 def _messages(record: object) -> list[Message]:
     if not isinstance(record, list):
         raise ValueError(f"expected a list of messages, got {_kind(record)}")
+    if any(isinstance(one, dict) and "role" not in one and isinstance(one.get("messages"), list) for one in record):
+        raise ValueError("this is a list of whole records, not of messages; a file that holds one JSON array is named .json")
     return [_message(number, message) for number, message in enumerate(record, 1)]
 
 

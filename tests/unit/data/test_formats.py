@@ -59,6 +59,7 @@ def test_the_system_text_of_a_record_comes_first():
         ([USER, {**ANSWER, "content": "", "refusal": "I cannot."}], "message 2: `refusal` is not read"),
         ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "`functions` is an old form; give `tools`"),
         ({"messages": [USER, ANSWER], "images": ["cat.png"]}, "`images` is not read; only text"),
+        ([{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]}], "a file that holds one JSON array is named .json"),
     ],
 )
 def test_what_would_be_lost_is_refused(record, words):
