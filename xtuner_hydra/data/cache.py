@@ -38,6 +38,7 @@ from xtuner_hydra.data.readers import Part, reading, records, split, unit
 from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync, sync_tree, write_json
+from xtuner_hydra.machine import cores
 
 VERSION = 6
 """Raise it when the files of a cache change, or what a format reads from a line."""
@@ -392,7 +393,7 @@ def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress
     tokenize = partial(_tokenize, recipe)
     tasks = (_Task(number, part) for number, file in enumerate(files) for part in split(file, CHUNK_BYTES))
     total = sum(file.stat().st_size for file in files)
-    workers = _cores() if num_workers is None else num_workers
+    workers = cores() if num_workers is None else num_workers
     parts = (
         map(tokenize, tasks)
         if workers < 2 or total < SERIAL_BYTES
@@ -472,11 +473,6 @@ def _fingerprint(files: list[str], recipe: _Recipe) -> str:
 
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hash_file(file: Path) -> str:

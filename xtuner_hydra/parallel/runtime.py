@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtuner_hydra.config.schema import Config, ParallelismConfig
 from xtuner_hydra.errors import ConfigError
+from xtuner_hydra.machine import cores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -148,7 +149,7 @@ def _share_cores() -> None:
     """Ranks on one machine share its cores, unless OMP_NUM_THREADS says otherwise."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, cores() // ranks_here))
 
 
 def _seed(config: Config, rank: int) -> None:

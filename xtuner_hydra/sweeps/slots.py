@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.machine import cores, lines
 from xtuner_hydra.ranks import start_ranks
 from xtuner_hydra.sweeps import forks
 
@@ -114,26 +115,14 @@ class LocalJob:
             os.killpg(self.process.pid, number)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def available_gb() -> float:
     """Memory that programs may still take: MemAvailable, or all there is where the system does not tell; a container's limit counts."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    for line in _lines("/proc/meminfo"):
+    for line in lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             total = int(line.split()[1]) / 2**20
-    limits = [text for text in _lines("/sys/fs/cgroup/memory.max") if text.isdigit()]
+    limits = [text for text in lines("/sys/fs/cgroup/memory.max") if text.isdigit()]
     return min([total, *(int(limit) / 2**30 for limit in limits)])
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _visible(devices: list[int]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from xtuner_hydra.errors import EXIT_FAILED, RefusedError
 from xtuner_hydra.files import write_json
-from xtuner_hydra.sweeps.slots import cores
+from xtuner_hydra.machine import cores
 
 FOLDER = ".submitit"
 TICKET = "submitit.json"

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, RefusedError
+from xtuner_hydra.machine import cores
 from xtuner_hydra.parallel import allocator
 
 OLDEST_DRIVER = "550.127.08"
@@ -80,7 +81,7 @@ def device() -> Check:
             "note",
             f"CPU only: torch {torch.__version__} is built without CUDA, though this machine has a GPU. See pytorch.org for one with",
         )
-    return Check("device", "ok", f"CPU, {_cores()} cores; no GPU that torch can use")
+    return Check("device", "ok", f"CPU, {cores()} cores; no GPU that torch can use")
 
 
 def driver() -> Check:
@@ -185,7 +186,3 @@ def _version(name: str) -> str | None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra.machine import lines
 from xtuner_hydra.safe_text import redact
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "safetensors", "numpy", "transformers", "tensorboard", "wandb", "matplotlib")
@@ -67,9 +68,7 @@ def _git() -> dict[str, Any] | None:
 
 
 def _cpu() -> dict[str, Any]:
-    model = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
+    model = next((line.partition(":")[2].strip() for line in lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory, 1)}
 
@@ -77,13 +76,6 @@ def _cpu() -> dict[str, Any]:
 def _gpus() -> list[str]:
     """Name, memory and driver of each GPU, as nvidia-smi lists them."""
     return (_output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") or "").splitlines()
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _output(*command: str) -> str | None:
