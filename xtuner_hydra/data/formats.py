@@ -183,25 +183,26 @@ def format_identity(name: str) -> str:
 
 
 def _sources(module: ModuleType) -> list[Path]:
-    """The module's file and those of the modules whose values it has, or whose values they have, in the tree that it was imported from. Packages
-    that are installed are not looked at: their versions are the environment's."""
+    """The module's file and those of the modules whose values it has, or whose values they have, in the tree that it was imported from. Of installed
+    packages only its own is looked at: the others are the environment's."""
     if module.__file__ is None:
         return []
-    root = Path(module.__file__).parents[module.__name__.count(".")]
+    root = Path(module.__file__).parents[module.__name__.count(".") + hasattr(module, "__path__")]
     found, pending = {Path(module.__file__)}, [module]
     while pending:
         for value in list(vars(pending.pop()).values()):
             used = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", None)))
             file = Path(getattr(used, "__file__", None) or "")
-            if used is None or file in found or not file.is_relative_to(root) or _is_others(used, file):
+            if used is None or file in found or not file.is_relative_to(root) or _is_others(used, file, module):
                 continue
             found.add(file)
             pending.append(used)
     return sorted(found)
 
 
-def _is_others(module: ModuleType, file: Path) -> bool:
-    return "site-packages" in file.parts or module.__name__.partition(".")[0] == __name__.partition(".")[0]
+def _is_others(used: ModuleType, file: Path, by: ModuleType) -> bool:
+    package, own, ours = (name.partition(".")[0] for name in (used.__name__, by.__name__, __name__))
+    return package == ours or (package != own and not {"site-packages", "dist-packages"}.isdisjoint(file.parts))
 
 
 def _import(name: str, key: str) -> Callable[[object], object]:

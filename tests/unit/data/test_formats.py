@@ -334,6 +334,25 @@ def test_modules_that_a_user_s_format_uses_belong_to_its_identity(module):
     assert len({before, after, format_identity("my_formats:decorated")}) == 3
 
 
+def test_a_package_is_known_by_the_module_that_its_format_comes_from(module):
+    """Installed or not, and by a module beside it."""
+    for place in (module.parent, module.parent / "site-packages"):
+        package = place / "my_package"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("from my_package.inner import read\n")
+        (package / "inner.py").write_text("from my_beside import clean\n\ndef read(record):\n    return clean(record)\n")
+        (place / "my_beside.py").write_text("def clean(record):\n    return record['a']\n")
+        sys.path.insert(0, str(place))
+        before = format_identity("my_package:read")
+        (package / "inner.py").write_text((package / "inner.py").read_text() + "# changed\n")
+        changed = format_identity("my_package:read")
+        (place / "my_beside.py").write_text("# changed\n")
+        assert changed != before
+        assert (format_identity("my_package:read") != changed) == (place == module.parent)  # the environment's otherwise
+        for name in ("my_package", "my_package.inner", "my_beside"):
+            del sys.modules[name]
+
+
 @pytest.mark.parametrize("value", [float("nan"), [1, float("-inf")]])
 def test_what_is_no_json_is_not_learnt(value):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": value}}}]}
