@@ -99,11 +99,7 @@ class Trainer:
         """A run that is made longer keeps its schedule and then its last learning rate, which so never rises again, unless it was at its peak before
         `wsd` decays and so need not have been made for any length; a shorter one decays sooner."""
         before, now = self.state.schedule_steps, self.total_steps
-        if (
-            now > before
-            and is_stable(self.config.scheduler, self.state.step, before)
-            and is_stable(self.config.scheduler, self.state.step, now)
-        ):
+        if now > before and all(is_stable(self.config.scheduler, self.state.step, total) for total in (before, now)):
             log.info(f"the run goes on to step {now}: the learning rate has not begun to fall, and does so at the new end")
             self.state.schedule_steps = now
         elif now > before:

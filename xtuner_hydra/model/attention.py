@@ -2,9 +2,9 @@
 of it), nothing else.
 
 With `experts.py` the one place in `model/` whose computation depends on the kind of device. CUDA in half precision: one variable-length
-flash-attention call.
-Elsewhere, SDPA once a document (on a CPU its flash kernel): the work is the sum of squared document lengths, not the square of the pack's length, and
-no mask is made. A document longer than the window is taken in blocks of queries, so that the work grows with its length, not its square."""
+flash-attention call. Elsewhere, SDPA once a document (on a CPU its flash kernel): the work is the sum of squared document lengths, not the square
+of the pack's length, and no mask is made. A document longer than the window is taken in blocks of queries, so that the work grows with its
+length, not its square."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ class TrainingFlops:
     Matrix products only: 2 a weight and token in the layers, of experts those that a token goes to; 2 a weight at supervised positions in
     the head and the last layer's MLP, the only ones that they work for; in attention 4 a head dimension and pair of positions that see each
     other (Kaplan et al. 2020, section 2.1, with causal pairs). The backward pass takes as many again for a weight that is trained, and as many
-    for an input that has a gradient: where anything before it is trained."""
+    for an input that has a gradient: where anything before it is trained.
+
+    a_token, a_label, a_pair: of each token, supervised token, and pair of positions that see each other. window: of the attention, in tokens."""
 
     a_token: int
     a_label: int
