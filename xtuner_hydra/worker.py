@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from xtuner_hydra.checkpoint.commit import numbered
+from xtuner_hydra.checkpoint.commit import has_saved
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.checks import idle
 from xtuner_hydra.config.names import as_typed
@@ -72,7 +72,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
         try:
             with stopping.heeding():
                 config = read_config(run_dir)
-                if restarted and numbered(run_dir / "checkpoints"):
+                if restarted and has_saved(run_dir / "checkpoints"):
                     config.checkpoint.resume = "auto"
                 stopping.deadline = deadline(config, run_dir)
                 with runtime(config) as place:
@@ -107,7 +107,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
 
 def _how_to_go_on(run_dir: Path) -> str:
     resume = read_config(run_dir).checkpoint.resume
-    if numbered(run_dir / "checkpoints"):
+    if has_saved(run_dir / "checkpoints"):
         return f"go on with checkpoint.resume=auto {as_typed('hydra.run.dir', run_dir)}"
     if resume not in ("auto", "never"):
         return f"nothing new was saved: go on with checkpoint.resume={resume} in a new directory"

@@ -182,6 +182,8 @@ def test_export_writes_any_step_in_any_dtype(job):
         (["export", "nowhere", "--to", "new"], "nowhere: not a run directory"),
         (["evaluate", "run", "model.hidden_size=8"], "model.hidden_size: the weights belong to the model as it is"),
         (["evaluate", "run", "optimizer.lrr=1"], "optimizer.lrr: there is no such key"),
+        (["evaluate", "run", "optimizer.lr=1"], "optimizer.lr: plays no part where nothing is trained"),
+        (["evaluate", "run", "scheduler=wsd"], "scheduler: plays no part where nothing is trained"),
         (["evaluate", "run", "data.eval_path=null"], "there is no held-out data"),
         (["evaluate"], "name one run or Hugging Face directory"),
         (["evaluate", "run", "run"], "name one run or Hugging Face directory"),

@@ -23,6 +23,7 @@ from xtuner_hydra.files import checksum, sync, sync_tree, write_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_SET_ASIDE = ".step-*.replaced"
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -88,6 +89,11 @@ def newest_whole(parent: Path) -> Path | None:
 def numbered(parent: Path) -> list[Path]:
     """All step-N directories under `parent`, whole or not, oldest first."""
     return sorted((path for path in parent.glob("step-*") if has_step_name(path)), key=step_of)
+
+
+def has_saved(parent: Path) -> bool:
+    """Whether `parent` has a step-N directory, be it one that a crash left set aside (`put_back` gives it its name back)."""
+    return bool(numbered(parent)) or any(parent.glob(_SET_ASIDE))
 
 
 def has_step_name(directory: Path) -> bool:
@@ -169,7 +175,7 @@ def _finish(staging: Path, directory: Path, known: Checksums) -> None:
 
 def put_back(parent: Path) -> None:
     """Give what a crash left set aside, between a saved step and the same one saved again, its name back."""
-    for aside in parent.glob(".step-*.replaced"):
+    for aside in parent.glob(_SET_ASIDE):
         if not (directory := aside.with_name(aside.stem[1:])).exists():
             os.rename(aside, directory)
 

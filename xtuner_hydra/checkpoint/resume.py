@@ -14,6 +14,8 @@ from xtuner_hydra.errors import RefusedError
 _SAME_TENSORS = {"rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window", "max_position_embeddings", "pretrained",
                  "norm_topk_prob", "router_aux_loss_coef", "num_experts_per_tok", "alpha", "dropout"}  # fmt: skip
 """Keys of `model`, `model.moe` and `model.lora` that change what is computed and not with which tensors."""
+_MAY_CHANGE = ("optimizer.", "scheduler.", "parallelism.")
+"""Groups of keys that are changed on purpose between the parts of a run, and with which its samples stay the same."""
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -65,16 +67,19 @@ def _newest(parent: Path) -> Path | None:
 def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> None:
     """RefusedError that lists what differs between the checkpoint's run and this one, where that changes the trajectory and is not `allowed`.
 
-    `allowed` holds keys, or groups of them (`model`). What makes other tensors cannot be allowed: the checkpoint has none for them."""
+    `allowed` holds keys, or groups of them (`model`). What makes other tensors cannot be allowed: the checkpoint has none for them. A learning
+    rate and the like may change without that, with a warning."""
     before = state_file(checkpoint)["trajectory"]
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if "optimizer.name" in differing:  # with it goes what only one of the two has
-        differing = [key for key in differing if key != "optimizer.momentum"]
-    unfit = [key for key in differing if _other_tensors(key, before.get(key), now.get(key))]
-    refused = [key for key in differing if key in unfit or not {key, key.partition(".")[0]} & set(allowed)]
+    unfit = [key for key in differing if _other_tensors(key, before, now)]
+    free = [key for key in differing if key not in unfit and key.startswith(_MAY_CHANGE)]
+    refused = [key for key in differing if key not in free and (key in unfit or not {key, key.partition(".")[0]} & set(allowed))]
     if not refused:
         for key in differing:
-            log.warning(f"checkpoint.allow_change: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there")
+            known = key in before and now.get(key) != "auto"  # older checkpoints name fewer keys; auto: another machine decides
+            if known or key not in free:
+                permission = "resume" if key in free else "allow_change"
+                log.warning(f"checkpoint.{permission}: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there")
         return
     differences = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in refused)
     advice = (
@@ -88,12 +93,15 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list
     )
 
 
-def _other_tensors(key: str, before: Any, now: Any) -> bool:
+def _other_tensors(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether weights or optimizer state have other names or shapes with the one value of `key` than with the other, or come from elsewhere."""
+    old, new = before.get(key), now.get(key)
     group, _, name = key.partition(".")
-    if group == "model" and isinstance(before, dict) and isinstance(now, dict):
-        return any(before.get(part) != now.get(part) for part in before.keys() | now.keys() if part not in _SAME_TENSORS)
-    return key in ("optimizer.name", "optimizer.momentum", "trainer.freeze") or (group == "model" and name not in _SAME_TENSORS)
+    if group == "model" and isinstance(old, dict) and isinstance(new, dict):
+        return any(old.get(part) != new.get(part) for part in old.keys() | new.keys() if part not in _SAME_TENSORS)
+    if key == "optimizer.momentum":  # without it sgd keeps no state
+        return before.get("optimizer.name") == now.get("optimizer.name") == "sgd" and 0 in (old, new)
+    return key in ("optimizer.name", "trainer.freeze") or (group == "model" and name not in _SAME_TENSORS)
 
 
 def refuse_beyond(checkpoint: Path, total_steps: int) -> None:

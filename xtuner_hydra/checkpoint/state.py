@@ -154,7 +154,8 @@ def _without_frozen(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str
 
 
 def trajectory(config: Config, content: str) -> dict[str, Any]:
-    """What a resumed run must share with the run it continues, or its steps would not follow on. `content`: fingerprint of the training data."""
+    """What decides a run's steps, by key. A run that continues another must share it, apart from what one may change on purpose (resume.py).
+    `content`: fingerprint of the training data."""
     plain = to_dict(config)
     aside = {"pretrained", "strict", "tokenizer", "chat_template"} | ({"lora"} if config.model.adapter is None else set())
     model = {key: value for key, value in plain["model"].items() if key not in aside}
@@ -165,19 +166,14 @@ def trajectory(config: Config, content: str) -> dict[str, Any]:
         "data.sources": [source["sample_ratio"] for source in plain["data"]["sources"] or []],
         **{f"model.{key}": value for key, value in model.items()},
         "model.pretrained": base and fingerprint(base),
-        "optimizer.name": plain["optimizer"]["name"],
-        "optimizer.momentum": _keeps_momentum(config),
+        **{f"optimizer.{key}": value for key, value in plain["optimizer"].items()},
+        **{f"scheduler.{key}": value for key, value in plain["scheduler"].items()},
+        "parallelism.param_dtype": plain["parallelism"]["param_dtype"],
+        "parallelism.reduce_dtype": plain["parallelism"]["reduce_dtype"],
         "trainer.global_batch_size": plain["trainer"]["global_batch_size"],
         "trainer.seed": plain["trainer"]["seed"],
         "trainer.freeze": plain["trainer"]["freeze"],
     }
-
-
-def _keeps_momentum(config: Config) -> str | None:
-    """Whether sgd has a buffer to restore; the other optimizers always have."""
-    if config.optimizer.name != "sgd":
-        return None
-    return "above 0" if config.optimizer.momentum > 0 else "0"
 
 
 def is_checkpoint(directory: Path) -> bool:

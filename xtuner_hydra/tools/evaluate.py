@@ -36,6 +36,8 @@ may hold an adapter alone; its base is read from where adapter_config.json says.
   xtuner-hydra evaluate outputs/mine data.eval_path=other.jsonl
   xtuner-hydra evaluate DIR data.eval_path=held_out.jsonl parallelism.param_dtype=float32 --json"""
 
+_IDLE = ("optimizer", "scheduler", "checkpoint", "tracking", "sweep")
+"""Groups that say how a model is trained."""
 _MAY_CHANGE = {"model.tokenizer", "model.chat_template", "model.pretrained", "model.strict"}
 
 
@@ -91,6 +93,7 @@ def _config(app: App, trained: Trained) -> Config:
         app.overrides += _no_share_held_out(app.overrides)
         config = again(app, trained.run).config
         reference = trained.run.config.model
+    _refuse_idle(app.overrides)
     _refuse_another_model(config, reference)
     if not trained.is_checkpoint:
         config.model.pretrained = trained.model.pretrained
@@ -118,6 +121,13 @@ def _quoted(value: str | None) -> str:
     """A path as the value of an override."""
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def _refuse_idle(overrides: list[str]) -> None:
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] in _IDLE:
+            raise RefusedError(f"evaluate: {key}: plays no part where nothing is trained; leave it out")
 
 
 def _refuse_another_model(config: Config, model: ModelConfig) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 
 from xtuner_hydra.checkpoint import retention
-from xtuner_hydra.checkpoint.commit import commit, committed, damage, put_back
+from xtuner_hydra.checkpoint.commit import commit, committed, damage, has_saved, put_back
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import SaveError
 from xtuner_hydra.files import checksum
@@ -145,6 +145,7 @@ def test_a_crash_at_any_call_while_a_step_is_saved_again_keeps_it_as_it_was_or_i
                 pass
             else:
                 break
+        assert has_saved(parent)
         put_back(parent)
         assert steps(parent) == [3]
         assert damage(parent / "step-3", content=True) is None
