@@ -39,7 +39,7 @@ NO_MARKERS = (
 )
 
 FORGETFUL = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] if loop.last else 'gone') + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + (message['role'] if loop.last else 'past') + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

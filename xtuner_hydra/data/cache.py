@@ -40,7 +40,7 @@ from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync, sync_tree, write_json
 from xtuner_hydra.machine import cores
 
-VERSION = 6
+VERSION = 7
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")

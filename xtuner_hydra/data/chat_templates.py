@@ -24,6 +24,8 @@ _REMEDY = (
 )
 _MARKED = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 
+_ASKING = ("system", "developer", "user")
+
 _PLACE = "\ue000"  # a private character, which no template writes by itself
 
 # Templates that ask for the date get this one: a run must be the same tomorrow. It is the date that Llama's templates fall back to.
@@ -155,7 +157,8 @@ class ChatTemplate:
             raise ValueError("role pretrain has no place in a chat template; use data.format=text for such data")
         text, marked = self._render(conversation)
         self._refuse_lost_tools(given, conversation, text)
-        self._refuse_lost_answers(given, conversation, text)
+        _refuse_lost_content(given, text)
+        self._refuse_lost_calls(conversation, text)
         if _is_marked(self._of(conversation)):
             spans = self._by_marks(conversation, marked)
         else:
@@ -173,14 +176,10 @@ class ChatTemplate:
                 "a .jinja file, or write them into a message and take `tools` out"
             )
 
-    def _refuse_lost_answers(self, given: Conversation, folded: Conversation, text: str) -> None:
-        """ValueError where what an answer says, or one of its calls, is not in the text."""
-        for number, message in enumerate(given.messages, 1):
-            if _learnt(message) and message.content.rpartition("</think>")[2].strip() not in text:
-                raise ValueError(f"message {number}: the chat template leaves out its content; {_REMEDY}")
-        for i, message in enumerate(folded.messages):
-            # a name alone may stand in the list of tools
-            if _learnt(message) and any(self._is_lost(folded, text, i, call) for call in range(len(message.tool_calls))):
+    def _refuse_lost_calls(self, conversation: Conversation, text: str) -> None:
+        """ValueError where a call of an answer is not in the text; its name alone may stand in the list of tools."""
+        for i, message in enumerate(conversation.messages):
+            if _learnt(message) and any(self._is_lost(conversation, text, i, call) for call in range(len(message.tool_calls))):
                 raise ValueError(f"message {i + 1}: the chat template leaves out its tool calls; {_REMEDY}")
 
     def _is_lost(self, conversation: Conversation, text: str, i: int, call: int) -> bool:
@@ -366,6 +365,16 @@ def _user(content: str) -> Message:
 
 def _assistant(content: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Message:
     return Message("assistant", content, True, calls or [], thinking=thinking)
+
+
+def _refuse_lost_content(conversation: Conversation, text: str) -> None:
+    """ValueError where what an answer that is to be learnt says is not in `text`, or what a system or user message says (a tool's result may be
+    written in another way)."""
+    for number, message in enumerate(conversation.messages, 1):
+        said = message.content.rpartition("</think>")[2] if message.role == "assistant" else message.content
+        if (_learnt(message) or message.role in _ASKING) and said.strip() not in text:
+            what = "its content" if message.role == "assistant" else f"what the {message.role} says"
+            raise ValueError(f"message {number}: the chat template leaves out {what}; {_REMEDY}")
 
 
 def _refuse_lost_thinking(conversation: Conversation, text: str) -> None:

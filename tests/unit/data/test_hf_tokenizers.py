@@ -369,6 +369,21 @@ def test_an_answer_that_a_template_drops_a_part_of_is_refused(load, tmp_path, te
     assert supervised_text(load("chatml", str(path)), {"messages": chat("a"), "tools": tools}) == "a<|im_end|>"
 
 
+@pytest.mark.parametrize("lost", ["system", "user"])
+@pytest.mark.parametrize("template", [made.CHATML, made.CHATML_MARKED])
+def test_a_question_or_instructions_that_a_template_drops_are_refused(load, tmp_path, template, lost):
+    """Or the model would learn to answer what it has not been asked."""
+    path = tmp_path / "drops.jinja"
+    path.write_text(template.replace("{% for message in messages %}", f"{{% for message in messages if message.role != '{lost}' %}}"))
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(
+        ValueError, match=rf"message {1 if lost == 'system' else 2}: the chat template leaves out what the {lost} says; give"
+    ):
+        load("chatml", str(path)).encode(parse_openai(asked))
+    kept = [message for message in asked if message["role"] != lost]
+    assert supervised_text(load("chatml", str(path)), kept) == "a<|im_end|>"
+
+
 def test_a_switch_for_thinking_in_the_prompt_is_no_place_for_it(load, tmp_path):
     path = tmp_path / "switch.jinja"
     path.write_text(made.CHATML_MARKED + "{% if enable_thinking is defined %}{% endif %}")
