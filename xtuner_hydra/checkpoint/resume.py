@@ -79,7 +79,9 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list
             known = key in before and now.get(key) != "auto"  # older checkpoints name fewer keys; auto: another machine decides
             if known or key not in free:
                 permission = "resume" if key in free else "allow_change"
-                log.warning(f"checkpoint.{permission}: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there")
+                log.warning(
+                    f"checkpoint.{permission}: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there"
+                )
         return
     differences = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in refused)
     advice = (
