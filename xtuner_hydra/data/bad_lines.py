@@ -21,7 +21,7 @@ class Kind(StrEnum):
     UTF8 = "UTF-8"
     """Bytes that are no UTF-8."""
     JSON = "JSON"
-    """No JSON, or a number that Python does not read (more than 4,300 digits)."""
+    """No JSON, an object with a key twice, or a number that Python does not read (more than 4,300 digits)."""
     NESTING = "nesting"
     """Lists or objects inside each other more deeply than Python follows them, about 1,000 times."""
     EMPTY = "empty"

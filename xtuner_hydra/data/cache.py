@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from xtuner_hydra.data.bad_lines import BadLine, Kind
 from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, find_format, format_identity, holds_nul
 from xtuner_hydra.data.processes import ProcessDied, map_in_processes
-from xtuner_hydra.data.readers import Part, reading, records, split, unit
+from xtuner_hydra.data.readers import DECODER, Part, reading, records, split, unit
 from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync, sync_tree, write_json
@@ -298,7 +298,7 @@ def _sample(record: Any, parse: Format) -> Sample:
 
 def _json(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadLine(Kind.UTF8, f"not valid UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})") from None
     except json.JSONDecodeError as error:

@@ -25,6 +25,19 @@ ROWS = 50_000
 _COMPRESSED = (".gz", ".zst")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that stands in it twice, of which Python would take the last without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""For records of data."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Bytes [start, stop) of a file, or rows [start, stop) of a Parquet file's row group.
@@ -222,11 +235,11 @@ def _items(content: bytes) -> Iterator[tuple[int, Any]]:
         line = content.count(b"\n", 0, error.start) + 1
         yield line, BadLine(Kind.UTF8, f"not valid UTF-8 (0x{content[error.start]:02x}), and so the whole list cannot be read")
         return
-    decoder, position, line, counted = json.JSONDecoder(), _skip(text, text.index("[") + 1), 1, 0
+    position, line, counted = _skip(text, text.index("[") + 1), 1, 0
     while position < len(text) and text[position] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            item, stop = decoder.raw_decode(text, position)
+            item, stop = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             yield line, _broken(error, text)
             return
