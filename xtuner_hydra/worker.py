@@ -36,7 +36,7 @@ from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
 from xtuner_hydra.optim.optimizers import build_optimizers
-from xtuner_hydra.optim.schedules import decay_steps
+from xtuner_hydra.optim.schedules import cut_short
 from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.compiling import Choice, choose_compile
 from xtuner_hydra.parallel.runtime import DTYPES, Runtime, runtime
@@ -200,15 +200,8 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
         log.info("malloc: " + (allocator.active() or f"of the system; {allocator.advice()}"))
         log.info(f"on huge pages: {allocator.pages()}")
     log.info(f"torch.compile: {compiled.why}")
-    for sentence in idle(trainer.config):
+    for sentence in [*idle(trainer.config), *cut_short(trainer.config.scheduler, trainer.total_steps)]:
         log.warning(sentence)
-    if (warmup := trainer.config.scheduler.warmup_steps or 0) > trainer.total_steps:
-        log.warning(f"scheduler.warmup_steps={warmup}: cut to the run's {trainer.total_steps} steps, which all warm up")
-    if trainer.config.scheduler.name == "wsd" and (decay := decay_steps(trainer.config.scheduler, trainer.total_steps)) < 2:
-        ratio = trainer.config.scheduler.decay_ratio
-        log.warning(
-            f"scheduler.decay_ratio={ratio}: {decay} of the run's {counted(trainer.total_steps, 'step')}, too few for the rate to fall"
-        )
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
         f"{counted(place.world_size, 'rank')} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "

@@ -80,7 +80,7 @@ def test_a_warm_up_that_is_longer_than_the_run_and_a_decay_that_is_too_short_are
     done = cli("debug=fast", "scheduler=wsd", "scheduler.warmup_steps=9", "hydra.run.dir=run", *QUIET)
     assert done.code == 0, done.text
     assert "scheduler.warmup_steps=9: cut to the run's 2 steps" in done.out
-    assert "scheduler.decay_ratio=0.2: 0 of the run's 2 steps, too few for the rate to fall" in done.out
+    assert "scheduler.decay_ratio=0.2: 0 of 2 steps, too few for the rate to fall" in done.out
     rates = [row["train/lr"] for row in read_rows(cli.directory / "run")]
     assert rates[0] == pytest.approx(rates[1] / 2)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from xtuner_hydra.config.schema import SchedulerConfig
-from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
+from xtuner_hydra.optim.schedules import cut_short, learning_rate, warmup_steps
 
 
 def rates(total, lr=1.0, **config):
@@ -62,3 +62,17 @@ def test_wsd_is_constant_then_goes_down_in_a_straight_line():
 @pytest.mark.parametrize(("decay_ratio", "expected"), [(0.0, [1.0] * 4), (1.0, [1.0, 0.75, 0.5, 0.25])])
 def test_wsd_at_its_limits(decay_ratio, expected):
     assert rates(4, name="wsd", lr_min=0.0, warmup_ratio=0.0, decay_ratio=decay_ratio) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"warmup_ratio": 0.03}, []),
+        ({"name": "wsd", "warmup_steps": 2, "decay_ratio": 0.8}, []),
+        ({"name": "wsd", "warmup_steps": 5, "decay_ratio": 0.8}, ["scheduler.decay_ratio=0.8: 5 steps and not 8, as the others warm up"]),
+        ({"name": "wsd", "decay_ratio": 0.1}, ["scheduler.decay_ratio=0.1: 1 of 10 steps, too few for the rate to fall"]),
+        ({"warmup_steps": 11}, ["scheduler.warmup_steps=11: cut to the run's 10 steps, which all warm up"]),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_told(config, words):
+    assert cut_short(SchedulerConfig(**config), 10) == words
