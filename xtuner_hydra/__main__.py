@@ -79,9 +79,7 @@ def train(argv: list[str]) -> int:
             from xtuner_hydra.sweeps.multirun import sweep
 
             return sweep(app)
-        if idle := [override for override in app.overrides if override.startswith(("sweep=", "sweep."))]:
-            raise RefusedError(f"{idle[0]}: speaks of a sweep, but this is a single run; add -m")
-        composition = app.compose(app.overrides)
+        composition = app.compose_run()
     from xtuner_hydra.launch import run
 
     return run(composition)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from xtuner_hydra.config.names import is_plain, job_name, run_name
+from xtuner_hydra.config.composition import Composition
+from xtuner_hydra.config.names import is_plain, job_name, run_name, split_override
 from xtuner_hydra.config.schema import Config, MoEConfig, RopeScaling, SweepConfig
 from xtuner_hydra.config.strict import did_you_mean, flatten, known_keys, targets, to_config, to_group, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
@@ -45,20 +46,6 @@ CHECKOUT_CONF = PACKAGE.parent / "conf"
 _PLUGINS = ("hydra.launcher._target_", "hydra.sweeper._target_")  # Hydra takes installed plug-ins alone
 _SAMPLERS = "optuna.samplers."  # parts of the sweeper plug-in for Optuna
 DURATIONS = ("trainer.total_steps", "trainer.epochs", "trainer.total_tokens")
-
-
-@dataclass(frozen=True)
-class Composition:
-    """What a command line composes to: the typed config, where the run goes, and how it came about.
-
-    defaults(): the config of a command line without overrides. rerun_of: the run directory that this repeats."""
-
-    config: Config
-    run_dir: Path
-    overrides: list[str]
-    choices: dict[str, str | None]
-    defaults: Callable[[], Config]
-    rerun_of: Path | None = None
 
 
 class _Hydra(Hydra):
@@ -109,7 +96,7 @@ class App:
         """With -m, and where a preset says what to sweep or a sweep is to be resumed."""
         if self.args.multirun:
             return True
-        if any(override.startswith(("sweep=", "sweep.resume=")) for override in self.overrides):
+        if any(key in ("sweep", "sweep.resume") for key, _ in map(split_override, self.overrides)):
             sweep = self._multirun_config.sweep
             self.args.multirun = bool(sweep.params or sweep.resume)
         return bool(self.args.multirun)
@@ -132,6 +119,12 @@ class App:
             else:
                 return False
         return True
+
+    def compose_run(self) -> Composition:
+        """Compose and check the one run of this command line; refuses settings of a sweep, which it would not use."""
+        if idle := next((text for text in self.overrides if split_override(text)[0].partition(".")[0] == "sweep"), None):
+            raise RefusedError(f"{idle}: is a setting of a sweep, but this is a single run; add -m")
+        return self.compose(self.overrides)
 
     def compose(self, overrides: list[str]) -> Composition:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
@@ -167,7 +160,7 @@ class App:
 
     def hydra_overrides(self) -> list[str]:
         """The overrides that speak to Hydra (`hydra.sweep.dir=...`), not to the job."""
-        return [override for override in self.overrides if override.lstrip("+").startswith(("hydra.", "hydra/"))]
+        return [override for override in self.overrides if split_override(override)[0].startswith(("hydra.", "hydra/"))]
 
     def sweep_dir(self) -> Path:
         """The sweep's directory."""
@@ -284,7 +277,11 @@ class App:
             _plain("hydra.job.name", hydra.job.name)
             run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
         return Composition(
-            config, run_dir, [override for override in overrides if not override.startswith("hydra")], choices, lambda: self.defaults
+            config,
+            run_dir,
+            [override for override in overrides if not split_override(override)[0].startswith("hydra")],
+            choices,
+            lambda: self.defaults,
         )
 
     def check_overrides(self, overrides: list[str]) -> list[Override]:
@@ -344,7 +341,7 @@ class App:
     def where_set(self, overrides: list[str], choices: dict[str, str | None], key: str) -> str:
         """The override or the file that gave `key` its value (the last one wins)."""
         for override in reversed(overrides):
-            name = override.lstrip("+").partition("=")[0]
+            name, _ = split_override(override)
             if name == key or (key.startswith((f"{name}.", f"{name}[")) and "." in name):
                 return f"the command line: {override}"
         group, _, rest = key.partition(".")

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from omegaconf import MISSING
 
 from xtuner_hydra import run_dir as run_dirs
-from xtuner_hydra.app import Composition
 from xtuner_hydra.checkpoint import resume, state
 from xtuner_hydra.checkpoint.commit import step_of
 from xtuner_hydra.config.checks import check, data_parallel_size
+from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from xtuner_hydra.app import App, Composition, fill_from_pretrained, option_of, readable_errors
+from xtuner_hydra.app import App, fill_from_pretrained, option_of, readable_errors
+from xtuner_hydra.config.composition import Composition
+from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import to_config
 
@@ -53,10 +55,7 @@ def _replace_group(app: App, cfg: DictConfig, group: str, option: str) -> None:
 
 def _joined(before: list[str], after: Sequence[str]) -> list[str]:
     """Overrides `before` that `after` leaves in force, then `after`."""
-    replaced = {_key(override) for override in after}
-    kept = [override for override in before if _key(override) not in replaced and _key(override).partition(".")[0] not in replaced]
+    replaced = {key for key, _ in map(split_override, after)}
+    keys = {override: split_override(override)[0] for override in before}
+    kept = [override for override, key in keys.items() if not {key, key.partition(".")[0]} & replaced]
     return [*kept, *after]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]

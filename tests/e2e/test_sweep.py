@@ -83,7 +83,7 @@ def test_what_is_no_sweep_cannot_be_resumed(swept):
 def test_resuming_runs_the_failed_job_and_leaves_the_others(swept):
     _, directory, cli = swept
     before = {job.name: (job / "metrics.jsonl").read_bytes() for job in directory.glob("[02]_*")}
-    done = cli("-m", "sweep.resume=sweep", "sweep.retries=1")
+    done = cli("++sweep.resume=sweep", "++sweep.retries=1")
     assert (done.code, done.out.count("job 1 (optimizer.lr=1e+30): started")) == (1, 2), done.text
     assert {job.name: (job / "metrics.jsonl").read_bytes() for job in directory.glob("[02]_*")} == before
     assert [job["attempts"] for job in sweep_file(directory)["jobs"]] == [1, 3, 1]
@@ -263,6 +263,7 @@ def test_plan_lists_jobs_and_their_cost_and_creates_nothing(tmp_path):
         (["-m", "sweep=lr_search", "sweep.metric=train/loss"], "sweep.early_stop=True: jobs are judged by their evaluations"),
         (["-m"], "nothing to sweep"),
         (["sweep.retries=2"], "add -m"),
+        (["++sweep.retries=2"], "add -m"),
         (["-m", "hydra/launcher=basic", "optimizer.lr=1,2"], "submitit_local"),
         (["-m", "hydra.launcher.slot=1", "optimizer.lr=1,2"], "hydra.launcher.slot"),
         (["-m", "+hydra.launcher.slot=1", "optimizer.lr=1,2"], "no such option"),

@@ -108,7 +108,8 @@ def _check_ranks(config: Config, world_size: int) -> None:
         raise ConfigError(
             "trainer.global_batch_size",
             batch,
-            f"not divisible by the {dp_size} data-parallel ranks; take a multiple of {dp_size}, or null for one pack a rank",
+            f"not divisible by the {dp_size} data-parallel ranks; take a multiple of {dp_size}, or null for one pack per rank (as with "
+            "parallelism=fsdp)",
         )
 
 

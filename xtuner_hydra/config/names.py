@@ -10,11 +10,17 @@ from pathlib import Path
 MAX_LENGTH = 80  # of a name; a path component may have 255 bytes, and a time or a number stands before it
 
 
+def split_override(override: str) -> tuple[str, str]:
+    """(key, value) of an override as typed, `optimizer.lr=1e-4`; Hydra's `+` and `++` before the key are left out."""
+    key, _, value = override.lstrip("+").partition("=")
+    return key, value
+
+
 def run_name(choices: Mapping[str, str | None], overrides: Sequence[str]) -> str:
     """`qwen3_tiny-openai_sft-lr1e-4` from Hydra's choices of groups and the overrides typed (`optimizer.lr=1e-4`).
 
     A run that repeats another has that one's name among the choices, as `rerun`, and goes by it."""
-    groups = {override.split("=")[0].lstrip("+") for override in overrides if "." not in override.split("=")[0]}
+    groups = {key for key, _ in map(split_override, overrides) if "." not in key}
     first = choices.get("rerun")
     told = () if first else ("model", "data", "experiment")  # by the first part
     parts = [first or choices.get("experiment") or f"{choices.get('model')}-{choices.get('data')}"]
@@ -25,8 +31,7 @@ def run_name(choices: Mapping[str, str | None], overrides: Sequence[str]) -> str
 def job_name(number: int, overrides: Sequence[str]) -> str:
     """`3_lr6e-05-scheduler_linear`: a sweep's job by its number and what sets it apart; of a path the last part."""
     parts = []
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+    for key, value in map(split_override, overrides):
         parts.append(_part(key, value.rstrip("/").rpartition("/")[2]))
     return _safe(f"{number}_" + "-".join(parts)).rstrip("_")
 
@@ -39,8 +44,7 @@ def is_plain(name: str) -> bool:
 def _values(overrides: Sequence[str]) -> str:
     """`-lr1e-4` for every key that is overridden; paths and directories say little and are left out."""
     text = ""
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+    for key, value in map(split_override, overrides):
         if "." in key and not key.startswith(("hydra.", "tracking.")) and "/" not in value:
             text += "-" + _part(key, value)
     return text

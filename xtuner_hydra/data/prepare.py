@@ -29,6 +29,7 @@ from xtuner_hydra.files import write_json, write_text
 
 log = logging.getLogger("xtuner_hydra")
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 FILE_NAME = "data.json"
 BAD_LINES = "bad_lines.jsonl"
 
@@ -106,6 +107,11 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
         if held is not None and (both := set(held.file_hashes).intersection(train.file_hashes)):
             names = [str(file) for file, digest in zip(held.files, held.file_hashes, strict=True) if digest in both]
             log.warning(f"held-out data that is trained on too: {', '.join(names)}; eval/loss will be lower than on data that is new")
+        if held is not None and _are_examples(held) and not _are_examples(train):
+            log.warning(
+                "held-out data is the example that ships with xtuner_hydra, and training data is not: eval/loss says nothing about yours. "
+                "Set data.eval_path=FILE, data.eval_ratio=0.05 with data.eval_path=null, or data.eval_path=null"
+            )
         return _assemble(config, train, held, tokenizer_name=tokenizer.name)
 
 
@@ -119,6 +125,10 @@ def prepare_held_out(config: Config, tokenizer: Tokenizer, *, progress: bool) ->
             train = _training_caches(data, open_or_build)
             return _held_out(config, train, held_out(train, data.eval_ratio))
     return None
+
+
+def _are_examples(data: Samples) -> bool:
+    return all(file.is_relative_to(EXAMPLES) for file in data.files)
 
 
 OpenOrBuild = Callable[[Any, str, str], TokenCache]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from xtuner_hydra.config.names import is_plain
+from xtuner_hydra.config.names import is_plain, split_override
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.model.adapters import is_adapter
@@ -110,7 +110,7 @@ def refuse_other_settings(config: ModelConfig, overrides: Sequence[str]) -> None
     except ConfigError as error:
         log.warning(f"the model's settings are not compared with those of the weights: {error}")
         return
-    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    keys = [key for key, _ in map(split_override, overrides)]
     by_hand = []
     for key, ours, its in _differences(config, theirs):
         if not config.strict or any(typed == key or typed.startswith(f"{key}.") for typed in keys):

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from xtuner_hydra.config.names import as_typed
+from xtuner_hydra.config.names import as_typed, split_override
 from xtuner_hydra.reports import words
 from xtuner_hydra.results.sweep import SEED, JobResult, SweepPlan, SweepResult
 
@@ -43,13 +43,11 @@ def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[s
         values.popitem()
     if not values:
         return None
-    base = [
-        override for override in _overrides(best) if not _is_of_sweep(override) and _key(override) not in values and _key(override) != SEED
-    ]
+    base = [override for override in _overrides(best) if not _is_of_sweep(override) and split_override(override)[0] not in {*values, SEED}]
     if seeds:
         values[SEED] = seeds[: MOST_JOBS // math.prod(map(len, values.values()))]
     grid = [f"{key}={','.join(map(words.exact, near))}" for key, near in values.items()]
-    decides = [override for override in result.plan.overrides if _key(override) in ("sweep.metric", "sweep.direction")]
+    decides = [override for override in result.plan.overrides if split_override(override)[0] in ("sweep.metric", "sweep.direction")]
     return _command(result.plan, ["-m", *base, *decides, *grid]), math.prod(map(len, values.values()))
 
 
@@ -94,13 +92,9 @@ def _overrides(job: JobResult) -> list[str]:
     return job.run.overrides if job.run else job.job.overrides
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]
-
-
 def _is_of_sweep(override: str) -> bool:
     """Whether an override speaks to the sweep or to Hydra, not to the job."""
-    return _key(override).partition(".")[0].partition("/")[0] in ("sweep", "hydra")
+    return split_override(override)[0].partition(".")[0].partition("/")[0] in ("sweep", "hydra")
 
 
 def _command(plan: SweepPlan, arguments: list[str]) -> str:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra.config.names import split_override
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_text
 from xtuner_hydra.reports import commands, page, svg, words
@@ -111,7 +112,7 @@ def _changed(run: Run) -> Markup:
     try:
         changed: dict[str, list[Any]] = json.loads((run.directory / CHANGED).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        rows = [[Cell(key.lstrip("+"), key), Cell(value, value)] for key, _, value in (one.partition("=") for one in run.overrides)]
+        rows = [[Cell(key, key), Cell(value, value)] for key, value in map(split_override, run.overrides)]
         table = (
             page.table(["override", "value"], rows, sortable=False)
             if rows

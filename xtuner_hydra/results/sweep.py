@@ -24,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from xtuner_hydra import run_dir
-from xtuner_hydra.config.names import is_plain
+from xtuner_hydra.config.names import is_plain, split_override
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.results.run import Run, load_run
@@ -280,7 +280,7 @@ def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
 
 def _texts(job: Job) -> dict[str, str]:
     """Swept key -> its value as typed."""
-    return {key: text for key, _, text in (override.lstrip("+").partition("=") for override in job.overrides)}
+    return dict(map(split_override, job.overrides))
 
 
 def _typed(text: str) -> Any:

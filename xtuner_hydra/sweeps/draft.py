@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xtuner_hydra import launch
-from xtuner_hydra.app import App, Composition
+from xtuner_hydra.app import App
 from xtuner_hydra.checkpoint.commit import numbered
+from xtuner_hydra.config.composition import Composition
+from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, DataConfig, SweepConfig
 from xtuner_hydra.config.strict import changed, did_you_mean
 from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
@@ -56,7 +58,7 @@ class Draft:
     @property
     def swept(self) -> list[str]:
         """The keys that vary."""
-        return list(dict.fromkeys(text.partition("=")[0] for draft in self.jobs for text in draft.job.overrides))
+        return list(dict.fromkeys(split_override(text)[0] for draft in self.jobs for text in draft.job.overrides))
 
     @property
     def listed(self) -> list[Job]:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Protocol
 
 from xtuner_hydra import launch, run_dir
-from xtuner_hydra.app import Composition
+from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.reports.words import fixed

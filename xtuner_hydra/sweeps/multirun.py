@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_hydra import run_dir
-from xtuner_hydra.app import App, Composition
-from xtuner_hydra.config.names import as_typed, job_name
+from xtuner_hydra.app import App
+from xtuner_hydra.config.composition import Composition
+from xtuner_hydra.config.names import as_typed, job_name, split_override
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, RefusedError
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
@@ -244,20 +245,24 @@ def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
 
 def _recorded_arguments(app: App, plan: SweepPlan) -> list[str]:
     """The command line that started the sweep, with how its jobs are run as said now. Raises RefusedError where anything else differs."""
-    what = [override for override in app.overrides if not override.startswith(_HOW)]
-    if what and set(what) != {override for override in plan.overrides if not override.startswith(_HOW)}:
+    what = [override for override in app.overrides if not _is_how(override)]
+    if what and set(what) != {override for override in plan.overrides if not _is_how(override)}:
         raise RefusedError(
             f"sweep.resume={app.sweep_config().resume}: that sweep was started with {' '.join(plan.overrides)}, not with {' '.join(what)}. "
             "Give no overrides, or the same ones; for other jobs start another sweep"
         )
-    now = [override for override in app.overrides if override.startswith(_HOW)]
-    keys = {override.partition("=")[0] for override in now}
-    before = [override for override in plan.overrides if override.partition("=")[0] not in keys]
+    now = [override for override in app.overrides if _is_how(override)]
+    keys = {key for key, _ in map(split_override, now)}
+    before = [override for override in plan.overrides if split_override(override)[0] not in keys]
     options = [
         ["--config-dir", plan.config_dir] if plan.config_dir else [],
         ["--config-name", plan.config_name] if plan.config_name else [],
     ]
     return ["-m", *(["--trust"] if app.args.trust else []), *(word for option in options for word in option), *before, *now]
+
+
+def _is_how(override: str) -> bool:
+    return split_override(override)[0].startswith(_HOW)
 
 
 def _refuse_taken(directory: Path) -> None:

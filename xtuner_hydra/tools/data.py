@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
             return EXIT_DONE
         if app.is_sweep:
             raise RefusedError("data: give one run's overrides, without -m")
-        prepared = prepare(app.compose(app.overrides))
+        prepared = prepare(app.compose_run())
     colours = sys.stdout.isatty()
     print("\n".join(describe(prepared.data, prepared.tokenizer, number, colours=colours)))
     return EXIT_DONE

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.app import App
+from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, LoRAConfig, ModelConfig
 from xtuner_hydra.config.strict import changed
 from xtuner_hydra.data.loader import eval_batches
@@ -106,13 +107,13 @@ def _config(app: App, trained: Trained) -> Config:
 
 def _no_share_held_out(overrides: list[str]) -> list[str]:
     """What makes way for a held-out file where the run held out a share of its training data."""
-    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    keys = {key for key, _ in map(split_override, overrides)}
     return ["data.eval_ratio=null"] if "data.eval_path" in keys and "data.eval_ratio" not in keys else []
 
 
 def _no_training_data(overrides: list[str]) -> list[str]:
     """What closes the data.path that an option of `data` may leave open: held-out data in its place, which is all that is read."""
-    values = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    values = dict(map(split_override, overrides))
     held_out = values.get("data.eval_path", "null")
     return [] if held_out == "null" or "data.sources" in values else [f"data.path={held_out}"]
 
@@ -124,8 +125,7 @@ def _quoted(value: str | None) -> str:
 
 
 def _refuse_idle(overrides: list[str]) -> None:
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+    for key, _ in map(split_override, overrides):
         if key.partition(".")[0] in _IDLE:
             raise RefusedError(f"evaluate: {key}: plays no part where nothing is trained; leave it out")
 

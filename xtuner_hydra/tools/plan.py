@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
             sweep = draft(app, app.sweep_dir())
             print("\n".join(describe_sweep(sweep, choose_launcher(app, sweep))))
             return EXIT_DONE
-        prepared = prepare(app.compose(app.overrides))
+        prepared = prepare(app.compose_run())
     print(printable("\n".join(describe(prepared))))
     return EXIT_DONE
 

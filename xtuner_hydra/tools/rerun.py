@@ -17,7 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xtuner_hydra.app import App, Composition
+from xtuner_hydra.app import App
+from xtuner_hydra.config.composition import Composition
+from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, DataError, RefusedError
 from xtuner_hydra.recompose import recompose
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
         run = _original(app)
         as_many_threads(run.environment)
         composition = again(app, run)
-        given = {override.lstrip("+").partition("=")[0] for override in app.overrides}
+        given = {key for key, _ in map(split_override, app.overrides)}
     from xtuner_hydra import launch  # imports torch, which reads OMP_NUM_THREADS once
 
     prepared = launch.prepare(composition)

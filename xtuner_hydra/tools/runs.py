@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.strict import did_you_mean, known_keys, unknown_key
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.reports.words import HUGE
@@ -151,7 +152,7 @@ def _path(run: Glance) -> str:
 
 def _short(override: str) -> str:
     """`lr=6e-5` for `optimizer.lr=6e-5`, and a path by its last part; the whole key where another ends alike."""
-    key, _, value = override.lstrip("+").partition("=")
+    key, value = split_override(override)
     tail = key.rpartition(".")[2]
     return f"{tail if _TAILS[tail] == 1 else key}={os.path.basename(value.rstrip('/')) if '/' in value else value}"
 

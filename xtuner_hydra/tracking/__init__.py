@@ -34,7 +34,8 @@ def build_trackers(
     resolved: the whole config, for W&B and TensorBoard's hyper-parameters. start_step: the step that a resumed run goes on from, 0 for a new
     one; later rows are dropped. evaluated, sampled: whether that step was when it was saved; if not, it will be again, and rows of it are
     dropped too. samples: whether there will be any."""
-    trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step)]
+    experts = resolved["model"]["moe"] or {"router_aux_loss_coef": 0.0}
+    trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step, experts["router_aux_loss_coef"])]
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir / "metrics.jsonl", start_step, finished=evaluated))
     if samples:

@@ -22,8 +22,10 @@ class ConsoleTracker:
 
     required = False
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
+    def __init__(self, total_steps: int, start_step: int, aux_coef: float = 0.0) -> None:
+        """aux_coef: with which `train/aux_loss` counts in the loss that is trained."""
         self.total_steps = total_steps
+        self.aux_coef = aux_coef
         # disable=None: no bar where stderr is not a terminal
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr, disable=None)
 
@@ -32,7 +34,7 @@ class ConsoleTracker:
         if "eval/loss" in row:
             log.info(eval_line(row))
             return
-        log.info(step_line(row, self.total_steps))
+        log.info(step_line(row, self.total_steps, self.aux_coef))
         self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}", refresh=False)
         self.bar.update(int(row["train/step"] or 0) - self.bar.n)
 
@@ -46,11 +48,12 @@ class ConsoleTracker:
         self.bar.close()
 
 
-def step_line(row: Row, total_steps: int) -> str:
+def step_line(row: Row, total_steps: int, aux_coef: float = 0.0) -> str:
     """A step in the shape of XTuner's log lines."""
+    total_loss = (row["train/loss"] or 0) + aux_coef * (row.get("train/aux_loss") or 0)
     return (
         f"Step {row['train/step']}/{total_steps} data_time: {row['throughput/data_time']:.4f} lr: {row['train/lr']:.6f} "
-        f"time: {row['throughput/step_time']:.4f} text_tokens: {row['train/tokens']:.1f} total_loss: {row['train/loss']:.3f} "
+        f"time: {row['throughput/step_time']:.4f} text_tokens: {row['train/tokens']:.1f} total_loss: {total_loss:.3f} "
         f"reduced_llm_loss: {row['train/loss']:.3f} max_memory: {row['memory/max_gb']:.2f} GB reserved_memory: {row['memory/reserved_gb']:.2f} GB "
         f"grad_norm: {row['train/grad_norm']:.3f} tgs: {row['throughput/tgs']:.1f} e2e_tgs: {row['throughput/e2e_tgs']:.1f}"
     )

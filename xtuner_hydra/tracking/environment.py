@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra import __version__
 from xtuner_hydra.machine import lines
 from xtuner_hydra.safe_text import redact
 
@@ -29,7 +30,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": redact(_command(argv)),
         "directory": os.getcwd(),
-        "versions": {"xtuner_hydra": _own_version(), "python": platform.python_version(), **_versions()},
+        "versions": {"xtuner_hydra": __version__, "python": platform.python_version(), **_versions()},
         "git": _git(),
         "hardware": {"host": socket.gethostname(), "system": platform.platform(), **_cpu(), "gpus": _gpus()},
         "executable": sys.executable,
@@ -41,10 +42,6 @@ def _command(argv: Sequence[str]) -> str:
     program, *arguments = argv or [""]
     module = Path(program).parent.name if Path(program).name == "__main__.py" else None
     return f"python -m {module} {shlex.join(arguments)}".rstrip() if module else shlex.join([Path(program).name, *arguments])
-
-
-def _own_version() -> str | None:
-    return _version("xtuner-hydra")
 
 
 def _versions() -> dict[str, str | None]:

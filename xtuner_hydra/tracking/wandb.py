@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from xtuner_hydra.config.names import is_plain
+from xtuner_hydra.config.names import is_plain, split_override
 from xtuner_hydra.config.schema import WandbConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.files import write_text
@@ -230,8 +230,7 @@ def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
     Values stay as typed. Options (`model=hf`) are left out: they are under `options`, and a key cannot be a text and a dict."""
     nested: dict[str, Any] = {}
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+    for key, value in map(split_override, overrides):
         *groups, name = key.split(".")
         if groups and "/" not in key:
             inner = nested

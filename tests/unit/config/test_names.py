@@ -8,7 +8,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtuner_hydra.config.names import MAX_LENGTH, as_typed, job_name, run_name
+from xtuner_hydra.config.names import MAX_LENGTH, as_typed, job_name, run_name, split_override
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_an_override_is_its_key_and_its_value(prefix):
+    assert split_override(f"{prefix}data.path=a=b") == ("data.path", "a=b")
 
 
 def test_name_says_what_was_chosen():

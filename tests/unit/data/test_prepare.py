@@ -8,7 +8,7 @@ from chats import chat, write_lines
 
 from xtuner_hydra.config.schema import Config, DataConfig, SourceConfig, TrainerConfig
 from xtuner_hydra.data import prepare as prepare_module
-from xtuner_hydra.data.prepare import PreparedData, changed_files, prepare
+from xtuner_hydra.data.prepare import EXAMPLES, PreparedData, changed_files, prepare
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.errors import DataError
 
@@ -171,6 +171,20 @@ def test_data_json_tells_contents_apart(config, tmp_path):
         saved = json.loads((tmp_path / "data.json").read_text())
         assert [saved[part]["hashes"] for part in ("train", "eval")] == [[digest] for digest in digests]
         assert saved["train"]["sources"][0]["cache"].endswith(saved["train"]["fingerprint"])
+
+
+def test_the_examples_as_held_out_data_of_others_are_announced(config, caplog):
+    """`data.path=FILE` alone leaves data.eval_path as it is."""
+    words = "held-out data is the example that ships with xtuner_hydra"
+    prepare(config, ByteTokenizer(), progress=False)
+    assert words not in caplog.text
+    config.data.eval_path = str(EXAMPLES / "openai_sft_heldout.jsonl")
+    prepare(config, ByteTokenizer(), progress=False)
+    assert words in caplog.text
+    caplog.clear()
+    config.data.path = str(EXAMPLES / "openai_sft.jsonl")
+    prepare(config, ByteTokenizer(), progress=False)
+    assert words not in caplog.text
 
 
 def test_held_out_data_that_is_trained_on_is_announced(config, tmp_path, caplog):

@@ -154,6 +154,7 @@ def test_a_bad_config_exits_with_2(cli):
     ("overrides", "words"),
     [
         (["-m"], "nothing to sweep"),
+        (["sweep.trials=3"], "sweep.trials=3: is a setting of a sweep, but this is a single run; add -m"),
         (["data.path=nowhere"], "no such file"),
         (["model.num_key_value_heads=3"], "not divisible"),
         (["-m", "trainer.seed=1,2", "debug=fast", "hydra.launcher.slots=0"], "hydra.launcher.slots=0: must be"),

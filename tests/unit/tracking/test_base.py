@@ -53,7 +53,7 @@ def test_wandb_is_left_out_where_its_own_variable_says_so(tmp_path, monkeypatch,
     monkeypatch.setenv("WANDB_MODE", variable)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     config = TrackingConfig(jsonl=False, tensorboard=False, wandb=WandbConfig(enabled=True, mode="auto"))
-    build_trackers(config, tmp_path, resolved={}, overrides=[], total_steps=1, start_step=0).finish("completed", 0)
+    build_trackers(config, tmp_path, resolved={"model": {"moe": None}}, overrides=[], total_steps=1, start_step=0).finish("completed", 0)
     assert [path.name for path in tmp_path.iterdir()] == directories
 
 
@@ -62,7 +62,7 @@ def test_a_dashboard_that_cannot_be_opened_is_left_out_with_a_warning(tmp_path, 
         (tmp_path / name).touch()  # where its directory should be
     config = TrackingConfig(jsonl=True, tensorboard=True, wandb=WandbConfig(enabled=True, mode="offline"))
     with caplog.at_level("WARNING", "xtuner_hydra"):
-        trackers = build_trackers(config, tmp_path, resolved={}, overrides=[], total_steps=1, start_step=0)
+        trackers = build_trackers(config, tmp_path, resolved={"model": {"moe": None}}, overrides=[], total_steps=1, start_step=0)
         trackers.log({"train/step": 1, "train/loss": 1.0})
     trackers.finish("completed", 0)
     assert ("TensorBoard is left out" in caplog.text, "W&B is left out" in caplog.text) == (True, True)

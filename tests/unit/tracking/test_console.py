@@ -65,6 +65,11 @@ def test_a_step_of_the_same_numbers_is_xtuners_line_letter_by_letter(tmp_path, c
     assert line.partition(" Step ")[2] == XTUNERS_LINE.partition(" Step ")[2]
 
 
+def test_the_total_loss_of_experts_has_the_auxiliary_one_in_it():
+    line = step_line({**ROW, "train/aux_loss": 4.0}, 32, 0.25)
+    assert "total_loss: 11.300 reduced_llm_loss: 10.300 " in line
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_went_wrong_can_be_told(value):
     assert f"grad_norm: {value} " in step_line({**ROW, "train/loss": value, "train/grad_norm": value}, 32)
