@@ -89,6 +89,13 @@ VERBS = ("plan", "data", "doctor", "report", "runs", "diff", "rerun", "chat", "e
 """The words that a command line can begin with; each is a module of xtuner_hydra.tools with a `main(arguments)`."""
 
 
+_NO_VERBS = {
+    "train": "training needs none: xtuner-hydra [GROUP=OPTION] [KEY=VALUE]",
+    "sweep": "a sweep is several values: xtuner-hydra -m KEY=A,B",
+    "help": "see --help",
+}
+
+
 def _verb(argv: list[str]) -> Callable[[list[str]], int]:
     """The function for the first word; a word that is neither verb, option nor override is refused by name."""
     if argv == ["--version"]:  # Hydra's would tell its own
@@ -99,6 +106,8 @@ def _verb(argv: list[str]) -> Callable[[list[str]], int]:
         return train
     if argv[0] in VERBS:
         return lambda words: import_module(f"xtuner_hydra.tools.{words[0]}").main(words[1:])
+    if argv[0] in _NO_VERBS:
+        raise RefusedError(f"{argv[0]}: no such command; {_NO_VERBS[argv[0]]}")
     from xtuner_hydra.config.strict import did_you_mean
 
     hint = did_you_mean(argv[0], list(VERBS))

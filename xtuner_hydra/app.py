@@ -112,6 +112,7 @@ class App:
                 self.hydra.shell_completion(self.config_name, self.overrides)
             elif self.args.cfg or self.args.info:
                 self.compose(self.overrides)
+                self._refuse_unknown_package()
                 if self.args.cfg:
                     self.hydra.show_cfg(self.config_name, self.overrides, self.args.cfg, self.args.package, self.args.resolve)
                 else:
@@ -119,6 +120,11 @@ class App:
             else:
                 return False
         return True
+
+    def _refuse_unknown_package(self) -> None:
+        name = self.args.package
+        if name not in (None, "_global_") and OmegaConf.select(self.composed(self.overrides), name) is None:
+            raise RefusedError(f"--package {name}: there is no such group or key.{did_you_mean(name, list(known_keys()))}")
 
     def compose_run(self) -> Composition:
         """Compose and check the one run of this command line; refuses settings of a sweep, which it would not use."""
@@ -286,12 +292,7 @@ class App:
 
     def check_overrides(self, overrides: list[str]) -> list[Override]:
         """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
-        try:
-            parsed = OverridesParser.create(config_loader=self.hydra.config_loader).parse_overrides(overrides)
-        except HydraException as error:
-            raise RefusedError(
-                str(error).strip().splitlines()[0] + "  Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
-            ) from None
+        parsed = self._parsed(overrides)
         groups, keys = self.groups, known_keys()
         # options behind `hydra.searchpath=` are seen by Hydra's own composition only, which refuses unknown ones too
         extra_searchpath = any(override.key_or_group == "hydra.searchpath" for override in parsed)
@@ -309,6 +310,19 @@ class App:
                 if "." not in key and (close := did_you_mean(key, [group for group in groups if not group.startswith("hydra")])):
                     raise RefusedError(f"{key}: there is no such group or key.{close}")
                 raise unknown_key(key, f"the command line: {override.input_line}")
+        return parsed
+
+    def _parsed(self, overrides: list[str]) -> list[Override]:
+        parser, parsed = OverridesParser.create(config_loader=self.hydra.config_loader), list[Override]()
+        for override in overrides:
+            try:
+                parsed.append(parser.parse_override(override))
+            except HydraException as error:
+                words = (str(error), str(error.__cause__))
+                why = next((f" ({text.strip().splitlines()[0]})" for text in words if " at " in text), "")
+                raise RefusedError(
+                    f"{override}: cannot be read{why}. Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
+                ) from None
         return parsed
 
     @functools.cached_property
@@ -451,7 +465,7 @@ def readable_errors() -> Iterator[None]:
                 f"{key[1]}: there is no {parent} here to set a part of; set it whole: '{parent}={{KEY:VALUE,...}}'"
             ) from None
         if key and key[1].startswith("hydra."):
-            raise RefusedError(f"{key[1]}: Hydra has no such key.{did_you_mean(key[1], list(known_keys(HydraConf, 'hydra.')))}") from None
+            raise RefusedError(f"{key[1]}: there is no such key.{did_you_mean(key[1], list(known_keys(HydraConf, 'hydra.')))}") from None
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip() and not _is_advice(line)]
         culprit = getattr(error.__cause__, "full_key", None)  # for a value that does not fit, Hydra's own words tell the override only
         raise RefusedError(f"{culprit or 'config'}: {' '.join(lines[:2])}") from None

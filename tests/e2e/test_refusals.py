@@ -78,6 +78,8 @@ def test_showing_a_config_checks_it_too(cli):
 
 def test_an_unknown_word_is_no_verb(cli):
     assert "Did you mean plan?" in refused(cli, "plam")
+    assert "train: no such command; training needs none" in refused(cli, "train", "debug=fast")
+    assert "Did you mean optimizer" in refused(cli, "--cfg", "job", "--package", "optimizerr")
 
 
 def test_a_verb_that_is_not_the_first_word_is_known(cli):

@@ -81,6 +81,19 @@ def parts_used_by(part):
         ("cost", {"config", "model", "optim"}),
         ("ranks", {"config", "errors", "garbage", "parallel", "results", "run_dir", "safe_text", "worker"}),
         ("app", {"config", "errors", "model", "safe_text"}),
+        ("recompose", {"app", "config"}),
+        ("run_dir", {"config", "errors", "files", "safe_text"}),
+        (
+            "launch",
+            {"checkpoint", "config", "data", "errors", "files", "model", "parallel", "ranks", "run_dir", "stopping", "tracking"},
+        ),
+        (
+            "worker",
+            {
+                *("checkpoint", "config", "data", "engine", "errors", "files", "garbage", "metrics", "model", "optim", "parallel"),
+                *("pointwise", "reports", "results", "run_dir", "safe_text", "stopping", "tracking", "trainer"),
+            },
+        ),
     ],
 )
 def test_imports_point_one_way(part, may_use):

@@ -41,7 +41,7 @@ def _check_heads(config: Config) -> None:
         raise ConfigError(
             "data.pack_max_length",
             config.data.pack_max_length,
-            f"longer than model.max_position_embeddings={model.max_position_embeddings}",
+            f"longer than model.max_position_embeddings={model.max_position_embeddings}; lower it, or raise that",
         )
 
 

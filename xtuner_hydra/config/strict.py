@@ -42,12 +42,16 @@ def known_keys(schema: type = Config, prefix: str = "") -> dict[str, bool]:
 
 def is_whole(key: str) -> bool:
     """Whether the key's values are whole numbers and no others."""
-    schema: type | None = Config
+    kinds = _kinds_of(key, Config)
+    return int in kinds and float not in kinds
+
+
+def _kinds_of(key: str, schema: type | None) -> list[type]:
+    """The types that the value of a dotted key of `schema` may have; none for a key that it does not have."""
     *groups, name = key.split(".")
     for group in groups:
         schema = schema and next(filter(is_dataclass, _kinds(get_type_hints(schema).get(group))), None)
-    kinds = _kinds(get_type_hints(schema).get(name)) if schema else []
-    return int in kinds and float not in kinds
+    return _kinds(get_type_hints(schema).get(name)) if schema else []
 
 
 def did_you_mean(word: str, candidates: list[str]) -> str:
@@ -83,19 +87,22 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
             raise unknown_key(key, where(key))
         _refuse_bad_sources(plain, where)
         _refuse_misplaced(plain, Config, "", where)
+        assert isinstance(plain, dict)
+        _make_whole(plain, Config)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise unknown_key(str(error.full_key), where(str(error.full_key))) from None
     except ValidationError as error:
-        raise RefusedError(f"{error.full_key}: {_first_line(error)} (set in {where(str(error.full_key))})") from None
+        raise RefusedError(f"{error.full_key}: {_wrong_type(error, Config)} (set in {where(str(error.full_key))})") from None
     except ConfigError as error:
         raise RefusedError(f"{error} (set in {where(error.key)})") from None
     except MissingMandatoryValue as error:
         raise RefusedError(f"{error.full_key}: needs a value; set {error.full_key}=...") from None
     except OmegaConfBaseException as error:
-        raise RefusedError(f"{error.full_key or 'config'}: {_first_line(error)}") from None
+        set_in = f" (set in {where(error.full_key)})" if error.full_key else ""
+        raise RefusedError(f"{error.full_key or 'config'}: {_first_line(error)}{set_in}") from None
     assert isinstance(config, Config)
     return config
 
@@ -107,6 +114,8 @@ def to_group(name: str, schema: type[T], cfg: DictConfig) -> T:
         group = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise unknown_key(f"{name}.{error.full_key}") from None
+    except ValidationError as error:
+        raise RefusedError(f"{name}.{error.full_key}: {_wrong_type(error, schema)}") from None
     except OmegaConfBaseException as error:
         raise RefusedError(f"{name}.{error.full_key}: {_first_line(error)}") from None
     assert isinstance(group, schema)
@@ -196,7 +205,7 @@ def _refuse_bad_sources(plain: Any, where: Callable[[str], str]) -> None:
                 f"{prefix}.{error.key}: there is no such key (set in {set_in}).{hint} A source has {', '.join(names)}"
             ) from None
         except ValidationError as error:
-            raise RefusedError(f"{prefix}.{error.full_key}: {_first_line(error)} (set in {set_in})") from None
+            raise RefusedError(f"{prefix}.{error.full_key}: {_wrong_type(error, SourceConfig)} (set in {set_in})") from None
 
 
 def _refuse_misplaced(values: Any, schema: type, prefix: str, where: Callable[[str], str]) -> None:
@@ -219,6 +228,17 @@ def _refuse_misplaced(values: Any, schema: type, prefix: str, where: Callable[[s
             raise RefusedError(f"{key}: must be a list, got {value!r} (set in {where(key)})")
 
 
+def _make_whole(values: dict[Any, Any], schema: type) -> None:
+    """Turn a float without a fraction, `1e6`, into a whole number, in place, where the schema wants one."""
+    for name, value in values.items():
+        kinds = _kinds_of(name, schema)
+        group = next(filter(is_dataclass, kinds), None)
+        if isinstance(value, dict) and group is not None:
+            _make_whole(value, group)
+        elif isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+            values[name] = int(value)
+
+
 def _kinds(hint: Any) -> list[type]:
     """The types that a hint allows: of `list[int] | None`, list and NoneType."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
@@ -227,6 +247,14 @@ def _kinds(hint: Any) -> list[type]:
 
 def _spoken(kind: type) -> str:
     return {type(None): "null", str: "a string", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}[kind]
+
+
+def _wrong_type(error: ValidationError, schema: type) -> str:
+    """What the value should have been and is; of a list's item, OmegaConf's words."""
+    kinds = _kinds_of(str(error.full_key), schema)
+    if not kinds:
+        return _first_line(error)
+    return f"must be {' or '.join(map(_spoken, kinds))}, got {'null' if error.value is None else repr(error.value)}"
 
 
 def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
@@ -239,4 +267,4 @@ def _refuse_missing(merged: Any, where: Callable[[str], str]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).strip().splitlines()[0]).strip('"')

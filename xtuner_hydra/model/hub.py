@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xtuner_hydra.errors import ConfigError
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # no pickles, no code; the rest are a tokenizer's files
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 

@@ -14,6 +14,13 @@ def refusal(*argv):
     return str(caught.value)
 
 
+@pytest.mark.parametrize(("written", "number"), [("1e6", 1_000_000), ("3.0", 3), ("7", 7)])
+def test_a_whole_number_may_be_written_as_a_float(written, number):
+    with App([f"trainer.total_tokens={written}"]) as app:
+        total = app.compose(app.overrides).config.trainer.total_tokens
+    assert (total, type(total)) == (number, int)
+
+
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
     assert "Did you mean optimizer.lr?" in refusal(f"{prefix}optimizer.lrr=1")
@@ -27,8 +34,12 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
         ("model=qwen_tiny", "Did you mean qwen3_tiny"),
         ("model=null", "Options of model"),
         ("data.nothing_like_it=1", "data has path, format"),
-        ("optimizer.lr=fast", "could not be converted to Float (set in the command line: optimizer.lr=fast)"),
-        ("trainer.total_steps=1.5", "could not be converted to Integer"),
+        ("optimizer.lr=fast", "must be a number, got 'fast' (set in the command line: optimizer.lr=fast)"),
+        ("trainer.seed=null", "trainer.seed: must be a whole number, got null"),
+        ("model.vocab_size=${oc.env:NOPE}", "Environment variable 'NOPE' not found (set in the command line"),
+        ("optimizer.lr=[1e-4", "optimizer.lr=[1e-4: cannot be read (no viable alternative at input '[1e-4')"),
+        ("a.jsonl", "a.jsonl: cannot be read (missing EQUAL at '<EOF>')"),
+        ("trainer.total_steps=1.5", "must be a whole number or null, got 1.5"),
         ("optimizer.lr=-1", "0 or above"),
         ("optimizer.lr=nan", "0 or above"),
         ("optimizer.betas=[0.9]", "two numbers"),
@@ -40,7 +51,7 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
         ("~optimizer.lr", "nothing can be removed"),
         ("optimizer.lr=1,2", "add -m to train each of them, or write optimizer.lr=[...] for a list"),
         ("debug=null", "leave it out. Options of debug: fast,"),
-        ("hydra.run.dirr=x", "Hydra has no such key. Did you mean hydra.run.dir"),
+        ("hydra.run.dirr=x", "there is no such key. Did you mean hydra.run.dir"),
         ("optimizer.lr", "KEY=VALUE"),
         ("hydra.sweeep.dir=x", "Did you mean hydra.sweep.dir"),
         ("data=openai", "data.path: needs a value"),
@@ -76,7 +87,7 @@ def test_refusals_name_culprit_and_remedy(override, words):
     [
         ("[{pth: a}]", "data.sources[0].pth: there is no such key (set in the command line: data.sources=[{pth: a}]). Did you mean path?"),
         ("[{path: a},{format: text}]", "data.sources[1].path: needs a value"),
-        ("[{path: a,sample_ratio: x}]", "data.sources[0].sample_ratio: Value 'x' of type 'str' could not be converted to Float"),
+        ("[{path: a,sample_ratio: x}]", "data.sources[0].sample_ratio: must be a number, got 'x'"),
         ("[{path: a,sample_ratio: -1}]", "data.sources[0].sample_ratio=-1.0: must be a number above 0 (set in the command line"),
         ("[a]", "data.sources[0]: must be {path, format, sample_ratio}, got 'a'"),
         ("a", "data.sources: must be a list, got 'a'"),
