@@ -22,15 +22,15 @@ class RopeScaling:
     """How the rotary frequencies are stretched for contexts longer than those of the first training; names as in config.json."""
 
     rope_type: str = MISSING
-    """`linear` (all frequencies divided by the factor) or `llama3` (low ones only, with a smooth transition)."""
+    """`linear` (all frequencies divided by `factor`) or `llama3` (low ones only, with a smooth transition)."""
     factor: float = MISSING
-    """What low frequencies are divided by."""
+    """Divisor of the frequencies; llama3: of the low ones."""
     low_freq_factor: float | None = None
-    """llama3: wavelengths above original_max_position_embeddings / this are stretched in full."""
+    """llama3: wavelengths above original_max_position_embeddings / this are scaled in full."""
     high_freq_factor: float | None = None
-    """llama3: wavelengths below original_max_position_embeddings / this stay as they are."""
+    """llama3: wavelengths below original_max_position_embeddings / this are unchanged."""
     original_max_position_embeddings: int | None = None
-    """llama3: context length of the first training."""
+    """llama3: context length of the original training."""
 
     def __post_init__(self) -> None:
         key = "model.rope_scaling"
@@ -54,19 +54,19 @@ class MoEConfig:
     """A mixture of experts in the place of the MLP; names as in config.json."""
 
     num_experts: int = MISSING
-    """Experts a layer."""
+    """Experts per layer."""
     num_experts_per_tok: int = MISSING
-    """Experts that each token goes to."""
+    """Experts that each token is routed to."""
     moe_intermediate_size: int = MISSING
     """Inner width of an expert."""
     norm_topk_prob: bool = False
-    """Scale the chosen experts' probabilities so that they sum to 1."""
+    """Scale the chosen experts' probabilities to sum to 1."""
     router_aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss in the training loss; 0 = none."""
     decoder_sparse_step: int = 1
-    """Every so many layers one has experts, the others an MLP of intermediate_size."""
+    """One layer in this many has experts; the others have an MLP of intermediate_size."""
     mlp_only_layers: list[int] = field(default_factory=list)
-    """Layers (from 0) that have an MLP all the same."""
+    """Layers (from 0) that have an MLP regardless."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
@@ -83,11 +83,11 @@ class LoRAConfig:
     rank: int = 16
     """Inner width of an adapter."""
     alpha: float = 32.0
-    """What an adapter adds is scaled by alpha / rank."""
+    """An adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that is left out at random in training."""
+    """Share of an adapter's inputs that is zeroed at random in training."""
     targets: Any = "all-linear"
-    """Layers that get one, by the ends of their names (`q_proj`, `[q_proj, v_proj]`); `all-linear` = every linear one but the head."""
+    """Layers that get an adapter, by the ends of their names (`q_proj`, `[q_proj, v_proj]`); `all-linear` = every linear layer but the head."""
 
     def __post_init__(self) -> None:
         _at_least(1, "model.lora.rank", self.rank)
@@ -102,7 +102,7 @@ class LoRAConfig:
 @dataclass
 class ModelConfig:
     family: str = "qwen3"
-    """Architecture, a name in model/families/; `hf` reads it and every other shape below from `pretrained`/config.json."""
+    """Architecture, a name in model/families/; `hf` reads it and the other shapes below from `pretrained`/config.json."""
     vocab_size: int = MISSING
     """Rows of the embedding and of the LM head."""
     hidden_size: int = MISSING
@@ -114,41 +114,41 @@ class ModelConfig:
     num_attention_heads: int = MISSING
     """Query heads."""
     num_key_value_heads: int = MISSING
-    """Key and value heads; divides num_attention_heads."""
+    """Key and value heads; must divide num_attention_heads."""
     head_dim: int = MISSING
     """Width of a head (need not be hidden_size / num_attention_heads)."""
     max_position_embeddings: int = 40960
-    """Longest sequence the positions are meant for."""
+    """Longest supported sequence in tokens."""
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     rope_theta: float = 1e6
     """Base of the rotary position embedding."""
     rope_scaling: RopeScaling | None = None
-    """Stretched rotary frequencies (Llama 3.1 and later); null = none."""
+    """Rotary frequencies scaled for long contexts (Llama 3.1 and later); null = none."""
     sliding_window: int | None = None
-    """Tokens that a token sees, itself among them; null = all before it in its document."""
+    """Tokens that a token attends to, itself included; null = all earlier ones in its document."""
     tie_word_embeddings: bool = False
-    """Use the embedding as LM head too."""
+    """Use the embedding as the LM head too."""
     attention_bias: bool = False
     """Biases on the q, k, v and o projections."""
     qkv_bias: bool = False
     """Biases on the q, k and v projections only (Qwen2)."""
     qk_norm: bool = True
-    """RMSNorm on every head's queries and keys (Qwen3)."""
+    """RMSNorm on the queries and keys of every head (Qwen3)."""
     moe: MoEConfig | None = None
     """Mixture of experts; null = an MLP in every layer."""
     pretrained: str | None = None
     """Hugging Face directory or Hub id to read weights from; null = random weights from trainer.seed."""
     strict: bool = True
-    """Refuse weights that are missing in `pretrained`, unexpected or of another shape; false = list them and start those from random values."""
+    """Reject weights that are missing in `pretrained`, unexpected or of another shape; false = list them and start those from random values."""
     tokenizer: str | None = None
-    """`byte`, or a directory or Hub id of a Hugging Face tokenizer; null = the one in `pretrained`, where that is null `byte`."""
+    """`byte`, or a directory or Hub id of a Hugging Face tokenizer; null = the one in `pretrained`, else `byte`."""
     chat_template: str | None = None
-    """How messages become text; null = the tokenizer's own, else a .jinja file, `qwen3`; for `byte` `chatml` (the default) or `xtuner`."""
+    """How messages become text: null = the tokenizer's own; or a .jinja file, or `qwen3`; with `byte` tokens `chatml` (the default) or `xtuner`."""
     adapter: str | None = None
-    """`lora`: train small matrices beside the weights, which are frozen; null = train the weights."""
+    """`lora`: train small matrices alongside the frozen weights (LoRA); null = train the weights."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """What adapter=lora adds."""
+    """Used by adapter=lora."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -196,9 +196,9 @@ class SourceConfig:
     path: Any = MISSING
     """Like data.path."""
     format: str | None = None
-    """Like data.format, which holds where this is null."""
+    """Like data.format; null = that one."""
     sample_ratio: float = 1.0
-    """How often the source counts, times data.sample_ratio."""
+    """Repeats per epoch, times data.sample_ratio."""
 
 
 @dataclass
@@ -206,31 +206,31 @@ class DataConfig:
     path: Any = MISSING
     """File (.jsonl, .json, .parquet; .gz, .zst), directory (read recursively), glob, or a list of these."""
     format: str = "openai"
-    """Shape of a record: `openai`, `sharegpt`, `alpaca`, `prompt_completion`, `text`, or package.module:function, code of yours."""
+    """Shape of a record: `openai`, `sharegpt`, `alpaca`, `prompt_completion`, `text`, or package.module:function, your own code."""
     sources: list[SourceConfig] | None = None
     """A mixture in place of `path`: a list of {path, format, sample_ratio}."""
     sample_ratio: float = 1.0
-    """How often the data counts: the integer part repeats it, the fraction is drawn once with trainer.seed."""
+    """Repeats per epoch; 2.5 = twice plus a random half, drawn once with trainer.seed."""
     max_length: int | None = None
     """Longest sample in tokens; null = pack_max_length, for held-out data model.max_position_embeddings (`hard`: no limit)."""
     overlong: str = "truncate"
-    """Longer samples: `truncate` (counted and announced), `drop`, `error`."""
+    """Longer samples: `truncate` (counted and reported), `drop`, `error`."""
     bad_lines: str = "error"
-    """Lines that cannot be used: `error` stops, `skip` counts and lists them."""
+    """Unusable lines: `error` stops, `skip` counts and lists them."""
     pack_strategy: str = "best_fit"
-    """`best_fit` (new packs each epoch, fullest), `soft` (XTuner's: in order, samples whole), `hard` (one stream cut), `none`."""
+    """`best_fit` (fullest, new each epoch), `soft` (XTuner's: whole samples, in order), `hard` (one stream, cut), `none` (one sample per pack)."""
     pack_max_length: int = 2048
-    """Tokens in a pack; the longest sequence that the model sees."""
+    """Tokens per pack; the longest sequence that the model sees."""
     shuffle: bool = True
     """New order each epoch, from trainer.seed; false = the file's order."""
     cache_dir: str | None = None
-    """Token cache; null = $XDG_CACHE_HOME/xtuner_hydra, or ~/.cache/xtuner_hydra."""
+    """Token cache; null = $XDG_CACHE_HOME/xtuner_hydra, else ~/.cache/xtuner_hydra."""
     num_workers: int | None = None
-    """Processes that tokenise; null = one a core, 0 = none beside this one."""
+    """Tokenizer processes; null = one per core, 0 = in the main process."""
     eval_path: Any = None
-    """Held-out data, like `path`; null = no evaluation, or eval_ratio."""
+    """Held-out data, given like `path`; null = none unless eval_ratio is set."""
     eval_ratio: float | None = None
-    """Share of the data to hold out, chosen by content; xor eval_path."""
+    """Share of the data to hold out, chosen by content; not together with eval_path."""
 
     def __post_init__(self) -> None:
         _format("data.format", self.format)
@@ -277,9 +277,9 @@ class DataConfig:
 @dataclass
 class ParallelismConfig:
     nproc_per_node: int | None = 1
-    """Workers on this machine; null = one a GPU (one without GPUs). Under torchrun its number counts."""
+    """Workers on this machine; null = one per GPU (one without GPUs); ignored under torchrun."""
     dp_shard: int = -1
-    """Ranks that share one copy of the weights (FSDP2); -1 = all that dp_replicate leaves."""
+    """Ranks that share one copy of the weights (FSDP2); -1 = number of ranks / dp_replicate."""
     dp_replicate: int = 1
     """Copies of the weights (HSDP)."""
     param_dtype: str = "auto"
@@ -291,11 +291,11 @@ class ParallelismConfig:
     reshard_after_forward: bool = False
     """Free a layer's gathered weights after its forward pass: less memory, one more gather."""
     compile: str = "auto"
-    """torch.compile for norms, rotations, SwiGLU and the loss: `true`, `false`, `auto` (where the run is long enough to win the time back)."""
+    """torch.compile for norms, rotations, SwiGLU and the loss: `true`, `false`, `auto` (if the run is long enough to pay off)."""
     max_restarts: int = 0
-    """Times that the ranks are started again, from the last checkpoint, after one of them crashed; under torchrun its own number counts."""
+    """Restarts of the ranks from the last checkpoint after a crash; ignored under torchrun (use its --max-restarts)."""
     timeout: float = 1800.0
-    """Seconds that ranks wait for one that hangs before all of them end."""
+    """Seconds that the ranks wait for one that hangs before all of them exit."""
 
     def __post_init__(self) -> None:
         if self.nproc_per_node is not None:
@@ -319,21 +319,21 @@ class OptimizerConfig:
     lr: float = 6e-5
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decoupled decay; with `sgd`, times the weights and added to the gradient."""
+    """Decoupled weight decay; `sgd` adds it, times the weights, to the gradient."""
     decay_all: bool = False
-    """Decay norms and biases too (XTuner does)."""
+    """Decay norms and biases too (as XTuner does)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the first and second moment."""
     momentum: float = 0.95
-    """Of `muon` and `sgd` (Nesterov's)."""
+    """Nesterov momentum of `muon` and `sgd`."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
-    """Gradients longer than this (global norm) are scaled down to it."""
+    """Gradients with a larger global norm are scaled down to it."""
     nonfinite: str = "error"
-    """On a NaN or infinite loss or gradient: `error` stops before the update, `skip` leaves that update out and counts it."""
+    """On a NaN or infinite loss or gradient: `error` stops before the update, `skip` omits the update and counts it."""
     max_nonfinite: int = 10
-    """`skip` gives up after so many updates in a row."""
+    """`skip` gives up after this many updates in a row."""
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, ("adamw", "muon", "sgd"))
@@ -356,7 +356,7 @@ class SchedulerConfig:
     lr_min: float = 1e-6
     """Learning rate at the end."""
     warmup_ratio: float | None = 0.03
-    """Share of the steps that warm up, rounded down, where warmup_steps is null."""
+    """Share of the steps that warm up, rounded down; used if warmup_steps is null."""
     warmup_steps: int | None = None
     """Steps that warm up: at 0-based step s the rate is lr * (s + 1) / warmup_steps."""
     decay_ratio: float = 0.2
@@ -375,33 +375,33 @@ class SchedulerConfig:
 @dataclass
 class TrainerConfig:
     total_steps: int | None = None
-    """Optimizer steps; xor epochs, total_tokens (all null: one epoch)."""
+    """Optimizer steps; set at most one of total_steps, epochs, total_tokens (all null: one epoch)."""
     epochs: int | None = None
     """Passes over the data."""
     total_tokens: int | None = None
     """Stop with the step that reaches this many tokens."""
     max_seconds: float | None = None
-    """Save and stop (exit code 75) so that the run ends within so many seconds of its start, as a job's time limit asks; null = no limit."""
+    """Wall-clock limit in seconds, from the run's start; saves and exits with 75 before it; null = no limit."""
     global_batch_size: int | None = 1
-    """Packs per optimizer step over all ranks; null = one a data-parallel rank."""
+    """Packs per optimizer step over all ranks; null = one per data-parallel rank."""
     seed: int = 42
-    """Decides initial weights, data order and dropout."""
+    """Determines initial weights, data order and dropout."""
     freeze: list[str] = field(default_factory=list)
-    """Parameters that are not trained, by patterns of their names (`*embed_tokens*`, `*.layers.0.*`)."""
+    """Parameters that are not trained, by name pattern (`*embed_tokens*`, `*.layers.0.*`)."""
     deterministic: bool = False
-    """Refuse operations whose results vary from run to run (slower on GPUs)."""
+    """Forbid operations whose results vary from run to run (slower on GPUs)."""
     log_interval: int = 1
-    """Steps between two rows of metrics."""
+    """Steps between rows of metrics."""
     eval_interval: int | None = -1
-    """Steps between evaluations; -1 = at the end only, null = never. Every interval evaluates at the end too."""
+    """Steps between evaluations; -1 = at the end only, null = never. Any interval also evaluates at the end."""
     profile_steps: int = 0
-    """Steps that are profiled, after the first two: profile/trace.json, operators.txt."""
+    """Steps to profile, after the first two: profile/trace.json, operators.txt."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Questions that the model answers at each evaluation, greedily; samples.jsonl, the report and W&B show how the answers change."""
+    """Prompts that the model answers, greedily, at each evaluation; samples.jsonl, the report and W&B show how the answers change."""
     sample_tokens: int = 64
-    """Tokens of such an answer at most."""
+    """Maximum tokens per answer."""
     device: str = "auto"
-    """`cpu`, `cuda`, `auto` (a GPU where there is one)."""
+    """`cpu`, `cuda`, `auto` (a GPU if there is one)."""
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "epochs", "total_tokens", "global_batch_size"):
@@ -432,25 +432,25 @@ class TrainerConfig:
 @dataclass
 class CheckpointConfig:
     interval: int | None = -1
-    """Steps between checkpoints to resume from; -1 = at the end only, null = never. Every interval saves at the end too."""
+    """Steps between checkpoints to resume from; -1 = at the end only, null = never. Any interval also saves at the end."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep every checkpoint at a multiple of so many steps too, for good."""
+    """Also keep multiples of this many steps permanently."""
     keep_best: str | None = None
-    """Keep the checkpoint with the smallest value of this metric of an evaluation after its step too (`eval/loss`)."""
+    """Also keep the checkpoint with the smallest value of this evaluation metric (`eval/loss`)."""
     asynchronous: bool = False
-    """Save behind training, from a copy (as much memory as the weights and the optimizer's state take)."""
+    """Save in the background, from a copy (as much memory as the weights and the optimizer state)."""
     resume: str = "never"
-    """`never`, `auto` (the newest checkpoint of this run directory, else step 0), or a checkpoint or run directory to continue from in a new one."""
+    """`never`, `auto` (this run directory's newest checkpoint, else step 0), or a checkpoint or run directory to continue from in a new one."""
     allow_change: list[str] = field(default_factory=list)
-    """Keys that may differ from those of the run that is resumed though they alter its trajectory (`data`, `trainer.seed`)."""
+    """Keys that may differ from the resumed run although they alter its trajectory (`data`, `trainer.seed`)."""
     hf_interval: int | None = -1
     """Steps between Hugging Face exports, like `interval`."""
     hf_keep: int = 1
-    """Newest exports to keep."""
+    """Number of newest exports to keep."""
     hf_merge: bool | None = None
-    """Add an adapter to its base in exports; false = export it alone, for peft; null = alone where its base is model.pretrained."""
+    """Merge an adapter into its base for export; false = export it alone (peft); null = alone if its base is model.pretrained."""
 
     def __post_init__(self) -> None:
         _interval("checkpoint.interval", self.interval)
@@ -476,11 +476,11 @@ class WandbConfig:
     group: str | None = None
     """Runs shown together; null = the sweep's name in a sweep."""
     name: str | None = None
-    """Run name; null = the run directory's, without its time."""
+    """Run name; null = the run directory's name without its time."""
     tags: list[str] = field(default_factory=list)
     """Labels, besides the names of model, data, experiment and debug options, and `sweep` for its jobs."""
     artifacts: str = "none"
-    """What a completed run uploads: `none`, `export` (for transformers), `checkpoint` (to resume from), `all`; in a sweep only of jobs that stay."""
+    """What a completed run uploads: `none`, `export` (for transformers), `checkpoint` (to resume from), `all`; in a sweep only for kept jobs."""
 
     def __post_init__(self) -> None:
         _one_of("tracking.wandb.mode", self.mode, ("auto", "online", "offline"))
@@ -492,7 +492,7 @@ class WandbConfig:
 @dataclass
 class TrackingConfig:
     jsonl: bool = True
-    """metrics.jsonl, the truth every other view is made from."""
+    """metrics.jsonl, the source of every other view."""
     tensorboard: bool = True
     """TensorBoard event files."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -502,27 +502,27 @@ class TrackingConfig:
 @dataclass
 class SweepConfig:
     search: str = "grid"
-    """`grid` (every combination), `zip` (first values together, then second ones), `random`, `bayes`."""
+    """`grid` (every combination), `zip` (pairs the first values, then the second, like Python's zip), `random`, `bayes`."""
     params: dict[str, Any] = field(default_factory=dict)
-    """What is swept, as the command line would say it (`optimizer.lr: 1e-5,6e-5`); the command line's own values win."""
+    """What is swept, written as on the command line (`optimizer.lr: 1e-5,6e-5`); values typed there win."""
     trials: int = 20
-    """Jobs that `random` and `bayes` draw."""
+    """Number of jobs that `random` and `bayes` draw."""
     early_stop: bool = False
-    """`random`, `bayes`: stop hopeless jobs by their evaluations (successive halving)."""
+    """`random`, `bayes`: stop unpromising jobs at their evaluations (successive halving)."""
     reduction_factor: int = 3
-    """early_stop: of so many jobs one goes on at each rung."""
+    """early_stop: one job in this many survives each rung."""
     metric: str | None = None
-    """What decides; null = eval/loss, or train/loss where no data is held out."""
+    """Metric that decides; null = eval/loss, or train/loss if no data is held out."""
     direction: str = "minimize"
     """`minimize` or `maximize` the metric."""
     resume: str | None = None
     """A sweep's directory, to run what is missing in it."""
     retries: int = 0
-    """Times that a job which failed in training is started again."""
+    """How often a failed job is retried."""
     fail_fast: bool = False
-    """End the sweep with the first job that failed."""
+    """End the sweep at the first failed job."""
     keep: str = "best"
-    """Whose checkpoints and exports stay: `best` (the best job's so far), `all`, `none`."""
+    """Whose checkpoints and exports are kept: `best` (the best job's so far), `all`, `none`."""
 
     def __post_init__(self) -> None:
         _one_of("sweep.search", self.search, ("grid", "zip", "random", "bayes"))
