@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def sync_tree(directory: Path) -> None:
         for name in files:
             sync(Path(root, name))
         sync(Path(root))
+
+
+def tree_size(path: Path) -> tuple[int, int]:
+    """(files, bytes) of a file or of all below a directory; those that go while they are counted, as a running run tidies up, do not count."""
+    if not path.is_dir():
+        return 1, path.lstat().st_size
+    sizes = []
+    for root, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                sizes.append(os.lstat(os.path.join(root, name)).st_size)
+    return len(sizes), sum(sizes)
 
 
 def readable_by_others(path: Path) -> None:

@@ -182,6 +182,11 @@ def read_status(directory: Path) -> dict[str, Any]:
     return status if isinstance(status, dict) else {}
 
 
+def state(directory: Path) -> str:
+    """What has become of the run in `directory` (`state_of` its status.json)."""
+    return state_of(directory, read_status(directory))
+
+
 def state_of(directory: Path, status: dict[str, Any]) -> str:
     """The state that `status` tells, but `killed` for a running one whose process is gone, and `pruned` for one that a sweep stopped early."""
     state = str(status.get("state", "unknown"))

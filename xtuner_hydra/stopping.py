@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 from types import FrameType
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xtuner_hydra.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Stopped
+from xtuner_hydra.signals import SIGNALS, handled_by
 
 
 class Wish(IntEnum):
@@ -28,7 +29,7 @@ class Wish(IntEnum):
     SAVE_FAILED = 4
 
 
-SIGNALS = {signal.SIGTERM: Wish.PREEMPTED, signal.SIGUSR1: Wish.PREEMPTED, signal.SIGINT: Wish.INTERRUPTED}
+WISHES = {signal.SIGTERM: Wish.PREEMPTED, signal.SIGUSR1: Wish.PREEMPTED, signal.SIGINT: Wish.INTERRUPTED}
 REASONS = {
     Wish.OUT_OF_TIME: "trainer.max_seconds is near",
     Wish.PREEMPTED: "asked to stop (SIGTERM or SIGUSR1)",
@@ -52,15 +53,9 @@ class Stopping:
         self._longest = 0.0
         self._last = time.monotonic()
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals in this block."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Handle the signals in a block."""
+        return handled_by(self._note)
 
     def begin_training(self) -> None:
         """Signals wait for the next edge from now on. What came before, the start, is no stretch between edges that could come again."""
@@ -113,7 +108,7 @@ class Stopping:
         return self.wish
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        wish, before = SIGNALS[signal.Signals(number)], self.wish
+        wish, before = WISHES[signal.Signals(number)], self.wish
         self.wish = max(wish, before)
         if before == Wish.INTERRUPTED:  # a second one, or the launcher that dies after the first
             raise KeyboardInterrupt

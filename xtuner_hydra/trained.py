@@ -22,7 +22,7 @@ from xtuner_hydra.model.saved_adapter import load_adapter, read_adapter
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import DTYPES, device_type, param_dtype, started_by_torchrun
 from xtuner_hydra.results.run import Run, load_run
-from xtuner_hydra.results.sweep import FILE_NAME as SWEEP
+from xtuner_hydra.results.sweep import SWEEP_FILE
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def find(name: str) -> Trained:
     path = Path(name).expanduser()
     if (path / "config.yaml").is_file():
         return _of_run(load_run(path))
-    if (path / SWEEP).is_file():
+    if (path / SWEEP_FILE).is_file():
         raise RefusedError(f"{name}: a sweep, not a run; its runs are the directories in it")
     directory = local_directory(str(path)).resolve()
     if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():

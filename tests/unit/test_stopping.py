@@ -11,7 +11,8 @@ from ranks import run_on_ranks
 from torch.distributed.checkpoint import CheckpointException
 
 from xtuner_hydra.errors import Stopped
-from xtuner_hydra.stopping import SIGNALS, Stopping, Wish, ignore_signals
+from xtuner_hydra.signals import SIGNALS
+from xtuner_hydra.stopping import Stopping, Wish, ignore_signals
 
 EDGE = 3
 

@@ -30,7 +30,7 @@ from xtuner_hydra.files import write_json, write_text
 log = logging.getLogger("xtuner_hydra")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FILE_NAME = "data.json"
+DATA_FILE = "data.json"
 BAD_LINES = "bad_lines.jsonl"
 
 
@@ -54,7 +54,7 @@ class PreparedData:
     @classmethod
     def load(cls, run_dir: Path, config: Config) -> PreparedData:
         """Open what `save` noted in `run_dir`, without reading the sources again. Raises DataError where a cache is gone."""
-        saved = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
+        saved = json.loads((run_dir / DATA_FILE).read_text(encoding="utf-8"))
         held = _open(saved["eval"]) if config.data.eval_path is not None else None
         return _assemble(config, _open(saved["train"]), held, tokenizer_name=saved["tokenizer"])
 
@@ -64,7 +64,7 @@ class PreparedData:
             write_text(run_dir / BAD_LINES, "".join(json.dumps(vars(line), ensure_ascii=False) + "\n" for line in bad))
         else:
             (run_dir / BAD_LINES).unlink(missing_ok=True)  # of the run that is resumed here
-        write_json(run_dir / FILE_NAME, self.describe())
+        write_json(run_dir / DATA_FILE, self.describe())
 
     def describe(self) -> dict[str, Any]:
         """What data.json holds."""
@@ -194,7 +194,7 @@ def changed_files(run_dir: Path) -> list[str]:
     Costs a stat a file. One whose time of change differs at the same size is read and hashed, once in a process for each such time: a file
     that was only touched has not changed. What is not known, as data.json of an older version lacks it, is not told."""
     try:
-        saved = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
+        saved = json.loads((run_dir / DATA_FILE).read_text(encoding="utf-8"))
         noted = dict(entry for part in ("train", "eval") for entry in _noted(saved[part] or {}))
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return []

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from xtuner_hydra.config.schema import Config, ParallelismConfig
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.machine import cores
+from xtuner_hydra.signals import handled_by
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -100,7 +101,9 @@ def runtime(config: Config) -> Iterator[Runtime]:
     _seed(config, rank)
     # gloo beside NCCL: checkpoints and small agreements travel between CPUs
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    with _ended_by_signals() if started_by_torchrun() else nullcontext():
+    # While it waits in C++ for the others to come, a signal ends the process at once: a handler of Python's would not run there, and where
+    # another rank has followed the signal already, the wait is long.
+    with handled_by(signal.SIG_DFL) if started_by_torchrun() else nullcontext():
         dist.init_process_group(backend, timeout=patience(config.parallelism), **_rendezvous())
     world, failed = dist.get_world_size(), True
     try:
@@ -117,18 +120,6 @@ def _mesh(kind: str, world: int, parallelism: ParallelismConfig) -> DeviceMesh:
     for group in mesh.get_all_groups():  # those that the mesh has made have torch's patience
         dist.distributed_c10d._set_pg_timeout(patience(parallelism), group)
     return mesh
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Signals end the process at once, for as long as it waits in C++ for the others to come: a handler of Python's would not run there, and
-    where another rank has followed the signal already, the wait is long."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def patience(parallelism: ParallelismConfig) -> timedelta:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.errors import RefusedError
-from xtuner_hydra.files import write_text
+from xtuner_hydra.files import tree_size, write_text
 from xtuner_hydra.reports import commands, page, svg, words
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, curve, limits, smoothed, thinned
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
 from xtuner_hydra.results.run import Run, load_run
-from xtuner_hydra.results.sweep import FILE_NAME, SweepPlan
+from xtuner_hydra.results.sweep import SWEEP_FILE, SweepPlan
 from xtuner_hydra.tracking.base import Sample
 
 REPORT, CHANGED = "report.html", "changed.json"
@@ -248,7 +247,7 @@ def _environment(run: Run) -> Markup:
 
 def _command(run: Run) -> str | None:
     """The command that makes this run; that of a sweep would make all its jobs."""
-    if (run.directory.parent / FILE_NAME).is_file():
+    if (run.directory.parent / SWEEP_FILE).is_file():
         with suppress(RefusedError):  # what lies beside a run must not cost it its report
             return commands.alone(SweepPlan.load(run.directory.parent), run.overrides)
     return run.environment.get("command")
@@ -269,7 +268,7 @@ def _files(run: Run) -> Markup:
     entries = sorted(path for path in run.directory.iterdir() if not path.name.startswith(".") and path.name != REPORT)
     rows = []
     for path in entries:
-        count, size = _size(path)
+        count, size = tree_size(path)
         name = page.link(path, run.directory, path.name + ("/" if path.is_dir() else ""))
         files = words.counted(count, "file") if path.is_dir() else ""
         rows.append(
@@ -281,11 +280,3 @@ def _files(run: Run) -> Markup:
             ]
         )
     return page.card("Files", page.table(["name", "what it is", "files", "size"], rows), sub=str(run.directory))
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """(files, bytes) of a file or of all below a directory."""
-    if not path.is_dir():
-        return 1, path.lstat().st_size
-    sizes = [os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names]
-    return len(sizes), sum(sizes)

@@ -29,7 +29,7 @@ from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.results.run import Run, load_run
 
-FILE_NAME = "sweep.json"
+SWEEP_FILE = "sweep.json"
 SEED = "trainer.seed"
 FAIR = 0.02
 """Settings whose training tokens differ by a larger share are not compared at equal tokens."""
@@ -70,21 +70,21 @@ class SweepPlan:
 
     def save(self, directory: Path) -> None:
         """Write sweep.json."""
-        write_json(directory / FILE_NAME, asdict(self))
+        write_json(directory / SWEEP_FILE, asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> SweepPlan:
         """Read it. Raises RefusedError where there is none."""
-        run_dir.refuse_stray(directory / FILE_NAME, home=directory)
+        run_dir.refuse_stray(directory / SWEEP_FILE, home=directory)
         try:
-            values = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+            values = json.loads((directory / SWEEP_FILE).read_text(encoding="utf-8"))
             plan = cls(**{**values, "jobs": [Job(**job) for job in values["jobs"]]})
         except (OSError, ValueError, KeyError, TypeError):
-            raise RefusedError(f"{directory}: not a sweep's directory (it has no readable {FILE_NAME})") from None
+            raise RefusedError(f"{directory}: not a sweep's directory (it has no readable {SWEEP_FILE})") from None
         for job in plan.jobs:
             if not is_plain(str(job.name)):  # it is where files are written, and removed
                 raise RefusedError(
-                    f"{directory}: {FILE_NAME} calls a job {job.name!r}, which is a path; a job's directory stands in the sweep's"
+                    f"{directory}: {SWEEP_FILE} calls a job {job.name!r}, which is a path; a job's directory stands in the sweep's"
                 )
         return plan
 

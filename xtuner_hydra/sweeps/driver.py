@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +22,8 @@ from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.reports.words import fixed
 from xtuner_hydra.results.glance import progress
-from xtuner_hydra.results.sweep import FILE_NAME, Job, SweepPlan, job_result, results_of
+from xtuner_hydra.results.sweep import SWEEP_FILE, Job, SweepPlan, job_result, results_of
+from xtuner_hydra.signals import handled_by
 from xtuner_hydra.sweeps.draft import continued
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
@@ -137,7 +137,7 @@ class Driver:
             return self._run()
         except OSError as error:
             self._abandon()
-            again = f"go on with sweep.resume={self.directory}" if (self.directory / FILE_NAME).is_file() else "start it again"
+            again = f"go on with sweep.resume={self.directory}" if (self.directory / SWEEP_FILE).is_file() else "start it again"
             raise TrainingError(f"{error.filename or self.directory}: {error.strerror}; the sweep stops. Mend that, then {again}") from None
 
     def _run(self) -> int:
@@ -150,7 +150,7 @@ class Driver:
                 interrupted = EXIT_PREEMPTED if {signal.SIGTERM, signal.SIGUSR1} & {*self.signals} else EXIT_INTERRUPTED
                 self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
                 self._stop_all()
-            with _without_interrupts():
+            with handled_by(signal.SIG_IGN):  # an impatient third Ctrl-C must not cost the report
                 completed = results_of(self.directory, self.plan).count(*SETTLED) == self.plan.total and not interrupted
                 self._save("interrupted" if interrupted else "completed" if completed else "failed")
                 self._report()
@@ -333,7 +333,7 @@ class Driver:
             followed.process.stop()
         with suppress(KeyboardInterrupt):
             self._wait(self.launcher.grace_seconds)
-        with _without_interrupts():
+        with handled_by(signal.SIG_IGN):  # none is left behind
             for followed in self.running:
                 followed.process.kill()
             self._wait(KILL_SECONDS)
@@ -360,26 +360,12 @@ class Driver:
 
     def _state(self, job: Job) -> str:
         directory = self.directory / job.name
-        return run_dir.state_of(directory, run_dir.read_status(directory))
+        return run_dir.state(directory)
 
     def _save(self, state: str) -> None:
         self.plan.state, self.plan.time, self.plan.process = state, time.time(), run_dir.this_process()
         self.plan.seconds = self.seconds_before + time.monotonic() - self.started
         self.plan.save(self.directory)
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """An impatient third Ctrl-C must not cost the report."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -391,12 +377,5 @@ def _signals_interrupt(came: list[int]) -> Iterator[None]:
         came.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled_by(interrupt):
         yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

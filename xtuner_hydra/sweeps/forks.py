@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from xtuner_hydra.errors import leave
+from xtuner_hydra.signals import SIGNALS
 from xtuner_hydra.worker import die_with_parent
 
 _context = multiprocessing.get_context("forkserver")
 # what a job would import on its way, beside what this file does: torch._dynamo at its first update, matplotlib for its picture
 _context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"])
-_STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def begin_imports() -> None:
@@ -48,7 +48,7 @@ def start(job: Callable[[Path, int], int], directory: Path, ranks: int, variable
 def _uninterrupted() -> Iterator[None]:
     """A wish to stop waits: it must not come between a job's start and its being followed, and the server, which inherits this, shall not hear
     it. Ctrl-C, `timeout` and schedulers tell a whole group of processes, and the jobs would go with the server before they could say so."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -57,7 +57,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def _be(job: Callable[[Path, int], int], directory: Path, ranks: int, environment: dict[str, str]) -> None:
     os.setsid()  # Ctrl-C reaches the sweep alone, which then stops its jobs
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     die_with_parent()  # the server, which lives as long as a job does
     threading.Thread(target=_die_with_sweep, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -23,7 +23,7 @@ from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, RefusedError
 from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
 from xtuner_hydra.reports.sweep import text, write_sweep
-from xtuner_hydra.results.sweep import FILE_NAME, Job, JobResult, SweepPlan, read_sweep
+from xtuner_hydra.results.sweep import SWEEP_FILE, Job, JobResult, SweepPlan, read_sweep
 from xtuner_hydra.safe_text import printable, redact
 from xtuner_hydra.sweeps import draft as drafts
 from xtuner_hydra.sweeps import forks, space
@@ -237,7 +237,7 @@ def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
     twins = [job for job in draft.jobs if job.twin is not None and draft.is_list]
     notes += [f"job {job.job.number} ({' '.join(job.job.overrides)}) is the same as job {job.twin} and is left out" for job in twins]
     done = [job for job in plan.jobs if (draft.directory / job.name / "status.json").exists()]
-    states = Counter(run_dir.state_of(path, run_dir.read_status(path)) for path in (draft.directory / job.name for job in done))
+    states = Counter(run_dir.state(draft.directory / job.name) for job in done)
     if done:
         notes.append("resumed: " + ", ".join(f"{count} {state}" for state, count in states.items()))
     return notes
@@ -267,7 +267,7 @@ def _is_how(override: str) -> bool:
 
 def _refuse_taken(directory: Path) -> None:
     run_dir.refuse_unusable(directory, resuming=False, key="hydra.sweep.dir")
-    if any((directory / name).exists() for name in (FILE_NAME, "sweep.csv", "multirun.yaml")):
+    if any((directory / name).exists() for name in (SWEEP_FILE, "sweep.csv", "multirun.yaml")):
         raise RefusedError(
             f"hydra.sweep.dir={directory}: holds a sweep already; choose another directory, or go on with sweep.resume={directory}"
         )

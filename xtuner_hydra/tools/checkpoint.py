@@ -18,6 +18,8 @@ from xtuner_hydra.checkpoint.commit import MANIFEST, committed, damage, has_step
 from xtuner_hydra.checkpoint.export import point_latest
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, RefusedError
+from xtuner_hydra.files import tree_size
+from xtuner_hydra.reports.words import bytes_
 from xtuner_hydra.results.run import load_run
 from xtuner_hydra.tracking import jsonl
 
@@ -96,8 +98,8 @@ def show(shelves: list[Shelf]) -> int:
         for path in shelf.found:
             loss = f"{losses[path]:.4f}" if path in losses else ""
             kept = (", ".join(why[path]) or "surplus") if path in why else ""
-            rows.append((shelf.name(path), _readable(_bytes(path)), _saved(path), loss, kept, damage(path) or "whole"))
-        rows += [(shelf.name(path), _readable(_bytes(path)), _saved(path), "", "", "left by an interrupted save") for path in shelf.left]
+            rows.append((shelf.name(path), bytes_(tree_size(path)[1]), _saved(path), loss, kept, damage(path) or "whole"))
+        rows += [(shelf.name(path), bytes_(tree_size(path)[1]), _saved(path), "", "", "left by an interrupted save") for path in shelf.left]
     print("\n".join(_aligned(rows)), flush=True)
     return EXIT_DONE
 
@@ -110,7 +112,7 @@ def verify(shelves: list[Shelf]) -> int:
         for path in shelf.found:
             if problem := damage(path, content=True):
                 problems[path] = problem
-            print(f"{shelf.name(path)}: {f'DAMAGED: {problem}' if problem else f'whole ({_readable(_bytes(path))})'}", flush=True)
+            print(f"{shelf.name(path)}: {f'DAMAGED: {problem}' if problem else f'whole ({bytes_(tree_size(path)[1])})'}", flush=True)
         if problems:
             code = EXIT_FAILED
             print(_remedy(shelf, problems), flush=True)
@@ -125,14 +127,14 @@ def prune(shelves: list[Shelf], *, keep: int | None, damaged: bool, dry_run: boo
     if shelves[0].alone:
         raise RefusedError(f"checkpoint prune: {shelves[0].found[0]} is one of several; name its run, or the directory that it is in")
     for run in {shelf.run for shelf in shelves if shelf.run}:
-        if run_dir.state_of(run, run_dir.read_status(run)) == "running":
+        if run_dir.state(run) == "running":
             raise RefusedError(f"checkpoint prune: {run} is running, and removes by itself what its config does not keep; wait for its end")
     config = _config(shelves) or (CheckpointConfig() if keep else None)
     if config is None:
         raise RefusedError(f"checkpoint prune: {shelves[0].parent} belongs to no run whose config would say what to keep; add --keep N")
     config = replace(config, keep=keep, hf_keep=keep) if keep else config
     freed = [_prune(shelf, config, damaged=damaged, dry_run=dry_run) for shelf in shelves]
-    print(f"{_readable(sum(freed))} {'would be' if dry_run else 'are'} free again", flush=True)
+    print(f"{bytes_(sum(freed))} {'would be' if dry_run else 'are'} free again", flush=True)
     return EXIT_DONE
 
 
@@ -150,11 +152,11 @@ def _prune(shelf: Shelf, config: CheckpointConfig, *, damaged: bool, dry_run: bo
     going += [(path, f"damaged: {problems[path]}") for path in harmed if damaged]
     freed = 0
     for path, reason in going:
-        size = _bytes(path)
+        _, size = tree_size(path)
         if not dry_run:
             _remove(path)
         freed += size
-        print(f"{'would remove' if dry_run else 'removed'} {shelf.name(path)} ({_readable(size)}): {reason}", flush=True)
+        print(f"{'would remove' if dry_run else 'removed'} {shelf.name(path)} ({bytes_(size)}): {reason}", flush=True)
     for path in harmed if not damaged else []:
         print(f"left {shelf.name(path)}, damaged: {problems[path]}; add --damaged to remove it", flush=True)
     latest = shelf.parent / "latest"
@@ -196,18 +198,6 @@ def _config(shelves: list[Shelf]) -> CheckpointConfig | None:
     return load_run(run).config.checkpoint if run else None
 
 
-def _bytes(directory: Path) -> int:
-    """Of all files; those that go while it is counted (a running run tidies up) do not count."""
-    total = 0
-    for root, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
-
-
 def _saved(directory: Path) -> str:
     """When its manifest was written, which is the last of its files."""
     for path in (directory / MANIFEST, directory):
@@ -216,14 +206,6 @@ def _saved(directory: Path) -> str:
         except FileNotFoundError:
             continue
     return ""
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def _aligned(rows: list[Sequence[str]]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
+from xtuner_hydra import run_dir
 from xtuner_hydra.app import App
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.cost import Sizes, checkpoint_bytes, count_parameters, disk_bytes, export_bytes, kept
@@ -12,7 +12,6 @@ from xtuner_hydra.errors import EXIT_DONE
 from xtuner_hydra.launch import Prepared, prepare
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
 from xtuner_hydra.reports.words import counted
-from xtuner_hydra.run_dir import read_status, state_of
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.sweeps.draft import Draft, JobDraft, draft
 from xtuner_hydra.sweeps.driver import SETTLED, Launcher
@@ -26,7 +25,7 @@ def main(argv: list[str]) -> int:
             return EXIT_DONE
         if app.is_sweep and app.sweep_config().resume:
             with resumed(app) as (recorded, sweep, plan):
-                done = {job.signature for job in plan.jobs if _state(sweep.directory / job.name) in SETTLED}
+                done = {job.signature for job in plan.jobs if run_dir.state(sweep.directory / job.name) in SETTLED}
                 print("\n".join(describe_sweep(sweep, choose_launcher(recorded, sweep), done)))
             return EXIT_DONE
         if app.is_sweep:
@@ -85,10 +84,6 @@ def describe_sweep(draft: Draft, launcher: Launcher, done: Collection[str] = ())
         _line("memory", f"about {max(one.memory_gb for one in unique):.3g} GB a job"),
         _line("disk", f"{_gb(max(one.disk for one in unique))} GB a job; sweep.keep={draft.sweep.keep}: {kinds[draft.sweep.keep]}"),
     ]
-
-
-def _state(directory: Path) -> str:
-    return state_of(directory, read_status(directory))
 
 
 def _remark(one: JobDraft, done: Collection[str]) -> str:

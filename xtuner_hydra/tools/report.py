@@ -12,7 +12,7 @@ from xtuner_hydra.reports.comparison import write_comparison
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.reports.sweep import FILES, text, write_sweep
 from xtuner_hydra.results.run import Run, find_runs, load_run
-from xtuner_hydra.results.sweep import FILE_NAME, read_sweep
+from xtuner_hydra.results.sweep import SWEEP_FILE, read_sweep
 from xtuner_hydra.safe_text import printable
 
 DEFAULT = Path("comparison.html")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 def _write(arguments: argparse.Namespace) -> list[Path]:
     first = arguments.directories[0] if len(arguments.directories) == 1 and arguments.to is None else None
-    if first and (first / FILE_NAME).is_file():
+    if first and (first / SWEEP_FILE).is_file():
         print(printable(text(read_sweep(first))))
         write_sweep(first)
         return [first / name for name in FILES]

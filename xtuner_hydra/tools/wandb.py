@@ -210,13 +210,13 @@ def runs(directory: Path) -> Iterator[Path]:
     """The run directories that `directory` stands for: itself, or a sweep's jobs in their order."""
     if run_dir.holds_run(directory):
         yield directory
-    elif (directory / sweep.FILE_NAME).exists():
+    elif (directory / sweep.SWEEP_FILE).exists():
         for job in sweep.SweepPlan.load(directory).jobs:
             run_dir.refuse_stray(directory / job.name, home=directory)
             if run_dir.holds_run(directory / job.name):
                 yield directory / job.name
     else:
-        raise RefusedError(f"{directory}: neither a run's directory (config.yaml) nor a sweep's ({sweep.FILE_NAME})")
+        raise RefusedError(f"{directory}: neither a run's directory (config.yaml) nor a sweep's ({sweep.SWEEP_FILE})")
 
 
 def offline(directory: Path) -> Offline:
@@ -225,7 +225,7 @@ def offline(directory: Path) -> Offline:
     run_dir.refuse_stray(directory)
     for part in parts:
         run_dir.refuse_stray(part.parent, home=directory, trees=("files",))  # W&B would push what a link there points to
-    running = run_dir.state_of(directory, run_dir.read_status(directory)) == "running"
+    running = run_dir.state(directory) == "running"
     return Offline(directory, [part.parent for part in parts if not _is_pushed(part)], running)
 
 

@@ -154,7 +154,7 @@ def test_prune_removes_what_the_config_does_not_keep(run, said):
 def test_the_room_that_prune_names_is_the_room_that_it_makes(run, said):
     (run / "checkpoints" / "step-2" / "rank-0.safetensors").write_bytes(b"x" * 3_000_000)  # damaged, and large
     lines = said("prune", "run/checkpoints", "--damaged")[1]
-    assert lines[-1] == "3.0 MB are free again"
+    assert lines[-1] == "2.9 MiB are free again"
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [3, 4, 6]), (2, [3, 4, 5, 6]), (9, [2, 3, 4, 5, 6])])
