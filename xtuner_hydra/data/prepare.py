@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from xtuner_hydra.config.schema import Config, DataConfig
-from xtuner_hydra.data.cache import CacheError, Skipped, TokenCache, all_or_nothing, build_cache, describe_skipped, hash_file, open_cache
+from xtuner_hydra.data.bad_lines import Skipped
+from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, hash_file, open_cache
 from xtuner_hydra.data.mixture import Mixture, Samples, held_out, parts_of
 from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, join, select_samples, training_limit
 from xtuner_hydra.data.readers import unit
@@ -174,6 +175,15 @@ def refuse_ids_without_a_row(sources: Sequence[Source | None], vocab_size: int, 
         f"{file} {unit(file)} {line} holds token {token} ({tokenizer.decode([token])!r}), and the embedding has rows for 0 to {vocab_size - 1}; "
         f"take the tokenizer that belongs to the weights, or with random weights set model.vocab_size={tokenizer.vocab_size} or more",
     )
+
+
+def describe_skipped(skipped: list[Skipped]) -> list[str]:
+    """Lines for people: how many lines were left out of each kind, and the first three by name."""
+    if not skipped:
+        return []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line.kind for line in skipped).most_common())
+    first = (f"  {line.file} {unit(Path(line.file))} {line.line}: {line.message}" for line in skipped[:3])
+    return [f"{len(skipped)} line{'s' * (len(skipped) > 1)} skipped ({kinds})", *first]
 
 
 def changed_files(run_dir: Path) -> list[str]:
