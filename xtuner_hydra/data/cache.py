@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtuner_hydra.data.bad_lines import Skipped
-from xtuner_hydra.data.formats import format_identity
+from xtuner_hydra.data.own_format import format_identity
 from xtuner_hydra.data.readers import reading, unit
 from xtuner_hydra.data.tokenising import Recipe, Tokens, tokenised_parts
 from xtuner_hydra.data.tokenizers import Tokenizer

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtuner_hydra.data.bad_lines import BadLine, Kind
-from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, find_format, holds_nul
+from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, holds_nul
+from xtuner_hydra.data.own_format import find_format
 from xtuner_hydra.data.processes import ProcessDied, map_in_processes
 from xtuner_hydra.data.readers import DECODER, Part, records, split
 from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
