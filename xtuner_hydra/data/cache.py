@@ -103,14 +103,16 @@ def build_cache(
     num_workers: int | None,
     progress: bool,
     key: str = "data.path",
+    format_key: str = "data.format",
 ) -> TokenCache:
     """Open the cache of `files`, or make it.
 
-    num_workers: processes that tokenise (None: one a core). progress: show a bar where stderr is a terminal. key: starts the messages.
+    num_workers: processes that tokenise (None: one a core). progress: show a bar where stderr is a terminal. key, format_key: the config's keys
+    of `files` and `format`, for messages.
     Raises DataError for a line that cannot be used (unless bad_lines is `skip`) and where none can; ConfigError where `cache_dir` cannot be
-    written. Nothing is left behind then."""
+    written or `format` not be imported. Nothing is left behind then."""
     stamps = _stamps(files)
-    recipe = Recipe(format, tokenizer, skip=bad_lines == "skip")
+    recipe = Recipe(format, tokenizer, skip=bad_lines == "skip", format_key=format_key)
     hashes = [hash_file(file) for file in files]
     fingerprint = _fingerprint([f"{reading(file)} {digest}" for file, digest in zip(files, hashes, strict=True)], recipe)
     directory = cache_dir / fingerprint
@@ -295,7 +297,7 @@ def _remove_stale(cache_dir: Path) -> None:
 
 def _fingerprint(files: list[str], recipe: Recipe) -> str:
     """files: of each, how it is read and its hash."""
-    parts = [VERSION, format_identity(recipe.format), recipe.tokenizer.fingerprint, recipe.skip, files]
+    parts = [VERSION, format_identity(recipe.format, recipe.format_key), recipe.tokenizer.fingerprint, recipe.skip, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -19,19 +19,20 @@ def find_format(name: str, key: str = "data.format") -> Format:
 
     A function of yours takes a decoded record and returns what the `openai` format takes (a list of messages, or an object with `messages`),
     text for a document, or a Conversation or Text (data/formats.py); it raises ValueError for a record that cannot be used. Naming one runs
-    its code: it is one of the few places where a config can. Raises ConfigError where it cannot be imported."""
+    its code: it is one of the few places where a config can. Raises ConfigError that names `key` where it cannot be
+    imported."""
     if name in FORMATS:
         return FORMATS[name]
     function = _import(name, key)
     return lambda record: _made_by(name, function, record)
 
 
-def format_identity(name: str) -> str:
+def format_identity(name: str, key: str = "data.format") -> str:
     """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of the file that it is named
-    by and of those that this one uses, as far as they lie beside or below it."""
+    by and of those that this one uses, as far as they lie beside or below it. Raises ConfigError as find_format does."""
     if name in FORMATS:
         return name
-    _import(name, "data.format")
+    _import(name, key)
     digest = hashlib.sha256()
     for source in _sources(sys.modules[name.partition(":")[0]]):
         digest.update(source.read_bytes())

@@ -103,7 +103,7 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
     data = config.data
     with _caches(data, tokenizer, progress) as open_or_build:
         train = _training_caches(data, open_or_build)
-        held = open_or_build(data.eval_path, data.format, "data.eval_path") if data.eval_path is not None else None
+        held = open_or_build(data.eval_path, "data.eval_path", data.format, "data.format") if data.eval_path is not None else None
         if held is not None and (both := set(held.file_hashes).intersection(train.file_hashes)):
             names = [str(file) for file, digest in zip(held.files, held.file_hashes, strict=True) if digest in both]
             log.warning(f"held-out data that is trained on too: {', '.join(names)}; eval/loss will be lower than on data that is new")
@@ -115,15 +115,15 @@ def prepare_held_out(config: Config, tokenizer: Tokenizer, *, progress: bool) ->
     data = config.data
     with _caches(data, tokenizer, progress) as open_or_build:
         if data.eval_path is not None:
-            return _held_out(config, open_or_build(data.eval_path, data.format, "data.eval_path"), None)
+            return _held_out(config, open_or_build(data.eval_path, "data.eval_path", data.format, "data.format"), None)
         if data.eval_ratio is not None:
             train = _training_caches(data, open_or_build)
             return _held_out(config, train, held_out(train, data.eval_ratio))
     return None
 
 
-OpenOrBuild = Callable[[Any, str, str], TokenCache]
-"""(files, format, the key that names them) -> their token cache."""
+OpenOrBuild = Callable[[Any, str, str, str], TokenCache]
+"""(files, the key that names them, format, the key that names it) -> their token cache."""
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[
     cache_dir = _cache_dir(data.cache_dir)
     with all_or_nothing(cache_dir) as built:
 
-        def open_or_build(path: Any, format: str, key: str) -> TokenCache:
+        def open_or_build(path: Any, key: str, format: str, format_key: str) -> TokenCache:
             cache = build_cache(
                 resolve_files(path, key),
                 format,
@@ -142,6 +142,7 @@ def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[
                 num_workers=data.num_workers,
                 progress=progress,
                 key=key,
+                format_key=format_key,
             )
             if cache.built:
                 built.append(cache)
@@ -152,9 +153,12 @@ def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[
 
 def _training_caches(data: DataConfig, open_or_build: OpenOrBuild) -> Samples:
     if not data.sources:
-        return open_or_build(data.path, data.format, "data.path")
-    sources = enumerate(data.sources)
-    return _together([open_or_build(source.path, source.format or data.format, f"data.sources[{i}].path") for i, source in sources])
+        return open_or_build(data.path, "data.path", data.format, "data.format")
+    caches = []
+    for i, source in enumerate(data.sources):
+        format, format_key = (data.format, "data.format") if source.format is None else (source.format, f"data.sources[{i}].format")
+        caches.append(open_or_build(source.path, f"data.sources[{i}].path", format, format_key))
+    return _together(caches)
 
 
 def _together(caches: list[TokenCache]) -> Samples:

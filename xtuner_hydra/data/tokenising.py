@@ -29,11 +29,12 @@ SERIAL_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a worker makes samples of lines. skip: go on after a bad line."""
+    """How a worker makes samples of lines. skip: go on after a bad line. format_key: the config's key of `format`."""
 
     format: str
     tokenizer: Tokenizer
     skip: bool
+    format_key: str = "data.format"
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -105,7 +106,7 @@ def _parse(pairs: list[tuple[int, Any]], recipe: Recipe) -> tuple[list[tuple[int
     """((number, sample) pairs, bad lines) of a part; ends with the first bad one, unless such lines are skipped.
 
     Several records may have one number: a JSON array can stand on one line."""
-    parse = find_format(recipe.format)
+    parse = find_format(recipe.format, recipe.format_key)
     samples: list[tuple[int, Sample]] = []
     bad: list[tuple[int, str, str]] = []
     for number, record in pairs:

@@ -10,7 +10,7 @@ from xtuner_hydra.config.schema import Config, DataConfig, SourceConfig, Trainer
 from xtuner_hydra.data import prepare as prepare_module
 from xtuner_hydra.data.prepare import PreparedData, changed_files, describe_skipped, prepare
 from xtuner_hydra.data.tokenizers import ByteTokenizer
-from xtuner_hydra.errors import DataError
+from xtuner_hydra.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -65,6 +65,16 @@ def test_another_pack_length_strategy_or_seed_uses_the_same_cache(config):
     second = prepare(config, ByteTokenizer(), progress=False)
     assert (first.train.cache.built, second.train.cache.built) == (True, False)
     assert second.train.cache.directory == first.train.cache.directory
+
+
+@pytest.mark.parametrize(
+    ("default", "second", "key"), [("openai", "nope:fn", r"data\.sources\[1\]\.format"), ("nope:fn", None, r"data\.format")]
+)
+def test_a_format_that_cannot_be_imported_is_refused_by_the_key_that_names_it(config, tmp_path, default, second, key):
+    config.data.path, config.data.format = None, default
+    config.data.sources = [SourceConfig(path=str(tmp_path / "train.jsonl"), format=one) for one in ("openai", second)]
+    with pytest.raises(ConfigError, match=rf"^{key}=nope:fn: cannot be imported"):
+        prepare(config, ByteTokenizer(), progress=False)
 
 
 def test_skipped_lines_are_listed_in_the_run_directory_counted_and_announced(config, tmp_path):
