@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoTokenizer
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data import tokenising
 from xtuner_hydra.data.cache import build_cache
-from xtuner_hydra.data.chat_templates import FAMILIES
 from xtuner_hydra.data.formats import Conversation, Text, parse_openai, parse_text
 from xtuner_hydra.data.hf_tokenizer import HFTokenizer
+from xtuner_hydra.data.template_choice import FAMILIES
 from xtuner_hydra.data.tokenizers import ByteTokenizer, load_tokenizer
 from xtuner_hydra.errors import ConfigError
 
