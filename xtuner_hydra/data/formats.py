@@ -123,7 +123,7 @@ def parse_text(record: object) -> Text:
     return _document(_field(record, keys[0], str, "text"))
 
 
-FORMATS: dict[str, Format] = {
+PARSERS: dict[str, Format] = {
     "openai": parse_openai,
     "sharegpt": parse_sharegpt,
     "alpaca": parse_alpaca,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from xtuner_hydra.data.formats import FORMATS, Conversation, Format, Sample, Text, as_text, parse_openai, parse_text, refuse_silence
+from xtuner_hydra.data.formats import PARSERS, Conversation, Format, Sample, Text, as_text, parse_openai, parse_text, refuse_silence
 from xtuner_hydra.errors import ConfigError
 
 
@@ -21,8 +21,8 @@ def find_format(name: str, key: str = "data.format") -> Format:
     text for a document, or a Conversation or Text (data/formats.py); it raises ValueError for a record that cannot be used. Naming one runs
     its code: it is one of the few places where a config can. Raises ConfigError that names `key` where it cannot be
     imported."""
-    if name in FORMATS:
-        return FORMATS[name]
+    if name in PARSERS:
+        return PARSERS[name]
     function = _import(name, key)
     return lambda record: _made_by(name, function, record)
 
@@ -30,7 +30,7 @@ def find_format(name: str, key: str = "data.format") -> Format:
 def format_identity(name: str, key: str = "data.format") -> str:
     """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of the file that it is named
     by and of those that this one uses, as far as they lie beside or below it. Raises ConfigError as find_format does."""
-    if name in FORMATS:
+    if name in PARSERS:
         return name
     _import(name, key)
     digest = hashlib.sha256()

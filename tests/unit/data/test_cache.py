@@ -9,7 +9,7 @@ from chats import build, cache_of, chat, content, expected, write_lines
 
 from xtuner_hydra.data import cache as cache_module
 from xtuner_hydra.data.cache import STALE_SECONDS, CacheError, build_cache, open_cache
-from xtuner_hydra.data.formats import FORMATS, parse_openai
+from xtuner_hydra.data.formats import PARSERS, parse_openai
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.errors import ConfigError, DataError
 
@@ -41,7 +41,7 @@ def test_its_key_is_the_content_not_the_name_the_format_and_the_template(tmp_pat
     shutil.move(tmp_path / "data.jsonl", tmp_path / "renamed.jsonl")
     assert build([tmp_path / "renamed.jsonl"], tmp_path).fingerprint == first.fingerprint
     assert build([tmp_path / "renamed.jsonl"], tmp_path, template="xtuner").fingerprint != first.fingerprint
-    monkeypatch.setitem(FORMATS, "other", parse_openai)
+    monkeypatch.setitem(PARSERS, "other", parse_openai)
     assert build([tmp_path / "renamed.jsonl"], tmp_path, format="other").fingerprint != first.fingerprint
     assert cache_of(tmp_path, RECORDS[:-1]).fingerprint != first.fingerprint
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from xtuner_hydra.config import schema
 from xtuner_hydra.data.formats import (
-    FORMATS,
+    PARSERS,
     Conversation,
     Text,
     parse_alpaca,
@@ -264,7 +264,7 @@ def test_what_is_wrong_with_other_shapes_is_said(parse, record, words):
 
 
 def test_the_schema_knows_the_formats():
-    assert tuple(FORMATS) == schema.FORMATS
+    assert tuple(PARSERS) == schema.FORMATS
 
 
 @pytest.mark.parametrize("value", [float("nan"), [1, float("-inf")]])
@@ -278,7 +278,7 @@ def test_what_is_no_json_is_not_learnt(value):
 
 @settings(deadline=None)
 @given(JSON)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", PARSERS)
 def test_any_json_is_read_or_refused_with_a_value_error(name, record):
     with suppress(ValueError):
-        assert isinstance(FORMATS[name](record), Conversation | Text)
+        assert isinstance(PARSERS[name](record), Conversation | Text)
