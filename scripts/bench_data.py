@@ -107,9 +107,9 @@ def tokenizer(directory: Path, samples: int) -> Figures:
     """Ours and the library's, in turn, on the same samples."""
     from transformers import AutoTokenizer
 
-    from xtuner_hydra.data.cache import _Recipe, _Task, _tokenize
     from xtuner_hydra.data.hf_tokenizer import HFTokenizer
     from xtuner_hydra.data.readers import Part, split
+    from xtuner_hydra.data.tokenising import Recipe, Task, tokenize
 
     ours, theirs = HFTokenizer(directory / "bpe", "bpe"), AutoTokenizer.from_pretrained(directory / "bpe")
     figures = {}
@@ -117,7 +117,7 @@ def tokenizer(directory: Path, samples: int) -> Figures:
         file = directory / f"{kind}.jsonl"
         part: Part = next(split(file, 8 << 20))
         records = [json.loads(line) for line in file.read_bytes()[: part.stop].splitlines()]
-        our_time, made = timed(lambda p=part, f=format: _tokenize(_Recipe(f, ours, skip=False), _Task(0, p)))
+        our_time, made = timed(lambda p=part, f=format: tokenize(Recipe(f, ours, skip=False), Task(0, p)))
         if kind == "chats":
             chats = [record["messages"] for record in records]
             rendering, texts = timed(lambda c=chats: theirs.apply_chat_template(c, tokenize=False))

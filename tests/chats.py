@@ -3,6 +3,7 @@
 import json
 
 from xtuner_hydra.data.cache import build_cache
+from xtuner_hydra.data.formats import parse_openai
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 
 
@@ -34,3 +35,13 @@ def build(files, directory, *, template="chatml", format="openai", bad_lines="er
         num_workers=num_workers,
         progress=False,
     )
+
+
+def content(cache):
+    """(ids, supervised) of each sample of a cache."""
+    return [(cache.ids(i).tolist(), cache.supervised(i).tolist()) for i in range(len(cache))]
+
+
+def expected(records):
+    """What `content` is to be for `records`."""
+    return [tuple(array.tolist() for array in ByteTokenizer().encode(parse_openai(record))) for record in records]

@@ -113,15 +113,15 @@ class Engine:
             reshard(self.model)
             self.model.train()
 
-    def _offenders(self, most: int = 5) -> str:
+    def _offenders(self) -> str:
         """`; not finite: the gradients of A, B and 7 more`, by the parameters' names, over all ranks. Collective."""
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         gradients = [self.model.get_parameter(name).grad for name in names]
         bad = torch.stack([torch.zeros(()) if grad is None else (~_local(grad).isfinite()).any().float().cpu() for grad in gradients])
         dist.all_reduce(bad, dist.ReduceOp.MAX)
         named = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
-        more = f" and {len(named) - most} more" if len(named) > most else ""
-        return f"; not finite: the gradients of {', '.join(named[:most])}{more}" if named else ""
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        return f"; not finite: the gradients of {', '.join(named[:5])}{more}" if named else ""
 
     def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)

@@ -270,8 +270,8 @@ class Trainer:
         self.metrics |= row
         self.trackers.log(row)
 
-    def places(self, samples: list[int], most: int = 4) -> str:
-        """Where the first of `samples` come from, as FILE:LINE."""
-        places = [self.data.train.cache.locate(sample) for sample in samples[:most]]
-        more = f" and {len(samples) - most} more" if len(samples) > most else ""
+    def places(self, samples: list[int]) -> str:
+        """Where the first four of `samples` come from, as FILE:LINE."""
+        places = [self.data.train.cache.locate(sample) for sample in samples[:4]]
+        more = f" and {len(samples) - 4} more" if len(samples) > 4 else ""
         return ", ".join(f"{file}:{line}" for file, line in places) + more

@@ -76,7 +76,7 @@ def test_numpy_never_unpickles_and_no_text_is_run_as_code():
 
 def test_the_only_import_by_a_name_that_a_config_gives_is_data_format():
     users = {path for path, node in calls() if dotted(node.func).endswith("import_module")}
-    assert users == {"data/formats.py", "__main__.py", "sweeps/plugin.py"}  # the verbs, and hydra_plugins
+    assert users == {"data/own_format.py", "__main__.py", "sweeps/plugin.py"}  # the verbs, and hydra_plugins
 
 
 def test_only_a_worker_opens_the_caches_that_data_json_names():

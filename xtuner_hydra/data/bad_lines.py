@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 LONGEST_MESSAGE = 300
@@ -38,3 +39,13 @@ class BadLine(Exception):
         self.kind = kind
         self.message = message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 4]} ..."
         super().__init__(kind, message)  # by which it is pickled
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A line (or row) that was left out (data.bad_lines=skip). `kind`: a value of Kind."""
+
+    file: str
+    line: int
+    kind: str
+    message: str

@@ -17,51 +17,34 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtuner_hydra.data.bad_lines import BadLine, Kind
-from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, find_format, format_identity, holds_nul
-from xtuner_hydra.data.processes import ProcessDied, map_in_processes
-from xtuner_hydra.data.readers import DECODER, Part, reading, records, split, unit
-from xtuner_hydra.data.tokenizers import Tokenizer, TooDeep
+from xtuner_hydra.data.bad_lines import Skipped
+from xtuner_hydra.data.own_format import format_identity
+from xtuner_hydra.data.readers import reading, unit
+from xtuner_hydra.data.tokenising import Recipe, Tokens, tokenised_parts
+from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync, sync_tree, write_json
-from xtuner_hydra.machine import cores
 
 VERSION = 7
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")
 
-CHUNK_BYTES = 4 << 20
-SERIAL_BYTES = 32 << 20
-"""Below this many bytes of data, starting processes costs more time than they save."""
 STALE_SECONDS = 24 * 3600
 """A staging directory untouched for so long was left by a process that was killed."""
 
 log = logging.getLogger("xtuner_hydra")
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A line (or row) that was left out (data.bad_lines=skip). `kind`: a value of bad_lines.Kind."""
-
-    file: str
-    line: int
-    kind: str
-    message: str
 
 
 class CacheError(Exception):
@@ -120,14 +103,16 @@ def build_cache(
     num_workers: int | None,
     progress: bool,
     key: str = "data.path",
+    format_key: str = "data.format",
 ) -> TokenCache:
     """Open the cache of `files`, or make it.
 
-    num_workers: processes that tokenise (None: one a core). progress: show a bar where stderr is a terminal. key: starts the messages.
+    num_workers: processes that tokenise (None: one a core). progress: show a bar where stderr is a terminal. key, format_key: the config's keys
+    of `files` and `format`, for messages.
     Raises DataError for a line that cannot be used (unless bad_lines is `skip`) and where none can; ConfigError where `cache_dir` cannot be
-    written. Nothing is left behind then."""
+    written or `format` not be imported. Nothing is left behind then."""
     stamps = _stamps(files)
-    recipe = _Recipe(format, tokenizer, skip=bad_lines == "skip")
+    recipe = Recipe(format, tokenizer, skip=bad_lines == "skip", format_key=format_key)
     hashes = [hash_file(file) for file in files]
     fingerprint = _fingerprint([f"{reading(file)} {digest}" for file, digest in zip(files, hashes, strict=True)], recipe)
     directory = cache_dir / fingerprint
@@ -140,7 +125,7 @@ def build_cache(
             log.warning(f"token cache {directory} is broken ({error}); building it again")
     with all_or_nothing(cache_dir), _staging(directory) as staging:
         writer = _Writer(staging, files, recipe, key)
-        with closing(_parts(files, recipe, num_workers, progress)) as parts:
+        with closing(tokenised_parts(files, recipe, num_workers, progress)) as parts:
             writer.write(parts)
         if _stamps(files) != stamps:
             raise DataError(f"{key}: {', '.join(map(str, files))}: changed while being read. Run again")
@@ -175,15 +160,6 @@ def all_or_nothing(cache_dir: Path) -> Iterator[list[TokenCache]]:
         raise
 
 
-def describe_skipped(skipped: list[Skipped], most: int = 3) -> list[str]:
-    """Lines for people: how many lines were left out of each kind, and the first few by name."""
-    if not skipped:
-        return []
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line.kind for line in skipped).most_common())
-    first = (f"  {line.file} {unit(Path(line.file))} {line.line}: {line.message}" for line in skipped[:most])
-    return [f"{len(skipped)} line{'s' * (len(skipped) > 1)} skipped ({kinds})", *first]
-
-
 def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:
     """meta.json of a cache whose files fit it: by their sizes, and to `verify` them by their content too."""
     try:
@@ -205,126 +181,10 @@ def _valid_meta(directory: Path, *, verify: bool) -> dict[str, Any]:
         raise CacheError(f"meta.json cannot be used ({type(error).__name__}: {error})") from None
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How a worker makes samples of lines. skip: go on after a bad line."""
-
-    format: str
-    tokenizer: Tokenizer
-    skip: bool
-
-    @property
-    def dtype(self) -> type[np.unsignedinteger]:
-        return np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A part of a file, for a worker to tokenise."""
-
-    file_number: int
-    part: Part
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """What a worker makes of its part. index: int64 (samples, 3) as in index.bin; line numbers count from 1 at the part's start."""
-
-    task: _Task
-    ids: NDArray[np.unsignedinteger]
-    supervised: NDArray[np.bool_]
-    index: NDArray[np.int64]
-    bad: list[tuple[int, str, str]]
-    line_count: int
-
-
-def _tokenize(recipe: _Recipe, task: _Task) -> _Tokens:
-    """Runs in a worker."""
-    read = records(task.part)
-    samples, bad = _parse(read.pairs, recipe)
-    ids, supervised, index = [np.zeros(0, recipe.dtype)], [np.zeros(0, np.bool_)], []
-    for (number, _), encoded in zip(samples, recipe.tokenizer.encode_batch([sample for _, sample in samples]), strict=True):
-        if isinstance(encoded, ValueError) or not len(encoded[0]):
-            error = _unusable(encoded if isinstance(encoded, ValueError) else EmptyRecord("no token is left of it"))
-            bad.append((number, error.kind, error.message))
-            continue
-        sample_ids, sample_supervised = encoded
-        sample_supervised[0] = False  # no token comes before it, from which to predict it
-        ids.append(sample_ids.astype(recipe.dtype, copy=False))
-        supervised.append(sample_supervised)
-        index.append((len(sample_ids), np.count_nonzero(sample_supervised), number))
-    return _Tokens(
-        task,
-        ids=np.concatenate(ids),
-        supervised=np.concatenate(supervised),
-        index=np.array(index, dtype=np.int64).reshape(-1, 3),
-        bad=sorted(bad),
-        line_count=read.count,
-    )
-
-
-def _parse(pairs: list[tuple[int, Any]], recipe: _Recipe) -> tuple[list[tuple[int, Sample]], list[tuple[int, str, str]]]:
-    """((number, sample) pairs, bad lines) of a part; ends with the first bad one, unless such lines are skipped.
-
-    Several records may have one number: a JSON array can stand on one line."""
-    parse = find_format(recipe.format)
-    samples: list[tuple[int, Sample]] = []
-    bad: list[tuple[int, str, str]] = []
-    for number, record in pairs:
-        try:
-            samples.append((number, _sample(record, parse)))
-        except BadLine as error:
-            bad.append((number, error.kind, error.message))
-            if not recipe.skip:
-                break
-    return samples, bad
-
-
-def _sample(record: Any, parse: Format) -> Sample:
-    """A record as records() has it -> a sample. Raises BadLine."""
-    if isinstance(record, BadLine):
-        raise record
-    value = _json(record) if isinstance(record, bytes) else record
-    try:
-        if value is None or value in ({}, [], ""):
-            raise EmptyRecord("there is nothing in it")
-        sample = parse(value)
-    except (ValueError, RecursionError) as error:
-        raise _unusable(error) from None
-    if holds_nul(sample):
-        raise BadLine(Kind.NUL, "the character U+0000 is in its text: bytes that some program took for text")
-    return sample
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return DECODER.decode(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLine(Kind.UTF8, f"not valid UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})") from None
-    except json.JSONDecodeError as error:
-        raise BadLine(Kind.JSON, f"not valid JSON ({error.msg} at column {error.pos + 1}); a line holds one sample") from None
-    except ValueError as error:
-        raise BadLine(Kind.JSON, f"not usable JSON ({error})") from None
-    except RecursionError as error:
-        raise _unusable(error) from None
-
-
-def _unusable(error: ValueError | RecursionError) -> BadLine:
-    """For what a format or a tokenizer refuses."""
-    if isinstance(error, EmptyRecord):
-        return BadLine(Kind.EMPTY, str(error))
-    if isinstance(error, RecursionError | TooDeep):
-        return BadLine(Kind.NESTING, "lists or objects are nested too deeply")
-    if isinstance(error, UnicodeEncodeError):
-        half = ord(error.object[error.start])
-        return BadLine(Kind.CONVERSATION, f"the text holds half a surrogate pair (\\u{half:04x}), which is no character")
-    return BadLine(Kind.CONVERSATION, str(error))
-
-
 class _Writer:
     """Writes the files of a cache into `directory`."""
 
-    def __init__(self, directory: Path, files: list[Path], recipe: _Recipe, key: str) -> None:
+    def __init__(self, directory: Path, files: list[Path], recipe: Recipe, key: str) -> None:
         self.directory, self.files, self.recipe, self.key = directory, files, recipe, key
         self.sample_counts = [0] * len(files)
         self.skipped: list[tuple[int, int, str, str]] = []
@@ -335,7 +195,7 @@ class _Writer:
     def samples(self) -> int:
         return sum(self.sample_counts)
 
-    def write(self, parts: Iterable[_Tokens]) -> None:
+    def write(self, parts: Iterable[Tokens]) -> None:
         """Write all parts, which come in order. DataError at the first bad line, unless such lines are skipped, and where nothing is left."""
         lines_before = [0] * len(self.files)
         with ExitStack() as stack:
@@ -384,36 +244,6 @@ class _Writer:
                 "Set data.bad_lines=skip to leave such lines out; they are counted and listed in the run directory."
             )
         self.skipped.append((file_number, line, kind, message))
-
-
-def _parts(files: list[Path], recipe: _Recipe, num_workers: int | None, progress: bool) -> Generator[_Tokens]:
-    """Every part of every file, tokenised, in order; in this process where there is little to do."""
-    from tqdm import tqdm
-
-    tokenize = partial(_tokenize, recipe)
-    tasks = (_Task(number, part) for number, file in enumerate(files) for part in split(file, CHUNK_BYTES))
-    total = sum(file.stat().st_size for file in files)
-    workers = cores() if num_workers is None else num_workers
-    parts = (
-        map(tokenize, tasks)
-        if workers < 2 or total < SERIAL_BYTES
-        else _in_processes(tokenize, tasks, min(workers, -(-total // CHUNK_BYTES)))
-    )
-    # disable=None: no bar where stderr is not a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None if progress else True, file=sys.stderr) as bar:
-        for part in parts:
-            yield part
-            bar.update(part.task.part.size)
-
-
-def _in_processes(tokenize: Callable[[_Task], _Tokens], tasks: Iterator[_Task], workers: int) -> Iterator[_Tokens]:
-    """`map(tokenize, tasks)` by processes. ConfigError when one of them dies, or cannot be started."""
-    try:
-        yield from map_in_processes(tokenize, tasks, workers)
-    except (ProcessDied, MemoryError) as error:
-        what = "ran out of memory" if isinstance(error, MemoryError) else str(error)
-        why = f"a process that tokenises {what}; set fewer, or 0 to tokenise in the main process"
-        raise ConfigError("data.num_workers", workers, why) from None
 
 
 @contextmanager
@@ -465,9 +295,9 @@ def _remove_stale(cache_dir: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _fingerprint(files: list[str], recipe: _Recipe) -> str:
+def _fingerprint(files: list[str], recipe: Recipe) -> str:
     """files: of each, how it is read and its hash."""
-    parts = [VERSION, format_identity(recipe.format), recipe.tokenizer.fingerprint, recipe.skip, files]
+    parts = [VERSION, format_identity(recipe.format, recipe.format_key), recipe.tokenizer.fingerprint, recipe.skip, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -2,8 +2,7 @@
 
 A template that marks what the assistant writes with {% generation %} is believed. Any other is rendered turn by turn: the text up to a turn, with the
 prompt that asks for an answer, must be the beginning of the whole text, and what follows it, to the token that ends the turn, is the span. A
-template that renders earlier turns differently once others follow cannot be learnt from that way: Qwen3's leaves out earlier thinking. For such a
-family there is a template of ours here, which keeps everything and renders the same bytes wherever the original keeps everything."""
+template that renders earlier turns differently once others follow cannot be learnt from that way (template_choice.py has one of ours for some)."""
 
 from __future__ import annotations
 
@@ -11,14 +10,13 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.data.fold import TOOLS_END, fold
 from xtuner_hydra.data.formats import Conversation, Message
 from xtuner_hydra.errors import ConfigError
 
-_KEY = "model.chat_template"
+KEY = "model.chat_template"
 _REMEDY = (
     "give a template that does not with model.chat_template=PATH, a .jinja file with {% generation %} around what the assistant writes"
 )
@@ -35,84 +33,6 @@ _FIXED_DATE = (
     + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
     + " }}{% endmacro %}{{ '' }}"
 )
-
-QWEN3 = r"""
-{%- macro call(function) -%}
-<tool_call>
-{"name": "{{ function.name }}", "arguments": {{ function.arguments if function.arguments is string else function.arguments | tojson }}}
-</tool_call>
-{%- endmacro -%}
-{%- set question = namespace(asked=false) -%}
-{%- for message in messages if message.role == 'user' and message.content is string -%}
-    {%- if not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) -%}
-        {%- set question.asked = true -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set instructions = messages[0].content if messages and messages[0].role == 'system' else none -%}
-{%- if tools -%}
-    {{- '<|im_start|>system\n' -}}
-    {%- if instructions is not none -%}
-        {{- instructions + '\n\n' -}}
-    {%- endif -%}
-    {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
-    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' -}}
-    {%- for tool in tools -%}
-        {{- '\n' + (tool | tojson) -}}
-    {%- endfor -%}
-    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments ' -}}
-    {{- 'within <tool_call></tool_call> XML tags:\n' -}}
-    {{- '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' -}}
-{%- elif instructions is not none -%}
-    {{- '<|im_start|>system\n' + instructions + '<|im_end|>\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- set content = message.content if message.content is string else '' -%}
-    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
-        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}
-    {%- elif message.role == 'tool' -%}
-        {%- if loop.first or loop.previtem.role != 'tool' -%}
-            {{- '<|im_start|>user' -}}
-        {%- endif -%}
-        {{- '\n<tool_response>\n' + content + '\n</tool_response>' -}}
-        {%- if loop.last or loop.nextitem.role != 'tool' -%}
-            {{- '<|im_end|>\n' -}}
-        {%- endif -%}
-    {%- elif message.role == 'assistant' -%}
-        {%- set thought = '' -%}
-        {%- if message.reasoning_content is string -%}
-            {%- set thought = message.reasoning_content -%}
-        {%- elif '</think>' in content -%}
-            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
-        {%- endif -%}
-        {{- '<|im_start|>assistant\n' -}}
-        {%- generation -%}
-            {%- if thought or (loop.last and question.asked) -%}
-                {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') -}}
-            {%- else -%}
-                {{- content -}}
-            {%- endif -%}
-            {%- for tool_call in message.tool_calls or [] -%}
-                {%- if content or not loop.first -%}
-                    {{- '\n' -}}
-                {%- endif -%}
-                {{- call(tool_call.function or tool_call) -}}
-            {%- endfor -%}
-            {{- '<|im_end|>' -}}
-        {%- endgeneration -%}
-        {{- '\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-    {%- if enable_thinking is defined and enable_thinking is false -%}
-        {{- '<think>\n\n</think>\n\n' -}}
-    {%- endif -%}
-{%- endif -%}
-"""
-
-FAMILIES = {"qwen3": QWEN3}
-"""Templates of ours for training, by the family's name."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +79,7 @@ class ChatTemplate:
         self._refuse_lost_tools(given, conversation, text)
         _refuse_lost_content(given, text)
         self._refuse_lost_calls(conversation, text)
-        if _is_marked(self._of(conversation)):
+        if is_marked(self._of(conversation)):
             spans = self._by_marks(conversation, marked)
         else:
             _refuse_lost_thinking(given, text)
@@ -260,7 +180,7 @@ class ChatTemplate:
     @cached_property
     def _ignores_tools(self) -> bool:
         """Whether the template has a place for calls, but none for the tools that may be called."""
-        chat = Conversation([_user("a"), _assistant("b")], [{"type": "function", "function": {"name": "f", "parameters": {}}}])
+        chat = Conversation([user("a"), assistant("b")], [{"type": "function", "function": {"name": "f", "parameters": {}}}])
         try:
             return self._render(chat)[0] == self._render(replace(chat, tools=[]))[0]
         except ValueError:
@@ -269,7 +189,7 @@ class ChatTemplate:
     @cached_property
     def _drops_developers(self) -> bool:
         """Whether the template passes over messages of the role that newer models have for `system`."""
-        chat = Conversation([Message("developer", "instructions", supervised=False), _user("a")])
+        chat = Conversation([Message("developer", "instructions", supervised=False), user("a")])
         try:
             return "instructions" not in self._render(chat)[0]
         except ValueError:
@@ -287,12 +207,12 @@ class ChatTemplate:
                 [[_as_dict(message) for message in conversation.messages]],
                 tools=conversation.tools or None,
                 chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
-                return_assistant_tokens_mask=_is_marked(template),
+                return_assistant_tokens_mask=is_marked(template),
                 add_generation_prompt=ask,
                 **self.special,
             )
         except TemplateSyntaxError as error:
-            raise ConfigError(_KEY, self.name, f"line {error.lineno} is no Jinja ({error.message})") from None
+            raise ConfigError(KEY, self.name, f"line {error.lineno} is no Jinja ({error.message})") from None
         except TemplateError as error:  # also where it reaches for what the sandbox forbids
             raise ValueError(f"the chat template refuses this conversation ({error})") from None
         except Exception as error:  # a template is a program of others: it may divide by zero, or ask for too long a range
@@ -303,67 +223,19 @@ class ChatTemplate:
         return self.with_tools if conversation.tools and self.with_tools else self.template
 
 
-def choose(own: ChatTemplate | None, chosen: str | None, special: dict[str, str], added: tuple[str, ...]) -> ChatTemplate | None:
-    """The template to train with: `chosen` (model.chat_template: a family's name or a file), else the tokenizer's `own`, or ours for its family.
-
-    None: there is none. Raises ConfigError for a `chosen` that cannot be had."""
-    if chosen in FAMILIES:
-        return ChatTemplate(_ours(chosen), FAMILIES[chosen], special, added)
-    if chosen is not None:
-        return ChatTemplate(chosen, _read(chosen), special, added)
-    if own is None or _is_marked(own.template) or keeps_prefixes(own):
-        return own
-    for family in FAMILIES:
-        ours = ChatTemplate(_ours(family), FAMILIES[family], special, added)
-        if same_where_nothing_is_lost(own, ours):
-            return ours
-    return own
-
-
 @cache
-def _is_marked(template: str) -> bool:
+def is_marked(template: str) -> bool:
     """Whether it has {% generation %}, comments apart."""
     return bool(_MARKED.search(re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)))
 
 
-def keeps_prefixes(template: ChatTemplate) -> bool:
-    """Whether a chat of two turns, with thinking, can be learnt turn by turn."""
-    messages = [_user("a"), _assistant("b", thinking="t"), _user("c"), _assistant("d", thinking="t")]
-    try:
-        template.spans(Conversation(messages))
-    except ValueError:
-        return False
-    return True
-
-
-def same_where_nothing_is_lost(one: ChatTemplate, other: ChatTemplate) -> bool:
-    """Whether two templates render the same bytes for chats of every kind of which a Qwen3-like template leaves nothing out."""
-    try:
-        return all(one.render(chat, ask=ask) == other.render(chat, ask=ask) for chat in _probes() for ask in (False, True))
-    except ValueError:
-        return False
-
-
-def _probes() -> list[Conversation]:
-    system, call = Message("system", "s", supervised=False), {"name": "f", "arguments": {"x": [1, "é"]}}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    result = Message("tool", "7", supervised=False)
-    looped = [_user("a"), _assistant("", thinking="t", calls=[call, call]), result, result, _assistant("b", thinking="u\n")]
-    return [
-        Conversation([_user("a"), _assistant("\nb")]),
-        Conversation([system, _user("a"), _assistant("b", thinking="t")]),
-        Conversation([_user("a"), _assistant("<think>\nt\n</think>\n\nb")]),
-        Conversation([_user("a"), _assistant("b"), _user("c"), system, _user("d"), _assistant("e")]),
-        Conversation(looped, tools),
-        Conversation([system, *looped[:-1], _assistant("w", calls=[call])], tools),
-    ]
-
-
-def _user(content: str) -> Message:
+def user(content: str) -> Message:
+    """A question, to try a template with."""
     return Message("user", content, supervised=False)
 
 
-def _assistant(content: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Message:
+def assistant(content: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Message:
+    """An answer, to try a template with."""
     return Message("assistant", content, True, calls or [], thinking=thinking)
 
 
@@ -415,17 +287,3 @@ def _as_dict(message: Message) -> dict[str, Any]:
         "tool_call_id": message.tool_call_id,
     }
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _ours(family: str) -> str:
-    return f"{family} (ours, for training: it keeps the thinking of earlier turns)"
-
-
-def _read(path: str) -> str:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(_KEY, path, f"there is no such file; give a .jinja file, or one of {', '.join(FAMILIES)}")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(_KEY, path, f"cannot be read ({error})") from None

@@ -4,18 +4,10 @@ EmptyRecord is the ValueError for a record in which nothing is said."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-from xtuner_hydra.errors import ConfigError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "pretrain")
 SUPERVISED_ROLES = ("assistant", "pretrain")  # XTuner's: the loss is taken on these unless a message says otherwise
@@ -114,7 +106,7 @@ def parse_prompt_completion(record: object) -> Sample:
     _refuse_media(record)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _text([(prompt, False), (completion, True)])
+        return as_text([(prompt, False), (completion, True)])
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise ValueError(f"prompt and completion must both be text or both lists of messages, got {_kind(prompt)} and {_kind(completion)}")
     asked = [{**message, "loss": False} if isinstance(message, dict) else message for message in prompt]
@@ -131,7 +123,7 @@ def parse_text(record: object) -> Text:
     return _document(_field(record, keys[0], str, "text"))
 
 
-FORMATS: dict[str, Format] = {
+PARSERS: dict[str, Format] = {
     "openai": parse_openai,
     "sharegpt": parse_sharegpt,
     "alpaca": parse_alpaca,
@@ -158,91 +150,15 @@ def holds_nul(sample: Sample) -> bool:
     return False
 
 
-def find_format(name: str, key: str = "data.format") -> Format:
-    """The function behind data.format: one of ours, or `package.module:function`, which is imported (from the working directory too).
-
-    A function of yours takes a decoded record and returns what the `openai` format takes (a list of messages, or an object with `messages`),
-    text for a document, or a Conversation or Text made here; it raises ValueError for a record that cannot be used. Naming one runs its code:
-    it is one of the few places where a config can. Raises ConfigError where it cannot be imported."""
-    if name in FORMATS:
-        return FORMATS[name]
-    function = _import(name, key)
-    return lambda record: _made_by(name, function, record)
-
-
-def format_identity(name: str) -> str:
-    """What decides what a format reads, for the cache's key: its name, and for a function of the user's the content of the file that it is named
-    by and of those that this one uses, as far as they lie beside or below it."""
-    if name in FORMATS:
-        return name
-    _import(name, "data.format")
-    digest = hashlib.sha256()
-    for source in _sources(sys.modules[name.partition(":")[0]]):
-        digest.update(source.read_bytes())
-    return f"{name} {digest.hexdigest()}"
-
-
-def _sources(module: ModuleType) -> list[Path]:
-    """The module's file and those of the modules whose values it has, or whose values they have, in the tree that it was imported from. Of installed
-    packages only its own is looked at: the others are the environment's."""
-    if module.__file__ is None:
-        return []
-    root = Path(module.__file__).parents[module.__name__.count(".") + hasattr(module, "__path__")]
-    found, pending = {Path(module.__file__)}, [module]
-    while pending:
-        for value in list(vars(pending.pop()).values()):
-            used = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", None)))
-            file = Path(getattr(used, "__file__", None) or "")
-            if used is None or file in found or not file.is_relative_to(root) or _is_others(used, file, module):
-                continue
-            found.add(file)
-            pending.append(used)
-    return sorted(found)
-
-
-def _is_others(used: ModuleType, file: Path, by: ModuleType) -> bool:
-    package, own, ours = (name.partition(".")[0] for name in (used.__name__, by.__name__, __name__))
-    return package == ours or (package != own and not {"site-packages", "dist-packages"}.isdisjoint(file.parts))
-
-
-def _import(name: str, key: str) -> Callable[[object], object]:
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the installed command does not have it, `python -m` has
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:
-        raise ConfigError(
-            key, name, f"cannot be imported ({type(error).__name__}: {error}); give package.module:function, found from {os.getcwd()}"
-        ) from None
-    if not callable(found):
-        raise ConfigError(key, name, "is not a function")
-    return found
-
-
-def _made_by(name: str, function: Callable[[object], object], record: object) -> Sample:
-    try:
-        made = function(record)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{name} failed ({type(error).__name__}: {error})") from None
-    if isinstance(made, Conversation):
-        _refuse_silence(made.messages)
-        return made
-    if isinstance(made, Text):
-        return _text(made.pieces)
-    return _document(made) if isinstance(made, str) else parse_openai(made)
-
-
 def _conversation(messages: list[Message], tools: object) -> Conversation:
-    _refuse_silence(messages)
+    refuse_silence(messages)
     if not any(message.role in SUPERVISED_ROLES for message in messages):
         raise ValueError("a conversation without an assistant turn; there is nothing to learn from it")
     return Conversation(messages, _tools(tools))
 
 
-def _refuse_silence(messages: list[Message]) -> None:
+def refuse_silence(messages: list[Message]) -> None:
+    """EmptyRecord where nothing is said."""
     if not any(message.content or message.tool_calls or message.thinking for message in messages):
         raise EmptyRecord("no message says anything" if messages else "a conversation without a message")
 
@@ -253,10 +169,11 @@ def _refuse_media(record: object) -> None:
 
 
 def _document(text: str) -> Text:
-    return _text([(text, True)])
+    return as_text([(text, True)])
 
 
-def _text(pieces: list[tuple[str, bool]]) -> Text:
+def as_text(pieces: list[tuple[str, bool]]) -> Text:
+    """A Text of `pieces`; EmptyRecord where there is no character in them."""
     if not any(text for text, _ in pieces):
         raise EmptyRecord("the text is empty")
     return Text(pieces)

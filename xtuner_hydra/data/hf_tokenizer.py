@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtuner_hydra.data.chat_templates import ChatTemplate, Rendered, choose
+from xtuner_hydra.data.chat_templates import ChatTemplate, Rendered
 from xtuner_hydra.data.formats import Conversation, Message, Sample, Text
+from xtuner_hydra.data.template_choice import choose
 from xtuner_hydra.data.tokenizers import Encoded, or_error
 from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.files import write_text

@@ -107,7 +107,7 @@ def none(lengths: Int64s, rng: np.random.Generator | None) -> Packs:
 
 
 def length_grouped_order(packs: Packs, global_batch_size: int, seed: int) -> Int64s:
-    """XTuner's order of packs for its group size of 1: int64 (packs,). It is random; that ranks get like work is seen to in plan.py.
+    """XTuner's order of packs for its group size of 1: int64 (packs,). It is random; that ranks get like work is seen to by batch.deal.
 
     A random permutation is cut into mega-batches of k * global_batch_size packs, k = min(packs // (4 * global_batch_size), 50) or 1. Each is
     sorted by its packs' longest sample, descending, and shuffled."""

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from xtuner_hydra.config.schema import Config, DataConfig
-from xtuner_hydra.data.cache import CacheError, Skipped, TokenCache, all_or_nothing, build_cache, describe_skipped, hash_file, open_cache
+from xtuner_hydra.data.bad_lines import Skipped
+from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, hash_file, open_cache
 from xtuner_hydra.data.mixture import Mixture, Samples, held_out, parts_of
 from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, join, select_samples, training_limit
 from xtuner_hydra.data.readers import unit
@@ -103,7 +104,7 @@ def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> Prepared
     data = config.data
     with _caches(data, tokenizer, progress) as open_or_build:
         train = _training_caches(data, open_or_build)
-        held = open_or_build(data.eval_path, data.format, "data.eval_path") if data.eval_path is not None else None
+        held = open_or_build(data.eval_path, "data.eval_path", data.format, "data.format") if data.eval_path is not None else None
         if held is not None and (both := set(held.file_hashes).intersection(train.file_hashes)):
             names = [str(file) for file, digest in zip(held.files, held.file_hashes, strict=True) if digest in both]
             log.warning(f"held-out data that is trained on too: {', '.join(names)}; eval/loss will be lower than on data that is new")
@@ -120,7 +121,7 @@ def prepare_held_out(config: Config, tokenizer: Tokenizer, *, progress: bool) ->
     data = config.data
     with _caches(data, tokenizer, progress) as open_or_build:
         if data.eval_path is not None:
-            return _held_out(config, open_or_build(data.eval_path, data.format, "data.eval_path"), None)
+            return _held_out(config, open_or_build(data.eval_path, "data.eval_path", data.format, "data.format"), None)
         if data.eval_ratio is not None:
             train = _training_caches(data, open_or_build)
             return _held_out(config, train, held_out(train, data.eval_ratio))
@@ -131,8 +132,8 @@ def _are_examples(data: Samples) -> bool:
     return all(file.is_relative_to(EXAMPLES) for file in data.files)
 
 
-OpenOrBuild = Callable[[Any, str, str], TokenCache]
-"""(files, format, the key that names them) -> their token cache."""
+OpenOrBuild = Callable[[Any, str, str, str], TokenCache]
+"""(files, the key that names them, format, the key that names it) -> their token cache."""
 
 
 @contextmanager
@@ -141,7 +142,7 @@ def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[
     cache_dir = _cache_dir(data.cache_dir)
     with all_or_nothing(cache_dir) as built:
 
-        def open_or_build(path: Any, format: str, key: str) -> TokenCache:
+        def open_or_build(path: Any, key: str, format: str, format_key: str) -> TokenCache:
             cache = build_cache(
                 resolve_files(path, key),
                 format,
@@ -151,6 +152,7 @@ def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[
                 num_workers=data.num_workers,
                 progress=progress,
                 key=key,
+                format_key=format_key,
             )
             if cache.built:
                 built.append(cache)
@@ -161,9 +163,12 @@ def _caches(data: DataConfig, tokenizer: Tokenizer, progress: bool) -> Iterator[
 
 def _training_caches(data: DataConfig, open_or_build: OpenOrBuild) -> Samples:
     if not data.sources:
-        return open_or_build(data.path, data.format, "data.path")
-    sources = enumerate(data.sources)
-    return _together([open_or_build(source.path, source.format or data.format, f"data.sources[{i}].path") for i, source in sources])
+        return open_or_build(data.path, "data.path", data.format, "data.format")
+    caches = []
+    for i, source in enumerate(data.sources):
+        format, format_key = (data.format, "data.format") if source.format is None else (source.format, f"data.sources[{i}].format")
+        caches.append(open_or_build(source.path, f"data.sources[{i}].path", format, format_key))
+    return _together(caches)
 
 
 def _together(caches: list[TokenCache]) -> Samples:
@@ -184,6 +189,15 @@ def refuse_ids_without_a_row(sources: Sequence[Source | None], vocab_size: int, 
         f"{file} {unit(file)} {line} holds token {token} ({tokenizer.decode([token])!r}), and the embedding has rows for 0 to {vocab_size - 1}; "
         f"take the tokenizer that belongs to the weights, or with random weights set model.vocab_size={tokenizer.vocab_size} or more",
     )
+
+
+def describe_skipped(skipped: list[Skipped]) -> list[str]:
+    """Lines for people: how many lines were left out of each kind, and the first three by name."""
+    if not skipped:
+        return []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line.kind for line in skipped).most_common())
+    first = (f"  {line.file} {unit(Path(line.file))} {line.line}: {line.message}" for line in skipped[:3])
+    return [f"{len(skipped)} line{'s' * (len(skipped) > 1)} skipped ({kinds})", *first]
 
 
 def changed_files(run_dir: Path) -> list[str]:

@@ -38,11 +38,11 @@ def sample_pieces(source: Source, tokenizer: Tokenizer, place: int) -> list[Piec
     return pieces(tokenizer, source.cache.ids(sample)[:length], source.cache.supervised(sample)[:length])
 
 
-def first_sample(data: PreparedData, tokenizer: Tokenizer, width: int = 60, most: int = 6) -> str:
-    """The first sample on one line, each of its first pieces cut in the middle to about `width` characters."""
+def first_sample(data: PreparedData, tokenizer: Tokenizer) -> str:
+    """The first sample on one line, each of its first six pieces cut in the middle to about 60 characters."""
     parts = sample_pieces(data.train, tokenizer, 0)
-    short = [(_shortened(text, width).replace("\n", "\\n"), supervised) for text, supervised in parts[:most]]
-    return f"first sample, learnt in {LEFT}{RIGHT}: {marked(short, colours=False)}{' ...' if len(parts) > most else ''}"
+    short = [(_shortened(text, 60).replace("\n", "\\n"), supervised) for text, supervised in parts[:6]]
+    return f"first sample, learnt in {LEFT}{RIGHT}: {marked(short, colours=False)}{' ...' if len(parts) > 6 else ''}"
 
 
 def _shortened(text: str, width: int) -> str:

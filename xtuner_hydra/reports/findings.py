@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from xtuner_hydra.reports import commands, words
@@ -16,8 +16,6 @@ from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted", "damaged")
 TGS, TOKENS = "throughput/e2e_tgs", "train/total_tokens"
-BEST = 1
-"""Number of the colour (orange) that marks the best setting among grey or blue ones."""
 NOTABLY_FASTER = 1.1
 """Times as fast; the same work on a machine that others use scatters by less."""
 
@@ -325,49 +323,6 @@ class Findings:
             return []
         return [one for one in self.ranked if any(changes_speed(key) and self.at(one, key) != self.at(best, key) for key in self.keys)]
 
-    # --- how it is drawn
-
-    @cached_property
-    def metric_range(self) -> tuple[float, float]:
-        """The range of the metric over all jobs, without those that are far on the wrong side: they must not squeeze the others together."""
-        values = [value for setting in self.ranked for value in setting.values]
-        values += [setting.stopped for setting in self.stopped if setting.stopped is not None]
-        if not values:
-            return 0.0, 1.0
-        low, high, middle = min(values), max(values), median(values)
-        if self.result.plan.direction == "minimize":
-            return low, min(high, middle + 4 * (middle - low)) if middle > low else high
-        return max(low, middle - 4 * (high - middle)) if high > middle else low, high
-
-    def place(self, setting: Setting) -> float:
-        """Where the setting's mean (or where it was stopped) stands in `metric_range`, 0 (low) to 1."""
-        low, high = self.metric_range
-        value = setting.stopped if setting.mean is None else setting.mean
-        return 0.5 if value is None or high == low else min(max((value - low) / (high - low), 0.0), 1.0)
-
-    def goodness(self, setting: Setting) -> float:
-        """1 for the best, 0 for the worst."""
-        return 1 - self.place(setting) if self.result.plan.direction == "minimize" else self.place(setting)
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether the swept keys need parallel coordinates to be seen together."""
-        return len(self.keys) > 1 and not self.grid()
-
-    def colours(self, most: int) -> tuple[dict[int, int | None], list[tuple[int | None, str]]]:
-        """(job number -> number of its colour, the legend): a colour for each value of the key that matters most. Where these are more than `most`,
-        or parallel coordinates stand above: BEST for the best setting, as there, and None for the others."""
-        key = self.telling_keys[0] if self.keys else None
-        values = list(Scale.of(self.at(setting, key) for setting in self.settings).values) if key else []
-        if key and 1 < len(values) <= most and not self.is_parallel:
-            colours = {job.number: values.index(self.at(setting, key)) for setting in self.settings for job in setting.jobs}
-            return {**colours}, [(place, f"{self.short[key]} {self.text(key, value)}") for place, value in enumerate(values)]
-        if len(self.settings) == 1:
-            return dict.fromkeys((job.number for job in self.result.jobs), 0), []
-        best = {job.number for job in self.best.jobs} if self.best else set()
-        entries: list[tuple[int | None, str]] = [(BEST, "best"), (None, "others")] if best else []
-        return {job.number: BEST if job.number in best else None for job in self.result.jobs}, entries
-
     # --- whether it is fair
 
     @property
@@ -491,13 +446,6 @@ class Findings:
             return None
         job = next(job for job in self.best.jobs if job.value is not None)
         return commands.refine(self.result, job, self.telling_keys)
-
-    def grid(self) -> tuple[list[Any], list[Any]] | None:
-        """(values of the first key, values of the second) where two keys were swept and make a grid that is mostly filled."""
-        if len(self.keys) != 2:
-            return None
-        first, second = (list(Scale.of(self.at(setting, key) for setting in self.settings).values) for key in self.keys)
-        return (first, second) if len(first) * len(second) <= 2 * len(self.settings) and len(first) <= 14 and len(second) <= 14 else None
 
 
 def _hashable(value: Any) -> Any:

@@ -122,12 +122,12 @@ def link(target: Path, start: Path, text: str) -> Markup:
     return tag("a", text, href=quote(Path(os.path.relpath(target, start)).as_posix()))
 
 
-def note(title: str, items: Sequence[str], kind: str = "note") -> Markup | None:
+def note(title: str, items: Sequence[str]) -> Markup | None:
     """Sentences that must not be overlooked; nothing where there are none."""
     if not items:
         return None
     body = tag("ul", [tag("li", item) for item in items]) if len(items) > 1 else tag("p", items[0])
-    return tag("div", tag("b", title), body, class_=kind)
+    return tag("div", tag("b", title), body, class_="note")
 
 
 def fact(title: str, text: str, kind: str = "") -> Markup:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xtuner_hydra.files import umask
-from xtuner_hydra.reports import words
+from xtuner_hydra.reports import drawing, words
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, Scale, curve, limits, smooth, smoothed, thinned
-from xtuner_hydra.reports.findings import BEST, Findings
+from xtuner_hydra.reports.drawing import BEST, ENDS, MetricScale
+from xtuner_hydra.reports.findings import Findings
 from xtuner_hydra.results.run import Run, load_run
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _draw_main(axes: Axes, findings: Findings) -> None:
     if not findings.ranked or not findings.keys:
         axes.axis("off")
         axes.text(0.5, 0.5, findings.standing, ha="center", va="center", color=GREY, transform=axes.transAxes)
-    elif findings.grid():
+    elif drawing.grid(findings):
         _draw_heat_map(axes, findings)
     elif len(findings.keys) == 1:
         _draw_curve(axes, findings)
@@ -117,11 +118,12 @@ def _draw_main(axes: Axes, findings: Findings) -> None:
 
 
 def _draw_heat_map(axes: Axes, findings: Findings) -> None:
-    rows, columns = findings.grid() or ([], [])
+    rows, columns = drawing.grid(findings) or ([], [])
     first, second = findings.keys
+    metric = MetricScale.of(findings)
     values = np.full((len(rows), len(columns)), np.nan)
     for setting in findings.ranked:
-        values[rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))] = findings.goodness(setting)
+        values[rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))] = metric.goodness(setting)
     axes.imshow(values, cmap="Blues", vmin=-0.15, vmax=1.25, aspect="auto")
     for setting in findings.settings:
         row, column = rows.index(findings.at(setting, first)), columns.index(findings.at(setting, second))
@@ -129,7 +131,7 @@ def _draw_heat_map(axes: Axes, findings: Findings) -> None:
             axes.text(column, row, textwrap.fill(findings.setting_state(setting), 14), ha="center", va="center", color=GREY, fontsize=10)
             continue
         best = findings.rank(setting) == 1
-        colour = "white" if findings.goodness(setting) > 0.8 else TEXT
+        colour = "white" if metric.goodness(setting) > 0.8 else TEXT
         spread = f"\n± {findings.difference(setting.spread)}" if setting.spread is not None else ""
         axes.text(column, row, findings.number(setting.mean) + spread, ha="center", va="center", color=colour, fontsize=12,
                   fontweight="bold" if best else None, linespacing=1.5)  # fmt: skip
@@ -176,11 +178,11 @@ def _draw_curve(axes: Axes, findings: Findings) -> None:
 
 
 def _draw_parallel(axes: Axes, findings: Findings) -> None:
-    keys = findings.telling_keys[:6]
+    keys, metric = findings.telling_keys[:6], MetricScale.of(findings)
     scales = {key: Scale.of(findings.at(setting, key) for setting in findings.shown) for key in keys}
     for setting in reversed(findings.shown):
-        y = [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)]
-        good, best = findings.goodness(setting), findings.rank(setting) == 1
+        y = [*(scales[key](findings.at(setting, key)) for key in keys), metric.place(setting)]
+        good, best = metric.goodness(setting), findings.rank(setting) == 1
         axes.plot(
             range(len(y)),
             y,
@@ -202,7 +204,7 @@ def _draw_parallel(axes: Axes, findings: Findings) -> None:
                 color="#5d656d",
             )
     axes.axvline(len(keys), color=GREY, linewidth=0.8)
-    for end, value in zip((-0.04, 1.04), findings.metric_range, strict=True):
+    for end, value in ((-0.04, metric.low), (1.04, metric.high)):
         axes.text(len(keys), end, findings.number(value), ha="center", va="top" if end < 0 else "bottom", fontsize=9, color="#5d656d")
     axes.set_xticks(range(len(keys) + 1), [*(findings.short[key] for key in keys), findings.metric], rotation=12)
     axes.set(yticks=[], ylim=(-0.14, 1.14))
@@ -212,7 +214,7 @@ def _draw_parallel(axes: Axes, findings: Findings) -> None:
 
 def _draw_losses(axes: Axes, findings: Findings) -> None:
     """Training loss of all jobs, the best setting's on top."""
-    colours, entries = findings.colours(len(COLOURS))
+    colours, entries = drawing.colours(findings, len(COLOURS))
     shown = []
     for setting in reversed(findings.settings):
         for job in setting.jobs:
@@ -220,7 +222,7 @@ def _draw_losses(axes: Axes, findings: Findings) -> None:
             if not len(line):
                 continue
             place, best = colours[job.number], findings.rank(setting) == 1
-            ended = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}.get(job.state, "")
+            ended = ENDS.get(job.state, "")
             colour = GREY if place is None else COLOURS[place]
             axes.plot(line.x, line.y, color=colour, linewidth=2.4 if best else 1.1, alpha=1 if best else 0.75, linestyle=":" if ended == "x" else "-",
                       marker=ended or None, markevery=[-1], markersize=8)  # fmt: skip

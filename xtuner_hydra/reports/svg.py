@@ -1,5 +1,5 @@
 """Charts as inline SVG, drawn by hand: their colours are the page's own, so they follow light and dark, and their text stays readable when the page
-is narrow (the style sheet enlarges it, the margins leave room). A `<title>` says what a mark is; script.js shows it at the pointer."""
+is narrow (the style sheet enlarges it, the margins leave room). A `<title>` says what a mark is; the script in style.py shows it at the pointer."""
 
 from __future__ import annotations
 

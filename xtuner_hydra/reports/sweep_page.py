@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from xtuner_hydra.reports import page, svg, words
+from xtuner_hydra.reports import drawing, page, svg, words
 from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smoothed, thinned
+from xtuner_hydra.reports.drawing import ENDS, MetricScale
 from xtuner_hydra.reports.findings import TGS, TOKENS, Findings
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell
 from xtuner_hydra.reports.tables import MEMORY
 from xtuner_hydra.results.sweep import JobResult, Setting
 
-ENDS = {"failed": "x", "killed": "x", "interrupted": "x", "pruned": "|", "running": "o"}
 COLOURS = 6
 MOST_BARS = 24
 
@@ -40,7 +40,7 @@ def sweep_page(findings: Findings) -> str:
 def _charts(findings: Findings) -> list[Content]:
     """What was swept against the metric, then what the jobs did over time, two side by side; parallel coordinates need the whole width."""
     main, over_time = _main_chart(findings), [_losses(findings), _evaluations(findings), _speed(findings)]
-    if findings.is_parallel:
+    if drawing.is_parallel(findings):
         return [main, _effects(findings), *_in_pairs(over_time)]
     return _in_pairs([main, *over_time])
 
@@ -109,11 +109,11 @@ def _fastest(findings: Findings) -> Markup | None:
 
 
 def _ranking(findings: Findings) -> Markup:
-    span = findings.metric_range
+    metric = MetricScale.of(findings)
     # the metric before the keys: on a narrow page the rest has to be scrolled to
     heads = ["", findings.metric, *["± spread"] * findings.has_repeats, *(findings.short[key] for key in findings.keys)]
     heads += ["", *["seeds"] * findings.has_repeats, "tokens", "tokens/s", "memory GB", "state"]
-    rows = [_ranking_row(findings, setting, span) for setting in findings.settings]
+    rows = [_ranking_row(findings, setting, metric) for setting in findings.settings]
     direction = "lower" if findings.result.plan.direction == "minimize" else "higher"
     dots = " The strip shows every seed as a circle, the mean as a bar, the spread shaded." if findings.has_repeats else ""
     averaged = "; averaged over seeds" * findings.has_repeats
@@ -122,9 +122,9 @@ def _ranking(findings: Findings) -> Markup:
     return page.card("Ranking", table, sub=f"{findings.metric}, {direction} is better{averaged}.{dots}")
 
 
-def _ranking_row(findings: Findings, setting: Setting, span: tuple[float, float]) -> list[Cell]:
+def _ranking_row(findings: Findings, setting: Setting, metric: MetricScale) -> list[Cell]:
     rank = findings.rank(setting)
-    strip = svg.strip(setting.values, setting.mean, setting.spread, span) if setting.mean is not None else None
+    strip = svg.strip(setting.values, setting.mean, setting.spread, (metric.low, metric.high)) if setting.mean is not None else None
     spread = Cell("" if setting.spread is None else "± " + findings.difference(setting.spread), setting.spread, number=True)
     speed, memory = findings.average(setting, TGS), findings.average(setting, MEMORY)
     return [
@@ -165,14 +165,15 @@ def _main_chart(findings: Findings) -> Markup | None:
     """A heat map for two swept values, a curve for one, parallel coordinates for more."""
     if not findings.ranked or not findings.keys:
         return None
-    if findings.grid():
+    if drawing.grid(findings):
         return _heat_map(findings)
     return _curve_card(findings, findings.keys[0]) if len(findings.keys) == 1 else _parallel(findings)
 
 
 def _heat_map(findings: Findings) -> Markup:
-    rows, columns = findings.grid() or ([], [])
+    rows, columns = drawing.grid(findings) or ([], [])
     first, second = findings.keys
+    metric = MetricScale.of(findings)
     found = {(findings.at(setting, first), findings.at(setting, second)): setting for setting in findings.settings}
     head = tag(
         "tr",
@@ -181,7 +182,11 @@ def _heat_map(findings: Findings) -> Markup:
     )
     over = tag("tr", tag("th"), tag("th", findings.short[second] + " →", class_="axis", colspan=len(columns)))
     body = [
-        tag("tr", tag("th", findings.text(first, row), scope="row"), [_heat_cell(findings, found.get((row, column))) for column in columns])
+        tag(
+            "tr",
+            tag("th", findings.text(first, row), scope="row"),
+            [_heat_cell(findings, found.get((row, column)), metric) for column in columns],
+        )
         for row in rows
     ]
     return page.card(
@@ -192,7 +197,7 @@ def _heat_map(findings: Findings) -> Markup:
     )
 
 
-def _heat_cell(findings: Findings, setting: Setting | None) -> Markup:
+def _heat_cell(findings: Findings, setting: Setting | None, metric: MetricScale) -> Markup:
     if setting is None:
         return tag("td", "not run", class_="none")
     jobs = " ".join(str(job.number) for job in setting.jobs)
@@ -200,7 +205,7 @@ def _heat_cell(findings: Findings, setting: Setting | None) -> Markup:
         return tag("td", findings.score(setting), tag("small", "stopped early"), class_="none", data_job=jobs)
     if setting.mean is None:
         return tag("td", findings.setting_state(setting), class_="none", data_job=jobs)
-    good = findings.goodness(setting)
+    good = metric.goodness(setting)
     kinds = ["best"] * (findings.rank(setting) == 1) + ["dark"] * (good > 0.8)
     small = "± " + findings.difference(setting.spread) if setting.spread is not None else None
     share = round(8 + 84 * good)
@@ -254,13 +259,13 @@ def _curve_card(findings: Findings, key: str) -> Markup:
 def _parallel(findings: Findings) -> Markup:
     keys = findings.telling_keys[:7]
     scales = {key: Scale.of(findings.at(setting, key) for setting in findings.shown) for key in keys}
-    low, high = findings.metric_range
+    metric = MetricScale.of(findings)
     axes = [svg.Axis.of(findings.short[key], scales[key]) for key in keys]
-    axes.append(svg.Axis(findings.metric, {0.0: findings.number(low), 1.0: findings.number(high)}))
+    axes.append(svg.Axis(findings.metric, {0.0: findings.number(metric.low), 1.0: findings.number(metric.high)}))
     tracks = [
         svg.Track(
-            [*(scales[key](findings.at(setting, key)) for key in keys), findings.place(setting)],
-            findings.goodness(setting),
+            [*(scales[key](findings.at(setting, key)) for key in keys), metric.place(setting)],
+            metric.goodness(setting),
             _setting_title(findings, setting),
             _kind(findings, setting),
             " ".join(str(job.number) for job in setting.jobs),
@@ -277,7 +282,7 @@ def _parallel(findings: Findings) -> Markup:
 
 def _effects(findings: Findings) -> Markup | None:
     """The metric against each key on its own, where there are too many keys for one picture."""
-    if len(findings.keys) < 2 or findings.grid() or len(findings.ranked) < 3:
+    if len(findings.keys) < 2 or drawing.grid(findings) or len(findings.ranked) < 3:
         return None
     keys = [effect.key for effect in findings.effects[:6]]
     kind, size = ("pair", (svg.WIDTH, svg.HEIGHT)) if len(keys) in (2, 4) else ("trio", svg.SMALL)
@@ -292,7 +297,7 @@ def _effect(findings: Findings, key: str, size: tuple[int, int]) -> Markup:
 
 def _colours(findings: Findings) -> tuple[dict[int, str], list[tuple[str, str]]]:
     """(job number -> CSS classes of its curve, legend)."""
-    colours, entries = findings.colours(COLOURS)
+    colours, entries = drawing.colours(findings, COLOURS)
     best = {job.number for job in findings.best.jobs} if findings.best else set()
     kinds = {number: ("km" if place is None else f"k{place}") + " strong" * (number in best) for number, place in colours.items()}
     return kinds, [("km" if place is None else f"k{place}", text) for place, text in entries]

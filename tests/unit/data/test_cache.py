@@ -5,25 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
-from chats import build, cache_of, chat, write_lines
+from chats import build, cache_of, chat, content, expected, write_lines
 
 from xtuner_hydra.data import cache as cache_module
-from xtuner_hydra.data.bad_lines import LONGEST_MESSAGE
-from xtuner_hydra.data.cache import STALE_SECONDS, CacheError, build_cache, describe_skipped, open_cache
-from xtuner_hydra.data.formats import FORMATS, parse_openai
-from xtuner_hydra.data.sources import LINE_BYTES
+from xtuner_hydra.data.cache import STALE_SECONDS, CacheError, build_cache, open_cache
+from xtuner_hydra.data.formats import PARSERS, parse_openai
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.errors import ConfigError, DataError
 
 RECORDS = [chat("x" * n, f"question {n}") for n in range(1, 40)]
-
-
-def content(cache):
-    return [(cache.ids(i).tolist(), cache.supervised(i).tolist()) for i in range(len(cache))]
-
-
-def expected(records):
-    return [tuple(array.tolist() for array in ByteTokenizer().encode(parse_openai(record))) for record in records]
 
 
 def test_samples_come_back_whole_with_their_labels_and_lines(tmp_path):
@@ -51,7 +41,7 @@ def test_its_key_is_the_content_not_the_name_the_format_and_the_template(tmp_pat
     shutil.move(tmp_path / "data.jsonl", tmp_path / "renamed.jsonl")
     assert build([tmp_path / "renamed.jsonl"], tmp_path).fingerprint == first.fingerprint
     assert build([tmp_path / "renamed.jsonl"], tmp_path, template="xtuner").fingerprint != first.fingerprint
-    monkeypatch.setitem(FORMATS, "other", parse_openai)
+    monkeypatch.setitem(PARSERS, "other", parse_openai)
     assert build([tmp_path / "renamed.jsonl"], tmp_path, format="other").fingerprint != first.fingerprint
     assert cache_of(tmp_path, RECORDS[:-1]).fingerprint != first.fingerprint
 
@@ -161,41 +151,6 @@ def test_two_processes_may_build_the_same_one_at_once(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1  # no staging directory is left
 
 
-def test_many_chunks_by_two_processes_are_one_file_read_in_one_go(tmp_path, monkeypatch):
-    records = [RECORDS[0], b"", b"{broken", *RECORDS[1:]]
-    serial = cache_of(tmp_path, records, bad_lines="skip")
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(cache_module, "SERIAL_BYTES", 0)
-    (tmp_path / "elsewhere").mkdir()
-    parallel = build(serial.files, tmp_path / "elsewhere", bad_lines="skip", num_workers=2)
-    assert content(parallel) == content(serial)
-    np.testing.assert_array_equal(parallel.lines, serial.lines)
-    assert [line.line for line in parallel.skipped] == [line.line for line in serial.skipped] == [3]
-
-
-def test_a_bad_line_in_a_late_chunk_of_a_second_file_has_its_own_number(tmp_path, monkeypatch):
-    files = [write_lines(tmp_path / "good.jsonl", RECORDS), write_lines(tmp_path / "bad.jsonl", [*RECORDS, b"", b"{broken", *RECORDS])]
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 300)
-    with pytest.raises(DataError, match=r"bad\.jsonl line 41: not valid JSON \(.* at column 2\)"):
-        build(files, tmp_path)
-
-
-class DyingTokenizer(ByteTokenizer):
-    """Ends its process without a word, as the kernel does when memory runs out."""
-
-    def encode(self, conversation):
-        os._exit(9)
-
-
-def test_a_process_that_dies_ends_in_an_error_not_in_waiting(tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "data.jsonl", RECORDS)
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(cache_module, "SERIAL_BYTES", 0)
-    with pytest.raises(ConfigError, match=r"data\.num_workers=2: a process that tokenises died"):
-        build_cache([path], "openai", DyingTokenizer(), bad_lines="error", cache_dir=tmp_path / "cache", num_workers=2, progress=False)
-    assert list(tmp_path.iterdir()) == [path]
-
-
 class AppendingTokenizer(ByteTokenizer):
     """Somebody writes into the file while it is read."""
 
@@ -226,74 +181,6 @@ def test_what_a_killed_process_left_is_cleared_away_after_a_day_and_not_before(t
         os.utime(path, (long_ago, long_ago))
     cache = cache_of(tmp_path, RECORDS)
     assert sorted((tmp_path / "cache").iterdir()) == sorted([young, growing, cache.directory])
-
-
-DEEP = [{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}]  # JSON in a string
-
-
-@pytest.mark.parametrize(
-    ("line", "kind", "words"),
-    [
-        (b"{broken", "JSON", "not valid JSON"),
-        (b"[1" + b"0" * 10_000 + b"]", "JSON", "not usable JSON"),
-        (b'{"messages": 1, "messages": 2}', "JSON", "not usable JSON (the key 'messages' stands twice in one object)"),
-        (b'["\xff"]', "UTF-8", "byte 3 is 0xff"),
-        (json.dumps([{"role": "robot", "content": ""}]).encode(), "conversation", "robot"),
-        (rb'[{"role": "assistant", "content": "\ud800"}]', "conversation", "surrogate"),
-        (rb'[{"role": "\ud800", "content": ""}]', "conversation", r"\ud800"),
-        (b'["' + b"x" * 10**6 + b'"]', "conversation", "expected an object"),
-        (b'{"' + b"x" * 10**6 + b'": 1}', "conversation", "xxx ..."),
-        (b"[" * 100_000, "nesting", "nested too deeply"),
-        (b'{"messages": ' * 5000 + b"1" + b"}" * 5000, "nesting", "nested too deeply"),
-        (json.dumps(DEEP).encode(), "nesting", "nested too deeply"),
-        (b"\0" * 100, "NUL bytes", "NUL bytes (100 of 100, the first at byte 1)"),
-        (b"\xff\xfe[\0]\0", "NUL bytes", "(2 of 6, the first at byte 4)"),
-        (json.dumps(chat("x")).encode() + b"\0", "NUL bytes", "(1 of "),
-        (json.dumps(chat("a\0b")).encode(), "NUL bytes", "U+0000"),
-        (json.dumps({"messages": chat("x"), "tools": [{"name": ["\0"]}]}).encode(), "NUL bytes", "U+0000"),
-        (b"null", "empty", "nothing in it"),
-        (b"{}", "empty", "nothing in it"),
-        (b" [ ] ", "empty", "nothing in it"),
-        (b'""', "empty", "nothing in it"),
-        (b'{"messages": []}', "empty", "without a message"),
-        (json.dumps(chat("", "")).encode(), "empty", "no message says anything"),
-        (b"0", "conversation", "got a number"),
-        (b"[" + b" " * (LINE_BYTES - 1) + b"]", "too large", "16,777,217 bytes, and 16,777,216 are the most"),
-    ],
-    ids=lambda value: repr(value)[:30],
-)
-def test_a_bad_line_stops_with_its_number_or_is_skipped_and_counted(tmp_path, line, kind, words):
-    records = [*RECORDS[:2], line, RECORDS[2]]
-    with pytest.raises(DataError, match=r"data\.jsonl line 3: ") as error:
-        cache_of(tmp_path, records)
-    assert words in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]  # not even the cache's directory
-    cache = cache_of(tmp_path, records, bad_lines="skip")
-    assert content(cache) == expected(RECORDS[:3])
-    assert [(skipped.file, skipped.line, skipped.kind) for skipped in cache.skipped] == [(str(tmp_path / "data.jsonl"), 3, kind)]
-    assert words in cache.skipped[0].message
-    assert len(cache.skipped[0].message) <= LONGEST_MESSAGE
-
-
-@pytest.mark.parametrize("line", [json.dumps(chat("\\u0000")).encode(), json.dumps({"messages": chat("x"), "id": "\0"}).encode(), b"  \r"])
-def test_what_only_looks_bad_is_good(tmp_path, line):
-    """A backslash and u0000 as text, a NUL that is not trained on, a line of white space."""
-    assert cache_of(tmp_path, [line, RECORDS[0]]).skipped == []
-
-
-def test_a_line_that_is_as_long_as_may_be_is_read(tmp_path):
-    start, end = json.dumps(RECORDS[0]).encode().rsplit(b"}", 1)
-    line = start + b" " * (LINE_BYTES - len(start) - len(end) - 1) + b"}" + end
-    assert len(line) == LINE_BYTES
-    assert content(cache_of(tmp_path, [line, RECORDS[1]])) == expected(RECORDS[:2])
-
-
-def test_skipped_lines_are_counted_by_kind_and_the_first_are_listed(tmp_path):
-    cache = cache_of(tmp_path, [b"{", b"[", RECORDS[0], b"\xff", b"3"], bad_lines="skip")
-    head, *listed = describe_skipped(cache.skipped, most=2)
-    assert head == "4 lines skipped (2 JSON, 1 UTF-8, 1 conversation)"
-    assert [line.partition(": ")[0] for line in listed] == [f"  {tmp_path}/data.jsonl line {number}" for number in (1, 2)]
-    assert describe_skipped([]) == []
 
 
 def test_a_refusal_leaves_other_caches_alone(tmp_path):

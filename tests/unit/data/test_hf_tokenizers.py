@@ -15,11 +15,11 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 
 from xtuner_hydra.config.schema import ModelConfig
-from xtuner_hydra.data import cache as cache_module
+from xtuner_hydra.data import tokenising
 from xtuner_hydra.data.cache import build_cache
-from xtuner_hydra.data.chat_templates import FAMILIES
 from xtuner_hydra.data.formats import Conversation, Text, parse_openai, parse_text
 from xtuner_hydra.data.hf_tokenizer import HFTokenizer
+from xtuner_hydra.data.template_choice import FAMILIES
 from xtuner_hydra.data.tokenizers import ByteTokenizer, load_tokenizer
 from xtuner_hydra.errors import ConfigError
 
@@ -416,12 +416,12 @@ def test_a_template_that_is_no_jinja_is_refused(load, tmp_path):
 
 
 def test_two_processes_make_the_cache_that_one_makes(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(tokenising, "CHUNK_BYTES", 2000)
     options = {"bad_lines": "skip", "progress": False}
     lines = [*RECORDS * 5, [{"role": "assistant", "content": "first"}], CALLS, b"{broken", *RECORDS]
     path = write_lines(tmp_path / "data.jsonl", lines)
     one = build_cache([path], "openai", load("qwen3"), cache_dir=tmp_path / "one", num_workers=0, **options)
-    monkeypatch.setattr(cache_module, "SERIAL_BYTES", 0)
+    monkeypatch.setattr(tokenising, "SERIAL_BYTES", 0)
     two = build_cache([path], "openai", load("qwen3"), cache_dir=tmp_path / "two", num_workers=2, **options)
     assert [two.ids(i).tolist() for i in range(len(two))] == [one.ids(i).tolist() for i in range(len(one))]
     assert [two.supervised(i).tolist() for i in range(len(two))] == [one.supervised(i).tolist() for i in range(len(one))]

@@ -4,13 +4,13 @@ import os
 import shutil
 
 import pytest
-from chats import chat, write_lines
+from chats import cache_of, chat, write_lines
 
 from xtuner_hydra.config.schema import Config, DataConfig, SourceConfig, TrainerConfig
 from xtuner_hydra.data import prepare as prepare_module
-from xtuner_hydra.data.prepare import EXAMPLES, PreparedData, changed_files, prepare
+from xtuner_hydra.data.prepare import EXAMPLES, PreparedData, changed_files, describe_skipped, prepare
 from xtuner_hydra.data.tokenizers import ByteTokenizer
-from xtuner_hydra.errors import DataError
+from xtuner_hydra.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -67,6 +67,16 @@ def test_another_pack_length_strategy_or_seed_uses_the_same_cache(config):
     assert second.train.cache.directory == first.train.cache.directory
 
 
+@pytest.mark.parametrize(
+    ("default", "second", "key"), [("openai", "nope:fn", r"data\.sources\[1\]\.format"), ("nope:fn", None, r"data\.format")]
+)
+def test_a_format_that_cannot_be_imported_is_refused_by_the_key_that_names_it(config, tmp_path, default, second, key):
+    config.data.path, config.data.format = None, default
+    config.data.sources = [SourceConfig(path=str(tmp_path / "train.jsonl"), format=one) for one in ("openai", second)]
+    with pytest.raises(ConfigError, match=rf"^{key}=nope:fn: cannot be imported"):
+        prepare(config, ByteTokenizer(), progress=False)
+
+
 def test_skipped_lines_are_listed_in_the_run_directory_counted_and_announced(config, tmp_path):
     bad = {"train.jsonl": [b"{broken", b"{}", b"[1"], "held-out.jsonl": [b"\xff"]}
     for name, lines in bad.items():
@@ -85,6 +95,14 @@ def test_skipped_lines_are_listed_in_the_run_directory_counted_and_announced(con
     assert (saved["train"]["bad_lines"], saved["eval"]["bad_lines"]) == ({"JSON": 2, "empty": 1}, {"UTF-8": 1})
     for data in (prepared, PreparedData.load(tmp_path, config)):
         assert "3 lines skipped (2 JSON, 1 empty)" in "\n".join(data.summary())
+
+
+def test_skipped_lines_are_counted_by_kind_and_the_first_are_listed(tmp_path):
+    cache = cache_of(tmp_path, [b"{", b"[", chat("x"), b"\xff", b"3"], bad_lines="skip")
+    head, *listed = describe_skipped(cache.skipped)
+    assert head == "4 lines skipped (2 JSON, 1 UTF-8, 1 conversation)"
+    assert [line.partition(": ")[0] for line in listed] == [f"  {tmp_path}/data.jsonl line {number}" for number in (1, 2, 4)]
+    assert describe_skipped([]) == []
 
 
 def test_lines_of_a_file_that_is_both_trained_on_and_held_out_are_listed_once(config, tmp_path):

@@ -188,12 +188,6 @@ def test_what_was_stopped_early_is_part_of_the_answer(tmp_path):
     assert "ran to its end" not in worse.answer
 
 
-def test_far_off_values_do_not_squeeze_the_others(tmp_path):
-    found = findings(tmp_path, [({LR: 1e-4 * n}, finished(loss)) for n, loss in enumerate([1.0, 1.1, 1.2, 500.0], 1)])
-    assert found.metric_range[1] < 2
-    assert [round(found.goodness(setting), 1) for setting in found.settings] == pytest.approx([1.0, 0.8, 0.7, 0.0], abs=0.11)
-
-
 @pytest.mark.parametrize(
     ("key", "values", "times", "faster"),
     [

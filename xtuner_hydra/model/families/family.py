@@ -72,9 +72,9 @@ class HFConfig:
         """A number above 0."""
         return float(self._number(name, default, float))
 
-    def switch(self, name: str, default: bool = False) -> bool:
-        """true or false."""
-        value = self.get(name, default)
+    def switch(self, name: str) -> bool:
+        """true or false; false where there is none."""
+        value = self.get(name, False)
         if not isinstance(value, bool):
             raise self.error(f"{name}={value!r} is neither true nor false")
         return value
