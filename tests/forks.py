@@ -24,6 +24,7 @@ from xtuner_hydra.app import App
 from xtuner_hydra.errors import leave
 from xtuner_hydra.launch import create
 from xtuner_hydra.launch import prepare as prepare_composed
+from xtuner_hydra.signals import SIGNALS
 from xtuner_hydra.sweeps import forks as jobs
 from xtuner_hydra.worker import train
 
@@ -179,11 +180,11 @@ class _LaunchedRank:
 
 
 def _be_rank(words, environment):
-    for number in jobs._STOPPING | {signal.SIGHUP, signal.SIGQUIT}:
+    for number in {*SIGNALS, signal.SIGHUP, signal.SIGQUIT}:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, jobs._STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = list(words[2:])  # what stands behind `python -m`
     leave(ranks_module.main())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xtuner_hydra.config.schema import CheckpointConfig, Config
 from xtuner_hydra.model.adapters import blueprint, is_adapter
-from xtuner_hydra.model.pretrained import pretrained_dtype
+from xtuner_hydra.model.pretrained import keep_frozen_as_stored, pretrained_dtype
 from xtuner_hydra.optim.optimizers import count_moments
 
 
@@ -25,15 +25,21 @@ class Sizes:
     export_itemsize: int = 4
     """Bytes of each of them there: an export of whole weights keeps the dtype of `pretrained`."""
 
+    frozen_bytes: int = 0
+    """Of the weights that are not trained, which keep the dtype that they are stored in."""
+
     @property
     def state_bytes(self) -> int:
-        """fp32 weights, gradients and moments of what is trained, weights of what is frozen (half of that where they are bfloat16)."""
-        return 4 * (self.total + self.trainable + self.moments)
+        """fp32 weights, gradients and moments of what is trained, weights of what is frozen."""
+        return 4 * (2 * self.trainable + self.moments) + self.frozen_bytes
 
 
 def count_parameters(config: Config) -> Sizes:
     """Count those of the model. Raises ConfigError where it cannot be built."""
-    parameters = dict(blueprint(config).named_parameters())
+    model = blueprint(config)
+    if config.model.pretrained:
+        keep_frozen_as_stored(model, config.model.pretrained)
+    parameters = dict(model.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     adapter = _count(parameter for name, parameter in parameters.items() if is_adapter(name))
     total = _count(parameters.values())
@@ -43,6 +49,7 @@ def count_parameters(config: Config) -> Sizes:
         moments=sum(parameter.numel() * count_moments(name, parameter, config.optimizer) for name, parameter in trained.items()),
         exported=adapter if config.exports_adapter else total - adapter,
         export_itemsize=_export_itemsize(config),
+        frozen_bytes=sum(parameter.nbytes for name, parameter in parameters.items() if name not in trained),
     )
 
 

@@ -129,9 +129,23 @@ def test_evaluate_gives_the_runs_own_last_loss(job):
         assert {name: result[name] for name in ("eval/loss", "eval/perplexity", "eval/tokens")} == {
             name: own[name] for name in ("eval/loss", "eval/perplexity", "eval/tokens")
         }
+    assert (result["truncated"], result["dropped"], result["bad_lines"]) == (0, 0, 0)
     other = job.cli("evaluate", "run", "data.eval_path=${example:openai_sft.jsonl}")
     assert other.code == 0, other.text
     assert "openai_sft.jsonl:\nloss " in other.out
+
+
+def test_evaluate_says_what_it_left_out(job, tmp_path):
+    """Long answers, and a line that cannot be read."""
+    short, long = ({"instruction": "Say hello.", "output": "Hello." * times} for times in (1, 100))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (short, long, long)) + "{broken\n")
+    held_out = ("data=alpaca", f"data.eval_path={tmp_path / 'held.jsonl'}", "data.max_length=100", "data.bad_lines=skip")
+    done = job.cli("evaluate", "run", "--json", *held_out, "data.overlong=drop")
+    assert done.code == 0, done.text
+    result = json.loads(done.out)
+    assert [result[name] for name in ("samples", "dropped", "truncated", "bad_lines")] == [1, 2, 0, 1]
+    assert "held.jsonl: 3 samples; 2 dropped as too long" in done.err
+    assert "1 line skipped (1 JSON)" in done.err
 
 
 def test_a_file_is_evaluated_where_the_run_held_out_a_share_of_its_training_data(job):
@@ -183,6 +197,8 @@ def test_export_writes_any_step_in_any_dtype(job):
         (["evaluate", "run", "model.hidden_size=8"], "model.hidden_size: the weights belong to the model as it is"),
         (["evaluate", "run", "optimizer.lrr=1"], "optimizer.lrr: there is no such key"),
         (["evaluate", "run", "optimizer.lr=1"], "optimizer.lr: plays no part where nothing is trained"),
+        (["evaluate", "run", "trainer.epochs=2"], "trainer.epochs: plays no part where nothing is trained"),
+        (["evaluate", "run", "data.path=other.jsonl"], "data.path: is training data; name held-out data with data.eval_path=FILE"),
         (["evaluate", "run", "scheduler=wsd"], "scheduler: plays no part where nothing is trained"),
         (["evaluate", "run", "data.eval_path=null"], "there is no held-out data"),
         (["evaluate"], "name one run or Hugging Face directory"),

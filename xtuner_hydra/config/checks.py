@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from xtuner_hydra.config.schema import Config, LoRAConfig, OptimizerConfig, SchedulerConfig
+from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import did_you_mean, known_keys
 from xtuner_hydra.errors import ConfigError
 
@@ -115,20 +115,27 @@ def _check_ranks(config: Config, world_size: int) -> None:
 
 def idle(config: Config) -> list[str]:
     """Settings that somebody has changed and that nothing reads, a sentence each. They are no errors: a sweep may change both sides."""
-    model, optimizer, scheduler = config.model, config.optimizer, config.scheduler
-    unread: list[tuple[str, Any, str]] = []
-    if model.adapter is None:
-        unread += [(f"model.lora.{name}", value, "model.adapter=null") for name, value in _changed(model.lora)]
-    if optimizer.name == "adamw":
-        unread += [(f"optimizer.{name}", value, "optimizer.name=adamw") for name, value in _changed(optimizer) if name == "momentum"]
-    if optimizer.name == "sgd":
-        unread += [(f"optimizer.{name}", value, "optimizer.name=sgd") for name, value in _changed(optimizer) if name in ("betas", "eps")]
-    if scheduler.name != "wsd":
-        reader = f"scheduler.name={scheduler.name}"
-        unread += [(f"scheduler.{name}", value, reader) for name, value in _changed(scheduler) if name == "decay_ratio"]
-    return [f"{key}={value} does nothing with {reader}" for key, value, reader in unread]
+    model, optimizer, scheduler, trainer = config.model, config.optimizer, config.scheduler, config.trainer
+    rules: list[tuple[bool, str, Any, tuple[str, ...], str]] = [  # whether nothing reads, in a group, these keys, and because of what
+        (model.adapter is None, "model.lora", model.lora, tuple(field.name for field in fields(model.lora)), "model.adapter=null"),
+        (model.adapter is None, "checkpoint", config.checkpoint, ("hf_merge",), "model.adapter=null"),
+        (optimizer.name == "adamw", "optimizer", optimizer, ("momentum",), "optimizer.name=adamw"),
+        (optimizer.name == "sgd", "optimizer", optimizer, ("betas", "eps"), "optimizer.name=sgd"),
+        (optimizer.nonfinite == "error", "optimizer", optimizer, ("max_nonfinite",), "optimizer.nonfinite=error"),
+        (scheduler.name != "wsd", "scheduler", scheduler, ("decay_ratio",), f"scheduler.name={scheduler.name}"),
+        (scheduler.name == "constant", "scheduler", scheduler, ("lr_min",), "scheduler.name=constant"),
+        (scheduler.warmup_steps is not None, "scheduler", scheduler, ("warmup_ratio",), f"scheduler.warmup_steps={scheduler.warmup_steps}"),
+        (not trainer.sample_prompts, "trainer", trainer, ("sample_tokens",), "trainer.sample_prompts=[]"),
+    ]
+    return [
+        f"{prefix}.{name}={value} does nothing with {reason}"
+        for unread, prefix, group, names, reason in rules
+        for name, value in _changed(group)
+        if unread and name in names
+    ]
 
 
-def _changed(group: LoRAConfig | OptimizerConfig | SchedulerConfig) -> list[tuple[str, Any]]:
+def _changed(group: Any) -> list[tuple[str, Any]]:
+    """(name, value) of the fields of a dataclass that are not as by default."""
     default = type(group)()
     return [(field.name, value) for field in fields(group) if (value := getattr(group, field.name)) != getattr(default, field.name)]

@@ -89,7 +89,10 @@ class ChatTemplate:
         return Rendered(text, sorted(span for span in spans if span[0] < span[1]))
 
     def _refuse_lost_tools(self, given: Conversation, folded: Conversation, text: str) -> None:
-        """ValueError where the tools of a conversation are not in its text: the model would learn to call what it has not been told of."""
+        """ValueError where the tools of a conversation or their results are not in its text: the model would learn to call what it has not been
+        told of, and to know what it has not read."""
+        if self._ignores_results and any(message.role == "tool" for message in given.messages):
+            raise ValueError(f"the chat template leaves out the results of tools; {_REMEDY}")
         if given.tools and (self._ignores_tools if folded.tools else TOOLS_END not in text):
             raise ValueError(
                 "the chat template leaves out the tools that the conversation has; give one that writes them with model.chat_template=PATH, "
@@ -97,16 +100,18 @@ class ChatTemplate:
             )
 
     def _refuse_lost_calls(self, conversation: Conversation, text: str) -> None:
-        """ValueError where a call of an answer is not in the text; its name alone may stand in the list of tools."""
+        """ValueError where a call of an answer, or the content beside it, is not in the text. The same words may stand elsewhere in it: a call's
+        name in the list of tools, a short answer in the question."""
         for i, message in enumerate(conversation.messages):
-            if _learnt(message) and any(self._is_lost(conversation, text, i, call) for call in range(len(message.tool_calls))):
+            if not _learnt(message) or not message.tool_calls:
+                continue
+            if any(self._is_same(conversation, text, i, _without_call(message, call)) for call in range(len(message.tool_calls))):
                 raise ValueError(f"message {i + 1}: the chat template leaves out its tool calls; {_REMEDY}")
+            if message.content.strip() and self._is_same(conversation, text, i, replace(message, content="")):
+                raise ValueError(f"message {i + 1}: the chat template leaves out its content; {_REMEDY}")
 
-    def _is_lost(self, conversation: Conversation, text: str, i: int, call: int) -> bool:
-        """Whether the text is the same without a call of message `i`."""
-        message = conversation.messages[i]
-        calls, ids = ([*values[:call], *values[call + 1 :]] for values in (message.tool_calls, message.call_ids))
-        without = replace(message, tool_calls=calls, call_ids=ids)
+    def _is_same(self, conversation: Conversation, text: str, i: int, without: Message) -> bool:
+        """Whether the text is the same with `without` in the place of message `i`."""
         try:
             messages = [*conversation.messages[:i], without, *conversation.messages[i + 1 :]]
             return self._render(replace(conversation, messages=messages))[0] == text
@@ -187,6 +192,19 @@ class ChatTemplate:
             return False
 
     @cached_property
+    def _ignores_results(self) -> bool:
+        """Whether the template passes over what a tool has answered."""
+        calls = [{"name": "f", "arguments": {"x": number}} for number in (1, 2)]
+        results = [Message("tool", f"result{number}", supervised=False) for number in (1, 2)]
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+        chat = self._folded(Conversation([user("a"), assistant("", calls=calls), *results, assistant("b")], tools))
+        try:
+            text = self._render(chat)[0]
+        except ValueError:
+            return False
+        return not all(result.content in text for result in results)
+
+    @cached_property
     def _drops_developers(self) -> bool:
         """Whether the template passes over messages of the role that newer models have for `system`."""
         chat = Conversation([Message("developer", "instructions", supervised=False), user("a")])
@@ -237,6 +255,11 @@ def user(content: str) -> Message:
 def assistant(content: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Message:
     """An answer, to try a template with."""
     return Message("assistant", content, True, calls or [], thinking=thinking)
+
+
+def _without_call(message: Message, call: int) -> Message:
+    calls, ids = ([*values[:call], *values[call + 1 :]] for values in (message.tool_calls, message.call_ids))
+    return replace(message, tool_calls=calls, call_ids=ids)
 
 
 def _refuse_lost_content(conversation: Conversation, text: str) -> None:

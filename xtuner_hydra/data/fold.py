@@ -85,7 +85,7 @@ def _with_system(messages: list[Message], text: str) -> list[Message]:
     """`messages` with `text` at the end of the system turn, which is made where there is none."""
     if messages[0].role not in ("system", "developer"):
         return [Message("system", text, supervised=False), *messages]
-    return [replace(messages[0], content=f"{messages[0].content}\n\n{text}".lstrip("\n")), *messages[1:]]
+    return [replace(messages[0], content=f"{messages[0].content}\n\n{text}" if messages[0].content else text), *messages[1:]]
 
 
 def _listed(tools: list[dict[str, Any]]) -> str:

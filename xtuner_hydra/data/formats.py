@@ -12,6 +12,7 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant", "tool", "pretrain")
 SUPERVISED_ROLES = ("assistant", "pretrain")  # XTuner's: the loss is taken on these unless a message says otherwise
 _UNREAD = {"function_call": "give it as one of `tool_calls`", "refusal": "give its text as `content`"}
+_OTHER_MASKS = ("train", "training", "loss_mask")  # by which others say what is learnt
 _MEDIA = ("images", "image", "videos", "audios")  # beside a conversation whose text has places for them
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # names that transformers reads, the usual one first
 
@@ -215,6 +216,8 @@ def _message(number: int, message: object) -> Message:
 def _loss(number: int, message: dict[str, Any], role: str) -> bool:
     """Whether `message` is learnt: what its `loss` or `weight` says (null, as Parquet fills gaps, says nothing), else what its role does."""
     loss, weight = message.get("loss"), message.get("weight")
+    if other := next((key for key in _OTHER_MASKS if message.get(key) is not None), None):
+        raise ValueError(f"message {number}: `{other}` is not read; say whether a message is learnt with `loss`, true or false")
     if loss is None and weight is None:
         return role in SUPERVISED_ROLES
     if loss is None:
@@ -223,6 +226,8 @@ def _loss(number: int, message: dict[str, Any], role: str) -> bool:
         return bool(weight)
     if not isinstance(loss, bool):
         raise ValueError(f"message {number}: loss must be true or false, got {_kind(loss)}")
+    if weight is not None and weight != loss:
+        raise ValueError(f"message {number}: loss {json.dumps(loss)} and weight {json.dumps(weight)} contradict each other")
     return loss
 
 

@@ -27,10 +27,11 @@ from xtuner_hydra.files import write_text
 _KEY = "model.tokenizer"
 _VERSION = 3
 """Raise it when the same tokenizer and template would give other ids or labels."""
+_MORE_TEMPLATES = "additional_chat_templates/"
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
-    "additional_chat_templates/*.jinja",
+    f"{_MORE_TEMPLATES}*.jinja",
 )
 """What a tokenizer is kept in. tekken.json apart: transformers reads that with a package of its own."""
 _NO_TEMPLATE = "the tokenizer has no chat template; give one with model.chat_template=PATH, a .jinja file"
@@ -99,6 +100,8 @@ class HFTokenizer:
     def save(self, directory: Path) -> None:
         """Write the files that were loaded, byte for byte. A template for training only stays out; one of the user's goes with them."""
         for name, content in self._files.items():
+            if self._kept_template is not None and name.startswith(_MORE_TEMPLATES):
+                continue  # transformers would take one of them for conversations with tools
             path = directory / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)

@@ -88,15 +88,8 @@ class PreparedData:
             *_training_files(self.train, plan.data),
             f"{len(selection)} samples -> {len(plan.epoch_packs(0))} packs of up to {plan.data.pack_max_length} tokens "
             f"({plan.data.pack_strategy}), {plan.utilization:.1%} full{_left_out(selection)}",
-            *(self._held_out() if self.eval else []),
+            *(describe_held_out(self.eval, self.plan.data.eval_ratio) if self.eval else []),
         ]
-
-    def _held_out(self) -> list[str]:
-        assert self.eval is not None
-        if self.plan.data.eval_ratio is None:
-            return _files("held-out data", self.eval.cache, _left_out(self.eval.selection)) + describe_skipped(self.eval.cache.skipped)
-        count, of = len(self.eval.selection), len(self.eval.cache)
-        return [f"held-out data: {count} of the {of} samples (eval_ratio {self.plan.data.eval_ratio:g}){_left_out(self.eval.selection)}"]
 
 
 def prepare(config: Config, tokenizer: Tokenizer, *, progress: bool) -> PreparedData:
@@ -189,6 +182,15 @@ def refuse_ids_without_a_row(sources: Sequence[Source | None], vocab_size: int, 
         f"{file} {unit(file)} {line} holds token {token} ({tokenizer.decode([token])!r}), and the embedding has rows for 0 to {vocab_size - 1}; "
         f"take the tokenizer that belongs to the weights, or with random weights set model.vocab_size={tokenizer.vocab_size} or more",
     )
+
+
+def describe_held_out(source: Source, ratio: float | None) -> list[str]:
+    """Lines for people: where held-out data is from, and what was cut or left out. ratio: data.eval_ratio."""
+    if ratio is None:
+        return _files("held-out data", source.cache, _left_out(source.selection)) + describe_skipped(source.cache.skipped)
+    return [
+        f"held-out data: {len(source.selection)} of the {len(source.cache)} samples (eval_ratio {ratio:g}){_left_out(source.selection)}"
+    ]
 
 
 def describe_skipped(skipped: list[Skipped]) -> list[str]:

@@ -246,6 +246,15 @@ def _items(content: bytes) -> Iterator[tuple[int, Any]]:
         size = len(text[position:stop].encode()) if stop - position > LINE_BYTES // 4 else 0
         yield line, item if size <= LINE_BYTES else _too_large("item", size)
         position = _skip(text, stop)
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] not in ("]", ""):
+            line += text.count("\n", counted, position)
+            yield (
+                line,
+                BadLine(Kind.JSON, "not valid JSON (a comma is missing before this item); it and the rest of the list cannot be read"),
+            )
+            return
     if (end := text[position:].strip()) != "]":
         line += text.count("\n", counted, position)
         yield line, BadLine(Kind.JSON, f"not valid JSON ({'something follows' if end else 'the file ends before'} the end of the list)")
@@ -264,7 +273,7 @@ def _broken(error: ValueError | RecursionError, text: str) -> BadLine:
 
 
 def _skip(text: str, position: int) -> int:
-    """The next position that is neither white space nor a comma."""
-    while position < len(text) and text[position] in " \t\r\n,":
+    """The next position that is no white space."""
+    while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position

@@ -310,8 +310,8 @@ def _headers(directory: Path) -> dict[str, _Stored]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files, by the index where there is one."""
-    if (directory / _INDEX).is_file():
+    """The safetensors files as transformers finds them: one with all weights, or those of an index, which may be left over beside that one."""
+    if not (directory / _SINGLE).is_file() and (directory / _INDEX).is_file():
         names = read_json(directory, _INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ConfigError(KEY, directory, f"{_INDEX} has no weight_map, from names of tensors to names of files")

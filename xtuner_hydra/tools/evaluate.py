@@ -6,6 +6,7 @@ computed on one rank."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 from xtuner_hydra.app import App
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, LoRAConfig, ModelConfig
-from xtuner_hydra.config.strict import changed
+from xtuner_hydra.config.strict import changed, known_keys
 from xtuner_hydra.data.loader import eval_batches
-from xtuner_hydra.data.prepare import Source, prepare_held_out, refuse_ids_without_a_row
+from xtuner_hydra.data.prepare import Source, describe_held_out, prepare_held_out, refuse_ids_without_a_row
 from xtuner_hydra.data.tokenizers import load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.files import finite
@@ -37,8 +38,10 @@ may hold an adapter alone; its base is read from where adapter_config.json says.
   xtuner-hydra evaluate outputs/mine data.eval_path=other.jsonl
   xtuner-hydra evaluate DIR data.eval_path=held_out.jsonl parallelism.param_dtype=float32 --json"""
 
-_IDLE = ("optimizer", "scheduler", "checkpoint", "tracking", "sweep")
+_IDLE = ("optimizer", "scheduler", "trainer", "checkpoint", "tracking", "sweep")
 """Groups that say how a model is trained."""
+_READ = ("trainer.device", "trainer.deterministic", "trainer.seed")
+"""Their keys that an evaluation reads."""
 _MAY_CHANGE = {"model.tokenizer", "model.chat_template", "model.pretrained", "model.strict"}
 
 
@@ -56,20 +59,31 @@ def main(argv: list[str]) -> int:
     if held_out is None:
         raise RefusedError("evaluate: there is no held-out data; give some with data.eval_path=FILE")
     refuse_ids_without_a_row([held_out], config.model.vocab_size, tokenizer)
+    for line in describe_held_out(held_out, config.data.eval_ratio):
+        print(printable(line), file=sys.stderr)
     result = evaluate(trained, config, held_out)
     print(json.dumps(finite(result)) if "--json" in argv else printable(_sentence(result)))
     return EXIT_DONE
 
 
 def evaluate(trained: Trained, config: Config, held_out: Source) -> dict[str, Any]:
-    """`eval/loss`, `eval/perplexity`, `eval/tokens`, and of what: `weights`, `data`."""
+    """`eval/loss`, `eval/perplexity`, `eval/tokens`; of what: `weights`, `data`; and how many samples that was and was not: `samples`, `truncated`,
+    `dropped` as too long, `unsupervised` = without a supervised token, `bad_lines`."""
     with runtime(config) as place:
         engine = build_engine(config, place, trained.weights if trained.is_checkpoint else None)
         if trained.is_adapter:
             load_adapter(engine.model, trained.weights)
         batches = eval_batches(held_out.cache, held_out.selection, config.data, dp_rank=0, dp_size=1)
         loss, tokens = engine.evaluate(batch.to(place.device) for batch in batches)
-    return {**evaluation(loss, tokens), "weights": str(trained.weights), "data": [str(file) for file in held_out.cache.files]}
+    selection = held_out.selection
+    return {
+        **evaluation(loss, tokens),
+        "weights": str(trained.weights),
+        "data": [str(file) for file in held_out.cache.files],
+        "samples": len(selection),
+        **{name: getattr(selection, name) for name in ("truncated", "dropped", "unsupervised")},
+        "bad_lines": len(held_out.cache.skipped),
+    }
 
 
 def _subject(app: App) -> str:
@@ -86,15 +100,17 @@ def _subject(app: App) -> str:
 
 def _config(app: App, trained: Trained) -> Config:
     """The config to evaluate with: the run's, or conf/'s, changed by the overrides."""
+    _refuse_idle(app.overrides)
     if trained.run is None:
         given = ["model=hf", f"model.pretrained={_quoted(trained.model.pretrained)}", *app.overrides]
         config = app.compose([*_no_training_data(app.overrides), *given]).config
         reference = replace(trained.model, adapter=None, lora=LoRAConfig())
     else:
+        if any(key == "data" for key, _ in map(split_override, app.overrides)):
+            app.overrides = [*_no_training_data(app.overrides), *app.overrides]
         app.overrides += _no_share_held_out(app.overrides)
         config = again(app, trained.run).config
         reference = trained.run.config.model
-    _refuse_idle(app.overrides)
     _refuse_another_model(config, reference)
     if not trained.is_checkpoint:
         config.model.pretrained = trained.model.pretrained
@@ -125,9 +141,12 @@ def _quoted(value: str | None) -> str:
 
 
 def _refuse_idle(overrides: list[str]) -> None:
-    for key, _ in map(split_override, overrides):
-        if key.partition(".")[0] in _IDLE:
+    keys, known = [key for key, _ in map(split_override, overrides)], known_keys()
+    for key in keys:
+        if key in known and key.partition(".")[0] in _IDLE and key not in _READ:
             raise RefusedError(f"evaluate: {key}: plays no part where nothing is trained; leave it out")
+        if key in ("data.path", "data.sources") and not {"data.eval_path", "data.eval_ratio"} & {*keys}:
+            raise RefusedError(f"evaluate: {key}: is training data; name held-out data with data.eval_path=FILE")
 
 
 def _refuse_another_model(config: Config, model: ModelConfig) -> None:

@@ -61,6 +61,13 @@ def test_fsdp_takes_one_pack_a_rank():
         (["model.adapter=lora", "model.lora.rank=4"], []),
         (["scheduler.decay_ratio=0.5"], ["scheduler.decay_ratio"]),
         (["scheduler=wsd", "scheduler.decay_ratio=0.5"], []),
+        (["scheduler=constant", "scheduler.lr_min=1e-5"], ["scheduler.lr_min"]),
+        (["scheduler.warmup_ratio=0.5", "scheduler.warmup_steps=1"], ["scheduler.warmup_ratio"]),
+        (["scheduler.warmup_ratio=0.5"], []),
+        (["checkpoint.hf_merge=true"], ["checkpoint.hf_merge"]),
+        (["optimizer.max_nonfinite=3"], ["optimizer.max_nonfinite"]),
+        (["optimizer.max_nonfinite=3", "optimizer.nonfinite=skip"], []),
+        (["trainer.sample_tokens=9"], ["trainer.sample_tokens"]),
     ],
 )
 def test_settings_that_nothing_reads_are_told(overrides, idle_keys):

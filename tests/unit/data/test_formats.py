@@ -40,6 +40,8 @@ def test_weights_switch_a_message_on_and_off_as_at_openai():
     assert [message.supervised for message in messages] == [False, False, False, True, True]
     with pytest.raises(ValueError, match=r"message 2: weight must be 0 or 1, got 0\.5"):
         parse_openai([USER, {**ANSWER, "weight": 0.5}])
+    with pytest.raises(ValueError, match="message 2: loss true and weight 0 contradict each other"):
+        parse_openai([USER, {**ANSWER, "loss": True, "weight": 0}])
 
 
 def test_the_system_text_of_a_record_comes_first():
@@ -115,6 +117,7 @@ def test_a_call_without_arguments_has_an_empty_object(call):
         ([USER, {"role": "assistant"}], "message 2: content must be text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER], "message 1: a content part of type 'image_url'"),
         ([USER, {**ANSWER, "loss": "yes"}], "message 2: loss must be true or false, got text"),
+        ([USER, {**ANSWER, "train": False}], "message 2: `train` is not read; say whether a message is learnt with `loss`"),
         ([USER, {**ANSWER, "content": None, "tool_calls": 5}], "message 2: tool_calls must be a list, got a number"),
         ([USER, {**ANSWER, "content": ["Hello."]}], "message 2: a content part of type 'text'"),
         ([USER, {**ANSWER, "tool_calls": [{"id": 1}]}], "message 2: a tool call needs a function with a name"),

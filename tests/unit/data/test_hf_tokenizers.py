@@ -369,6 +369,28 @@ def test_an_answer_that_a_template_drops_a_part_of_is_refused(load, tmp_path, te
     assert supervised_text(load("chatml", str(path)), {"messages": chat("a"), "tools": tools}) == "a<|im_end|>"
 
 
+def test_an_answer_that_a_template_drops_is_missed_where_the_question_has_its_words(load, tmp_path):
+    path = tmp_path / "drops.jinja"
+    path.write_text(writing("message.tool_calls | tojson if message.tool_calls else message.content"))
+    call = {"role": "assistant", "content": "OK", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    question = {"role": "user", "content": "OK? Add."}
+    with pytest.raises(ValueError, match="message 2: the chat template leaves out its content"):
+        load("chatml", str(path)).encode(parse_openai({"messages": [question, call], "tools": CALLS["tools"]}))
+
+
+def test_results_of_tools_that_a_template_drops_are_refused(load, tmp_path):
+    """Or the model would learn to know what it has not read."""
+    path = tmp_path / "drops.jinja"
+    path.write_text(writing("message.content + (message.tool_calls | tojson if message.tool_calls else '')"))
+    messages = [*CALLS["messages"][:2], {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is."}]
+    tokenizer = load("chatml", str(path))
+    tokenizer.encode(parse_openai({**CALLS, "messages": messages}))
+    deaf = tmp_path / "deaf.jinja"
+    deaf.write_text(path.read_text().replace("for message in messages", "for message in messages if message.role != 'tool'"))
+    with pytest.raises(ValueError, match="leaves out the results of tools; give"):
+        load("chatml", str(deaf)).encode(parse_openai({**CALLS, "messages": messages}))
+
+
 @pytest.mark.parametrize("lost", ["system", "user"])
 @pytest.mark.parametrize("template", [made.CHATML, made.CHATML_MARKED])
 def test_a_question_or_instructions_that_a_template_drops_are_refused(load, tmp_path, template, lost):
@@ -438,6 +460,22 @@ def test_a_template_of_the_user_s(load, tmp_path):
     (tmp_path / "out").mkdir()
     tokenizer.save(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == made.CHATML_MARKED
+
+
+def test_a_template_of_the_user_s_is_the_only_one_in_an_export(tmp_path):
+    """transformers would take the tokenizer's own for conversations with tools."""
+    made.chatml(tmp_path / "old")
+    more = tmp_path / "old" / "additional_chat_templates" / "tool_use.jinja"
+    more.parent.mkdir()
+    more.write_text("theirs")
+    (tmp_path / "mine.jinja").write_text(made.CHATML_MARKED)
+    for chosen in (None, str(tmp_path / "mine.jinja")):
+        to = tmp_path / str(bool(chosen))
+        to.mkdir()
+        HFTokenizer(tmp_path / "old", "old", chosen).save(to)
+        assert (to / "additional_chat_templates").exists() == (chosen is None)
+    text = AutoTokenizer.from_pretrained(to).apply_chat_template(chat("a"), tools=CALLS["tools"], tokenize=False)
+    assert text == AutoTokenizer.from_pretrained(to).apply_chat_template(chat("a"), tokenize=False)
 
 
 def test_a_chat_without_a_template_is_refused_and_a_text_is_not(load):

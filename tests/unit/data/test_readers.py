@@ -143,6 +143,8 @@ def test_any_bytes_are_the_same_lines_compressed_or_not_whatever_the_size_of_the
     [
         (b'[\n{"a": 1},\n{"a": 2}\n]\n[\n{"a": 3}\n]', (4, "JSON", "something follows the end")),
         (b'[\n{"a": 1},\n{"a": 2}\n', (4, "JSON", "the file ends before")),
+        (b'[\n{"a": 1},\n{"a": 2}\n{"a": 3}\n]', (4, "JSON", "a comma is missing before this item")),
+        (b'[\n{"a": 1},\n{"a": 2},\n,{"a": 3}\n]', (4, "JSON", "Expecting value at line 4 column 1")),
         (b'[\n{"a": 1},\n{"a": 2},\n{"a" 3}\n]', (4, "JSON", "Expecting ':' delimiter at line 4 column 6")),
         (b'[\n{"a": 1},\n{"a": 2},\n{"a": "\0"}\n]', (4, "NUL bytes", "the rest of the list")),
         (b'[\n{"a": 1},\n{"a": 2},\n' + b"[" * 10**5 + b"\n]", (4, "nesting", "the rest of the list")),

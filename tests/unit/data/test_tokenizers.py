@@ -132,6 +132,14 @@ FOLDED = {
 }  # fmt: skip
 
 
+def test_a_system_message_keeps_its_first_lines_before_tools(theirs):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    messages = [{"role": "system", "content": "\n\nBe brief."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+    ids, _ = ByteTokenizer().encode(parse_openai({"messages": messages, "tools": tools}))
+    assert ByteTokenizer().decode(ids.tolist()) == text
+
+
 @pytest.mark.parametrize("tools", [None, FUNCTIONS], ids=["", "tools"])
 @pytest.mark.parametrize("what", FOLDED)
 def test_transformers_folds_tools_calls_results_and_thinking_as_they_were_learnt(theirs, what, tools):

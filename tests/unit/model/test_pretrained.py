@@ -147,6 +147,18 @@ def test_several_files_with_an_index(copy):
     assert "names 1; weights are files" in refusal(directory / "split")
 
 
+def test_an_index_that_is_left_over_beside_a_single_file_is_passed_over(copy):
+    """As transformers leaves one where it saves a model again, in one file, and passes over it too."""
+    directory = copy("llama 3")
+    model = theirs(directory)
+    model.save_pretrained(directory / "again", max_shard_size="40KB")
+    with torch.no_grad():
+        model.lm_head.weight *= 2
+    model.save_pretrained(directory / "again")
+    assert (directory / "again" / "model.safetensors.index.json").exists()
+    same_logits(directory / "again", ours(directory / "again"))
+
+
 def test_a_file_cut_short_is_refused(copy):
     directory = copy("llama 3")
     path = directory / "model.safetensors"
