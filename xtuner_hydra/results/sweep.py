@@ -304,7 +304,7 @@ def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _means(settings: Sequence[Setting], metric: str) -> list[float]:
-    """Of the last `metric` over each setting's completed jobs, those that have none left out."""
+    """Per setting, the mean of the last `metric` of its completed jobs; settings without one are left out."""
     found = ([value for job in setting.completed if (value := job.last(metric)) is not None] for setting in settings)
     return [mean(values) for values in found if values]
 
