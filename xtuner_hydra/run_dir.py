@@ -184,7 +184,7 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def state(directory: Path) -> str:
-    """The state of the run in `directory`, as `status` (its status.json) and its process show it."""
+    """The state of the run in `directory`: `state_of` its status.json."""
     return state_of(directory, read_status(directory))
 
 

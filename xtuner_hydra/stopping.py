@@ -41,7 +41,8 @@ REASONS = {
 class Stopping:
     """The requests to stop that this rank knows of.
 
-    edges: how many it has passed. deadline: seconds since the epoch by which the run must have ended, or None. reserve(): seconds that a last save needs."""
+    edges: how many it has passed. deadline: when the run must have ended, in seconds since the epoch, or None. reserve(): seconds that a last
+    save needs."""
 
     def __init__(self) -> None:
         self.wish = Wish.NONE
