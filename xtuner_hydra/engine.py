@@ -2,7 +2,7 @@
 
 The loss is the sum of cross-entropy over all supervised tokens of the step, over ranks and micro-batches, divided by their number, which is
 known before the forward pass. So the result does not depend on how the same packs are spread over ranks and micro-batches. A mixture of
-experts adds its load-balancing loss, which has a scope of its own (model/experts.py)."""
+experts adds its load-balancing loss, which is averaged differently (model/experts.py)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class StepResult:
 class Engine:
     """Trains `model` (after `parallelize`) with `optimizers` on `dp_size` data-parallel ranks.
 
-    at_edge: called before every micro-batch and evaluation batch, on all ranks; what it raises leaves the weights as they are."""
+    max_grad_norm: larger gradients are scaled down to this norm. nonfinite: what to do if a loss or gradient is not finite, `error` or `skip`
+    (see train_step). at_edge: called before every micro-batch and evaluation batch, on all ranks; if it raises, the weights are unchanged."""
 
     def __init__(
         self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer], *, dp_size: int, max_grad_norm: float, nonfinite: str
@@ -54,16 +55,16 @@ class Engine:
     def train_step(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int, lr: float) -> StepResult:
         """Take one step at learning rate `lr`. `supervised_tokens` counts the labels of the step on all ranks.
 
-        Raises TrainingError on a non-finite loss or gradient before the update where the policy is `error`; with `skip` the update is left out."""
+        If the loss or a gradient is not finite, the update is not made: `nonfinite=error` raises TrainingError, `skip` continues without it."""
         try:
             loss, more = self._backward(micro_batches, supervised_tokens)
             grad_norm = self._norm()
-            # The update must not happen on a NaN, so these two numbers are read back in every step.
+            # An update must not use a NaN, so these two numbers are read back in every step.
             norm, loss_now = read_back(torch.stack([_whole(grad_norm).float(), loss]))
             updated = math.isfinite(norm) and math.isfinite(loss_now)
             if not updated and self.nonfinite == "error":
                 raise TrainingError(
-                    f"the gradient's norm is {norm}, the loss {loss_now}{self._offenders()}; the update was not made. "
+                    f"gradient norm {norm}, loss {loss_now}{self._offenders()}; the update was not made. "
                     "Lower optimizer.lr, look at the data of this step, or set optimizer.nonfinite=skip to leave such updates out"
                 )
             if updated:
@@ -74,13 +75,13 @@ class Engine:
                         group["lr"] = lr
                     optimizer.step()
         finally:
-            for optimizer in self.optimizers:  # of a step that was broken off too
+            for optimizer in self.optimizers:  # also after a step that was aborted
                 optimizer.zero_grad()
         return StepResult(loss, norm, updated, more)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
-        """(mean cross-entropy, supervised tokens) over this rank's `batches` and those of all others; every rank must pass equally many."""
+        """(mean cross-entropy, supervised tokens) over the `batches` of all ranks; every rank must pass the same number of them."""
         device = next(self.model.parameters()).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         with self._not_training():
@@ -99,13 +100,13 @@ class Engine:
             return list(generate(self.model, prompt, most=most, stop=stop, choose=_agreed))
 
     def state_bytes(self) -> int:
-        """Bytes that this rank's part of the trained weights and of AdamW's two moments takes."""
+        """Bytes that this rank's part of the trained weights and of AdamW's two moments takes up."""
         return 3 * sum(_local(parameter).nbytes for parameter in self.model.parameters() if parameter.requires_grad)
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
-        """No dropout; afterwards free the gathered weights. After a step the backward pass does; where there was none, who reads the parameters
-        would find them whole."""
+        """No dropout; afterwards free the gathered weights. The backward pass does so after a step; without one, they would stay gathered for
+        whoever reads the parameters."""
         self.model.eval()
         try:
             yield
@@ -130,7 +131,7 @@ class Engine:
             self.at_edge()
             loss_sum, routing = self._loss_sum(batch)
             loss = loss_sum / supervised_tokens
-            # FSDP averages gradients over the ranks; their sum is meant
+            # FSDP averages gradients over the ranks; we want their sum
             ((loss + balance.loss(routing, is_real=batch.tokens > 0)) * self.dp_size).backward()
             total += loss.detach()
         dist.all_reduce(total)
@@ -142,7 +143,7 @@ class Engine:
         )
 
     def _norm(self) -> Tensor:
-        """The gradient's norm over all parameters and ranks. Clipping comes later: it would spread one NaN over all gradients."""
+        """The gradient norm over all parameters and ranks. Clipping comes later, as it would spread one NaN to all gradients."""
         return torch.nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
 
 
@@ -155,7 +156,7 @@ def _local(value: Tensor) -> Tensor:
 
 
 def _agreed(logits: Tensor) -> Tensor:
-    """The first rank's likeliest token: ranks that disagree in the last bit must not go different ways."""
+    """The first rank's likeliest token: ranks that disagree in the last bit must not generate different texts."""
     chosen = greedy(logits)
     dist.broadcast(chosen, src=0)
     return chosen
@@ -173,7 +174,7 @@ class _Balance:
         self.tokens = torch.tensor(float(tokens), device=device)
         dist.all_reduce(self.tokens)
         self.counts = torch.zeros((), device=device)
-        self.sums = torch.zeros(2, device=device)  # this rank's part of the load-balancing loss and of the entropies
+        self.sums = torch.zeros(2, device=device)  # this rank's part of the load-balancing loss and the entropies
 
     def loss(self, routing: Routing | None, *, is_real: bool) -> Tensor | float:
         """This rank's part of a micro-batch's share in the step's loss. Collective. `is_real`: False for a rank without a pack."""

@@ -1,4 +1,4 @@
-"""Errors for people: each says what is wrong, where, and what to do, and knows its exit code (README, "Exit codes"). And the way out."""
+"""Errors for the user: each says what is wrong, where, and what to do, and has an exit code (README, "Exit codes"). Also how to exit."""
 
 import atexit
 import os
@@ -15,13 +15,13 @@ EXIT_INTERRUPTED = 130
 
 
 class RefusedError(Exception):
-    """Something that must be mended before training can start: config, data or environment. Exit code 2, no traceback."""
+    """Something that must be fixed before training can start: config, data or environment. Exit code 2, no traceback."""
 
     exit_code = EXIT_REFUSED
 
 
 class ConfigError(RefusedError):
-    """A config value that cannot be. `key` is the full dotted key, `why` a sentence with the remedy."""
+    """A config value that is not allowed. `key` is the full dotted key, `why` a sentence with the remedy."""
 
     def __init__(self, key: str, value: object, why: str) -> None:
         super().__init__(f"{key}={'null' if value is None else value}: {why}")
@@ -33,25 +33,25 @@ class DataError(RefusedError):
 
 
 class TrainingError(Exception):
-    """Training that cannot go on, with a message that stands on its own (no traceback needed). Exit code 1."""
+    """Training that cannot continue, with a message that needs no traceback. Exit code 1."""
 
     exit_code = EXIT_FAILED
 
 
 class SaveError(TrainingError):
-    """A checkpoint or an export that could not be written. The one before it stands."""
+    """A checkpoint or an export that could not be written. The one before it is kept."""
 
     def __init__(self, directory: Path, rank: int | None, why: str) -> None:
-        """`rank`: whose failure it is, where there are several."""
+        """`rank`: the one that failed, if there are several."""
         who = f" (rank {rank})" if rank is not None else ""
         super().__init__(
-            f"{directory} could not be saved{who}: {why}. What was committed before stands; "
-            "mend the cause (room on the disk, permissions) and continue with checkpoint.resume=auto"
+            f"{directory} could not be saved{who}: {why}. What was committed before is kept; "
+            "fix the cause (disk space, permissions) and continue with checkpoint.resume=auto"
         )
 
 
 class Stopped(Exception):
-    """The end of a run before its plan's, on request; training can go on from what was saved."""
+    """An early end of a run, on request; training can continue from what was saved."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)
@@ -61,10 +61,10 @@ class Stopped(Exception):
 def leave(code: int) -> NoReturn:
     """End this process with `code`, after what was registered with atexit. Non-daemon threads are not waited for.
 
-    sys.exit would tear the interpreter down first. A thread of gloo that then still lets go of a tensor is ended by Python in the middle of C++,
-    and the whole process with it (SIGABRT, "terminate called without an active exception"): a run that is complete would end in an error."""
+    sys.exit would tear the interpreter down first. If a gloo thread then still releases a tensor, Python ends it in the middle of C++, and
+    the whole process with it (SIGABRT, "terminate called without an active exception"): a completed run would end in an error."""
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the start
-        with suppress(BrokenPipeError):  # a reader that has seen enough (`| head`) is no error
+        with suppress(BrokenPipeError):  # a reader that has seen enough (`| head`) is not an error
             stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed over it."""
+"""Files that exist only when complete: written to a temporary file, flushed to disk, then renamed into place."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def tree_size(path: Path) -> tuple[int, int]:
-    """(files, bytes) of a file or of all below a directory; those that go while they are counted, as a running run tidies up, do not count."""
+    """(files, bytes) of a file or of all below a directory; those deleted while they are counted, as a running run tidies up, do not count."""
     if not path.is_dir():
         return 1, path.lstat().st_size
     sizes = []
@@ -66,7 +66,7 @@ def readable_by_others(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """CRC-32 of a file's content, 8 hexadecimal digits: against damage, not against intent. It is read at several GB/s, SHA-256 at one."""
+    """CRC-32 of a file's content, 8 hexadecimal digits: detects damage, not tampering. It runs at several GB/s, SHA-256 at one."""
     crc = 0
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(_BLOCK))

@@ -1,7 +1,7 @@
-"""From a composed config to workers: everything that can refuse, then the run directory, then the ranks.
+"""From a composed config to workers: everything that can reject the run, then the run directory, then the ranks.
 
-`prepare` creates nothing but caches (tokens, weights of the Hub), and gives its name back to a checkpoint that a crash had put aside; `create`
-makes the run directory; ranks.py trains what stands there. Under torchrun rank 0 prepares and publishes the run directory through the
+`prepare` creates nothing but caches (tokens, weights from the Hub), and renames back a checkpoint that a crash had set aside; `create`
+makes the run directory; ranks.py trains it. Under torchrun rank 0 prepares and publishes the run directory through the
 rendezvous store, and every rank trains in its own process."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WAIT = timedelta(days=1)  # for rank 0 to tokenise a large data set; torchrun e
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that nothing speaks against: resolved config, data, and the checkpoint it will continue from. began: seconds since the epoch."""
+    """A run that passed all checks: resolved config, data, and the checkpoint it will continue from. began: seconds since the epoch."""
 
     composition: Composition
     config: Config
@@ -59,7 +59,7 @@ class Prepared:
 
     @property
     def is_done(self) -> bool:
-        """True where the run to be resumed has reached its last step."""
+        """True if the run to be resumed has reached its last step."""
         if self.config.checkpoint.resume != "auto":
             return False
         status = run_dirs.read_status(self.composition.run_dir)
@@ -67,7 +67,7 @@ class Prepared:
 
 
 def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool = False) -> Prepared:
-    """Resolve, check and read all that a run needs; raises RefusedError. Creates nothing but caches.
+    """Resolve, check and read everything that a run needs; raises RefusedError. Creates nothing but caches.
 
     elsewhere: the run will be on another machine, whose devices are not known here."""
     began = time.time()
@@ -83,7 +83,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
         config.model.pretrained = str(local_directory(config.model.pretrained).resolve())
     check_pretrained(config.model)
     refuse_other_settings(config.model, composition.overrides)
-    blueprint(config)  # refuses targets and patterns that fit nothing
+    blueprint(config)  # rejects targets and patterns that match nothing
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = resume.find(config.checkpoint, composition.run_dir)
@@ -96,11 +96,11 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if config.checkpoint.resume not in ("auto", "never"):
         config.checkpoint.resume = str(checkpoint)
     tokenizer = load_tokenizer(config.model)
-    sample_prompts(config, tokenizer)  # refuses what cannot be asked
+    sample_prompts(config, tokenizer)  # rejects prompts that cannot be used
     data = prepare_data(config, tokenizer, progress=progress)
     refuse_ids_without_a_row((data.train, data.eval), config.model.vocab_size, tokenizer)
     if config.parallelism.compile == "true" and not elsewhere:
-        choose_compile(config, device_type(config.trainer.device), ranks, data.plan.expected_tokens)  # refuses where there is no compiler
+        choose_compile(config, device_type(config.trainer.device), ranks, data.plan.expected_tokens)  # rejects the run if there is no compiler
     if checkpoint is not None:
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)
@@ -114,7 +114,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
 
 
 def _refuse_completed(directory: Path) -> None:
-    """RefusedError for a run that has come to its end and cannot be continued: to start over would overwrite its results."""
+    """RefusedError for a run that has completed and cannot be continued: starting over would overwrite its results."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "completed":
         raise RefusedError(
@@ -124,7 +124,7 @@ def _refuse_completed(directory: Path) -> None:
 
 
 def resolve(config: Config, ranks: int) -> None:
-    """Replace, in place, what was left to the machine by what it is here, so that config.yaml repeats this run elsewhere."""
+    """Replace, in place, values left to the machine by what they are here, so that config.yaml repeats this run elsewhere."""
     if config.trainer.global_batch_size is None:
         config.trainer.global_batch_size = data_parallel_size(config, ranks)
     config.parallelism.nproc_per_node = ranks_here(ranks)
@@ -142,14 +142,14 @@ def resolve(config: Config, ranks: int) -> None:
 
 
 def _absolute(path: Any) -> Any:
-    """Files, directories and globs, one or a list, as seen from this working directory; what is no path (null, ???) as it is."""
+    """Files, directories and globs, one or a list, relative to this working directory; what is not a path (null, ???) unchanged."""
     if isinstance(path, list):
         return [_absolute(one) for one in path]
     return os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) and path != MISSING else path
 
 
 def run(composition: Composition) -> int:
-    """Prepare and train; returns the exit code. Raises Stopped for a signal that comes while data is prepared."""
+    """Prepare and train; returns the exit code. Raises Stopped on a signal while data is prepared."""
     stopping = Stopping()
     with stopping.listening():
         with stopping.heeding():
@@ -159,7 +159,7 @@ def run(composition: Composition) -> int:
 
 
 def start(prepared: Prepared) -> int:
-    """Train what has been prepared; returns the exit code. Raises Stopped for a signal that comes before there is anything to save."""
+    """Train what has been prepared; returns the exit code. Raises Stopped on a signal before there is anything to save."""
     stopping = Stopping()
     with stopping.listening():
         try:
@@ -174,7 +174,7 @@ def start(prepared: Prepared) -> int:
 
 
 def mark_stopped(directory: Path, stop: Stopped) -> None:
-    """Say in status.json, if this process has begun the run, that it was stopped before its ranks could."""
+    """Record in status.json, if this process has started the run, that it was stopped before its ranks could do so."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "running" and status.get("process") == run_dirs.this_process():
         kept = {key: status[key] for key in ("step", "total_steps") if key in status}
@@ -197,10 +197,10 @@ def _start(prepared: Prepared, stopping: Stopping) -> int:
 
 
 def create(prepared: Prepared) -> None:
-    """Make the run directory with all that workers read."""
+    """Make the run directory with everything that workers read."""
     composition, directory = prepared.composition, prepared.composition.run_dir
     progress = {"step": step_of(prepared.checkpoint) if prepared.checkpoint else 0, "total_steps": prepared.data.plan.total_steps}
-    # once more: another run may have begun here while the data was prepared
+    # once more: another run may have started here while the data was prepared
     run_dirs.refuse_unusable(directory, resuming=prepared.config.checkpoint.resume == "auto")
     run_dirs.create(directory, prepared.config, composition.overrides, _environment(prepared), **progress)
     with run_dirs.writing(directory):
@@ -209,10 +209,10 @@ def create(prepared: Prepared) -> None:
 
 
 def changed_here(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
-    """Key -> [default, value] of what sets this run apart from one without overrides on this machine."""
+    """Key -> [default, value] of what differs from a run without overrides on this machine."""
     default = copy.deepcopy(prepared.composition.defaults())
     dtype = prepared.config.parallelism.param_dtype
-    if dtype != "auto":  # first, by the device that this run is on, which decides what an automatic dtype is
+    if dtype != "auto":  # first, as this run's device decides what an automatic dtype is
         default.parallelism.param_dtype = param_dtype(default.parallelism.param_dtype, prepared.config.trainer.device)
     resolve(default, prepared.ranks)
     return changed(prepared.config, default)
@@ -240,7 +240,7 @@ def follow() -> int:
 
 
 def continue_after_crash() -> int | None:
-    """Rank 0 that torchrun has started again: go on with the run that the attempt before had begun; None where it had not begun one."""
+    """Rank 0 restarted by torchrun: continue the run that the previous attempt had started; None if it had not started one."""
     store, before = _store(), _key(_attempt() - 1)
     if not store.check([before]) or "run_dir" not in (message := json.loads(store.get(before))):
         return None
@@ -254,7 +254,7 @@ def _store() -> dist.Store:
 
 
 def _attempt() -> int:
-    """How often torchrun has started the ranks again."""
+    """How often torchrun has restarted the ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 

@@ -1,11 +1,11 @@
-"""Cross-entropy at the supervised positions without ever holding their logits.
+"""Cross-entropy at the supervised positions without ever storing all their logits.
 
-The vocabulary is taken in slices as narrow as a buffer of fixed size asks for. The forward pass keeps one number a row, log sum
-exp(logits), and the logits of the first slices, as many as KEPT allows; the backward pass computes those of the others again, turns each
-slice's into their gradient in place and multiplies it into the gradients of hidden states and head. A slice's head gradient is one product
-over all rows, summed in fp32 inside it and rounded once: it needs no accumulator, as chunks of rows would.
+The vocabulary is processed in slices that fit a buffer of fixed size. The forward pass keeps one number per row, log sum exp(logits), and
+the logits of the first slices, as many as KEPT allows; the backward pass recomputes the others, turns each slice's logits into their
+gradient in place and multiplies it into the gradients of hidden states and head. A slice's head gradient is one product over all rows,
+summed in fp32 inside it and rounded once: it needs no accumulator, which chunks of rows would.
 
-What is kept is gone before the layers' gradients come, so that a training step's peak, which is there, is no higher for it.
+The kept logits are freed before the layers' gradients are computed, where a training step's memory peaks, so they do not raise the peak.
 
 Source: Cut Cross-Entropy (Wijmans et al. 2024), which keeps none."""
 
@@ -21,20 +21,20 @@ from torch.autograd.function import once_differentiable
 from xtuner_hydra.pointwise import pointwise
 
 CPU_CHUNK, CHUNK = 2**22, 2**27
-"""Logits at a time: few enough for a CPU's caches; elsewhere enough for large kernels, and for few passes over the hidden states' gradient."""
+"""Logits at a time: few enough for a CPU's caches; elsewhere enough for large kernels and few passes over the hidden states' gradient."""
 KEPT = 2**29
-"""Bytes of logits that the backward pass finds and need not compute again."""
+"""Bytes of logits that are kept for the backward pass, which need not recompute them."""
 _NARROWEST = 64  # a slice of fewer columns makes a slow product
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None, kept: int = KEPT) -> Tensor:
-    """Sum of -log p(label) over all rows, where p = softmax(hidden weight^T), without ever holding all the logits.
+    """Sum of -log p(label) over all rows, where p = softmax(hidden weight^T), without ever storing all the logits.
 
     hidden: (N, hidden) bf16 or fp32; weight: (vocab, hidden) of the same dtype; labels: (N,) int64, every one from 0 to vocab - 1.
     Returns a scalar fp32 sum (divide by the global count of supervised tokens); with N = 0 it is 0, and so are the gradients.
-    Sums over rows and, slice by slice, over the vocabulary are fp32; the gradients are of the dtype of their tensor.
-    Memory: `chunk` logits (None: what suits the device), in fp32 and in the dtype of `hidden`, and until the backward pass up to `kept` bytes of
-    them, on which neither the result nor the gradients depend. Raises ValueError if shapes or dtypes disagree."""
+    Sums over rows and, slice by slice, over the vocabulary are fp32; each gradient has the dtype of its tensor.
+    Memory: `chunk` logits (None: what suits the device), in fp32 and in the dtype of `hidden`, and until the backward pass up to `kept` more
+    bytes of them; neither result nor gradients depend on `kept`. Raises ValueError if shapes or dtypes disagree."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(f"shapes disagree: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}")
     if hidden.dtype != weight.dtype:
@@ -99,10 +99,10 @@ def _scaled_probabilities(logits: Tensor, buffer: Tensor | None, log_sum: Tensor
 def _slices(
     hidden: Tensor, weight: Tensor, chunk: int, kept: dict[int, Tensor], room: int = 0
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(columns, their logits in hidden's dtype, a buffer of that shape in fp32) for one slice of the vocabulary after another.
+    """(columns, their logits in hidden's dtype, a buffer of that shape in fp32) for each slice of the vocabulary in turn.
 
-    Logits that are in `kept`, by their first column, are taken from there; up to `room` new ones are put there. Tensors that are not are views
-    of what the next slice overwrites. No buffer where logits are fp32 and may be overwritten."""
+    Logits in `kept`, by their first column, are taken from there; up to `room` new ones are put there. Other tensors are views of memory that
+    the next slice overwrites. No buffer if logits are fp32 and may be overwritten."""
     rows, vocab = len(hidden), len(weight)
     width = min(vocab, max(_NARROWEST, chunk // max(rows, 1) // _NARROWEST * _NARROWEST))
     products = hidden.new_empty(rows * width)
@@ -124,7 +124,7 @@ def _view(flat: Tensor, rows: int, width: int) -> Tensor:
 
 
 def _labels_in(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """(N, 1) column of each label counted within `columns`, and whether it lies there; a column that is valid elsewhere."""
+    """(N, 1) index of each label within `columns`, and whether it is there; some valid index if not."""
     index = labels[:, None] - columns.start
     inside = (index >= 0) & (index < columns.stop - columns.start)
     return index.where(inside, 0), inside

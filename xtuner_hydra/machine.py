@@ -1,4 +1,4 @@
-"""What the machine tells of itself."""
+"""What the machine reports about itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def cores() -> int:
 
 
 def lines(path: str) -> list[str]:
-    """Lines of a file of the kernel's, none where the system has no such file."""
+    """Lines of a kernel file, none if the system has no such file."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:

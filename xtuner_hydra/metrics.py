@@ -21,7 +21,8 @@ def evaluation(loss: float, tokens: int) -> Row:
 
 
 class Meter:
-    """Measures steps: call `data_ready` when a batch has come, `row` when its step is done. peak_flops: FLOP/s of a device (device.py)."""
+    """Measures steps. Call `data_ready` when a batch has arrived, `count` after every step (`e2e_tgs` needs all of them), `row` for a step that is
+    logged, and `restart_step` after anything that is not part of a step. peak_flops: FLOP/s of a device (device.py)."""
 
     def __init__(self, runtime: Runtime, flops: TrainingFlops, peak_flops: float) -> None:
         self.runtime = runtime
@@ -32,19 +33,19 @@ class Meter:
         self.data_time = 0.0
 
     def restart_step(self) -> None:
-        """Time from now on belongs to the next step, not to the evaluation or save that went before."""
+        """Count time from now on to the next step, so that an evaluation or a save before it is left out."""
         self.step_started = time.perf_counter()
 
     def data_ready(self) -> None:
-        """The step's batch is here."""
+        """The step's batch has arrived."""
         self.data_time = time.perf_counter() - self.step_started
 
     def count(self, batch: StepBatch) -> None:
-        """A step is done, whether it is logged or not."""
+        """Count a finished step, whether it is logged or not."""
         self.tokens += batch.tokens
 
     def row(self, state: TrainState, batch: StepBatch, result: StepResult, lr: float, epoch: float) -> Row:
-        """The step's metrics. Reads the loss back from the device; on a GPU the optimizer may still be at work."""
+        """The step's metrics. Reads the loss back from the device; on a GPU the optimizer may still be running."""
         loss = float(result.loss)
         now = time.perf_counter()
         step_time, world = now - self.step_started, self.runtime.world_size
@@ -71,5 +72,5 @@ class Meter:
         }
 
     def _flops(self, batch: StepBatch) -> float:
-        """This rank's share of the step."""
+        """FLOPs of this rank's share of the step."""
         return sum(self.flops.of(micro.cu_seqlens.diff().tolist(), len(micro.targets)) for micro in batch.micro_batches if micro.tokens)

@@ -1,7 +1,7 @@
-"""Functions of single elements and of rows, that torch.compile makes one pass over memory each.
+"""Functions of single elements and of rows, each of which torch.compile turns into one pass over memory.
 
-Norms, rotations, SwiGLU and the softmax of the loss: eager torch passes over memory once an operation, which on any device costs more than
-the arithmetic. Matrix products and attention have kernels of their own; to compile them would win nothing and cost minutes."""
+Norms, rotations, SwiGLU and the softmax of the loss: eager torch passes over memory once per operation, which on any device costs more than
+the arithmetic. Matrix products and attention have their own kernels; compiling them would gain nothing and cost minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Pointwise:
-    """A function of tensors, compiled or not: the same result but for the rounding of what is between, which compiled code keeps in fp32."""
+    """A function of tensors, compiled or not: the same result but for rounding of intermediate values, which compiled code keeps in fp32."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.eager = self._now = function
@@ -29,12 +29,12 @@ _ALL: list[Pointwise] = []
 
 
 def pointwise(function: Callable[..., Any]) -> Pointwise:
-    """Mark a function as one that is worth compiling."""
+    """Mark a function as worth compiling."""
     _ALL.append(Pointwise(function))
     return _ALL[-1]
 
 
 def compile_pointwise(enabled: bool) -> None:
-    """Compile every function that is marked, in this process, from its next call on; or go back to eager."""
+    """Compile every marked function in this process from its next call on, or go back to eager."""
     for one in _ALL:
         one.use_compiled(enabled)

@@ -3,10 +3,10 @@
     python -m xtuner_hydra.ranks RUN_DIR RANKS              (how submitit starts a job of a sweep)
     python -m xtuner_hydra.ranks RUN_DIR one [restarted]    (how the launcher starts a rank, with its number in the environment)
 
-Workers that crash are started anew from the last commit, up to parallelism.max_restarts times. What would fail the same way again (bad data,
-a NaN, a full disk) is not tried again, for which torch's own restarts have no word.
+Workers that crash are restarted from the last commit, up to parallelism.max_restarts times. What would fail the same way again (bad data,
+a NaN, a full disk) is not retried, a distinction that torch's own restarts cannot make.
 
-Never sees Hydra: all it needs stands in the run directory."""
+Never sees Hydra: all it needs is in the run directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from xtuner_hydra.safe_text import printable, redact
 
 
 def main() -> int:
-    """Entry of a job's process, or of a rank's: ends when the process that started it does."""
+    """Entry point of a job's or a rank's process: ends when the process that started it does."""
     collect_seldom()
     from xtuner_hydra.worker import die_with_parent, train
 
@@ -39,7 +39,7 @@ def main() -> int:
 
 _ONE = "one"
 SHUTDOWN_SECONDS = 600
-"""What workers are given to save and end after a signal; a scheduler that has less patience kills them itself."""
+"""Time that workers get to save and end after a signal; a less patient scheduler kills them itself."""
 
 
 def start_ranks(directory: Path, ranks: int) -> int:
@@ -51,7 +51,7 @@ def start_ranks(directory: Path, ranks: int) -> int:
         code, is_crash = _start_workers(directory, ranks, restarted=left < restarts)
         if not is_crash or not left:
             return code
-        print(f"starting the ranks again from the last checkpoint (restart {restarts - left + 1} of {restarts})", file=sys.stderr)
+        print(f"restarting the ranks from the last checkpoint (restart {restarts - left + 1} of {restarts})", file=sys.stderr)
     raise AssertionError
 
 
@@ -92,7 +92,7 @@ def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says again, at length, what `_explain` says
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # repeats, at length, what `_explain` says
     for stale in [*(directory / "logs").glob("*.error.json"), *(directory / "logs").glob("*.stuck.json")]:
         stale.unlink()
     try:
@@ -107,8 +107,8 @@ def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int
 
 
 def _stopped(directory: Path, number: signal.Signals) -> int:
-    """The exit code after a signal: what the ranks made of it, or what it means where they did not come to an end, as those that have hardly
-    begun."""
+    """The exit code after a signal: that of the ranks, or the signal's own if they ended without recording one, as when they had hardly
+    started."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "running":
         code = EXIT_PREEMPTED if number in (signal.SIGTERM, signal.SIGUSR1) else EXIT_INTERRUPTED
@@ -123,11 +123,11 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     """(exit code, whether it was a crash), and the first cause among the ranks that failed with `codes` on screen: one that was killed, else the
     one that failed first."""
     causes = [json.loads(path.read_text(encoding="utf-8")) for path in (directory / "logs").glob("*.error.json")]
-    # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace; only a rank that never wrote its error was struck itself
+    # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace period; only a rank that never wrote its error was hit itself
     told = {cause["rank"] for cause in causes}
     struck = {rank: code for rank, code in codes.items() if code < 0 and code != -15 and rank not in told}
     stops = {code for code in codes.values() if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED)}
-    if stops and not struck and not causes:  # agreed by all; the launcher's SIGTERM after another's crash is no wish to stop
+    if stops and not struck and not causes:  # agreed by all; the launcher's SIGTERM after another rank's crash is not a request to stop
         return max(stops), False
     if struck:
         rank, code = min(struck.items())
@@ -140,10 +140,10 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     else:
         rank, code = min(codes.items())
         text, details = f"rank {rank} exited with code {code}", ""
-    text = f"rank {rank}: {text}" if details and not text.startswith("rank ") else text  # what has no traceback stands on its own
+    text = f"rank {rank}: {text}" if details and not text.startswith("rank ") else text  # an error without a traceback says enough by itself
     print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
-    is_crash = bool(struck or details or not causes)  # an error that stands on its own has no traceback
+    is_crash = bool(struck or details or not causes)  # an expected error has no traceback
     run_dirs.write_status(directory, "failed", exit_code=code, error=text, **progress(directory))
     return code, is_crash
 

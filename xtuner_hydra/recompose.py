@@ -1,4 +1,4 @@
-"""A run's config with further overrides, for `rerun`: what app.py composes from conf/, but onto a config that is resolved already."""
+"""A run's config with further overrides, for `rerun`: what app.py composes from conf/, but onto an already resolved config."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from xtuner_hydra.config.strict import to_config
 def recompose(app: App, config: Config, typed: list[str], name: str, rerun_of: Path) -> Composition:
     """The run `name` again: its resolved `config` with the command line's overrides, checked as in `App.compose`.
 
-    GROUP=OPTION replaces the whole group by that option, and sets what else the option's file sets. `typed`: the run's own overrides."""
+    GROUP=OPTION replaces the whole group by that option, and sets whatever else the option's file sets. `typed`: the run's own overrides."""
     parsed = app.check_overrides(app.overrides)
     groups = [override for override in parsed if override.key_or_group in app.groups and not override.key_or_group.startswith("hydra/")]
     given = {override.key_or_group: option_of(override) for override in groups}
-    # options that an option's file chooses itself, as an experiment may; the command line's own win
+    # options that an option's file chooses, as an experiment may; those of the command line win
     chosen = {key: value for group, option in given.items() for key, value in app.chosen_by(group, option).items()} | given
     task = [override for override in app.overrides if override not in app.hydra_overrides()]
     composed = app.compose_options(chosen, task, name)
@@ -45,7 +45,7 @@ def recompose(app: App, config: Config, typed: list[str], name: str, rerun_of: P
 
 def _replace_group(app: App, cfg: DictConfig, group: str, option: str) -> None:
     with readable_errors():
-        # what chooses options of other groups does not compose alone; those are replaced apart
+        # an option that chooses options of other groups does not compose alone; those are replaced separately
         alone = app.file(f"{group}/{option}") if app.chosen_by(group, option) else app.composed([], name=f"{group}/{option}")
     assert alone is not None
     if group in cfg:
@@ -54,7 +54,7 @@ def _replace_group(app: App, cfg: DictConfig, group: str, option: str) -> None:
 
 
 def _joined(before: list[str], after: Sequence[str]) -> list[str]:
-    """Overrides `before` that `after` leaves in force, then `after`."""
+    """Overrides in `before` that `after` leaves in force, then `after`."""
     replaced = {key for key, _ in map(split_override, after)}
     keys = {override: split_override(override)[0] for override in before}
     kept = [override for override, key in keys.items() if not {key, key.partition(".")[0]} & replaced]

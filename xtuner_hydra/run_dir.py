@@ -1,7 +1,7 @@
-"""The run directory: what a run leaves, and who may write there. README, "What a run leaves", lists its files.
+"""The run directory: its files, and who may write there. README, "What a run leaves", lists them.
 
-status.json tells how a run stands: state (running, completed, failed, interrupted), exit_code, error, step, total_steps, metrics, which process
-wrote it, when and where, and in a job that a sweep stopped early why (`pruned`)."""
+status.json is the state of a run: state (running, completed, failed, interrupted), exit_code, error, step, total_steps, metrics, which process
+wrote it, when and where, and for a job that a sweep stopped early why (`pruned`)."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from xtuner_hydra.files import finite, write_json, write_text
 from xtuner_hydra.safe_text import redact, redacted
 
 QUIET_SECONDS = 15 * 60
-"""A run on another host that has written nothing for so long is taken for dead."""
+"""A run on another host that has written nothing for this long is presumed dead."""
 DYING_SECONDS = 20.0
-"""How long what still runs in a directory is waited for: ranks whose launcher was killed save before they go."""
+"""How long to wait for processes that still run in a directory: ranks whose launcher was killed save before they end."""
 
 
 _TREES = ("checkpoints", "hf", "logs")
 
 
 def refuse_stray(directory: Path, home: Path | None = None, trees: Sequence[str] | None = _TREES) -> None:
-    """RefusedError where something in a run directory leads out of it: `metrics.jsonl -> /etc/passwd` must be neither read nor written.
+    """RefusedError if something in a run directory leads out of it: `metrics.jsonl -> /etc/passwd` must be neither read nor written.
 
-    Looks at what is directly in `directory` and at all that is in `trees` (None: in any directory of it); what W&B and TensorBoard keep for
-    themselves is not ours to read. home: what must not be left, None for `directory`, which may be a link itself then."""
+    Looks at the entries of `directory` and at everything below `trees` (None: below any directory in it); we do not read the files of W&B and
+    TensorBoard. home: the directory that must not be left, None for `directory`, which may itself be a link then."""
     top = Path(os.path.realpath(home or directory))
     if home is not None:
         _refuse_link_out(directory, top)
     for entry in _entries(directory, trees):
         if entry.is_symlink():
             _refuse_link_out(Path(entry.path), top)
-        elif not (entry.is_file() or entry.is_dir()) and os.path.lexists(entry.path):  # a run that goes on renames what it has written
+        elif not (entry.is_file() or entry.is_dir()) and os.path.lexists(entry.path):  # a run that is still going renames its files
             raise RefusedError(f"{entry.path}: neither a file nor a directory; a run leaves nothing of that kind")
 
 
@@ -56,7 +56,8 @@ def _refuse_link_out(path: Path, top: Path) -> None:
 
 
 def _entries(directory: Path, trees: Sequence[str] | None) -> Iterator[os.DirEntry[str]]:
-    """What is in `directory`, and all that is below `trees` (None: below every directory in it). Who opens what is shut says so."""
+    """The entries of `directory`, and everything below `trees` (None: below every directory in it). An unreadable directory is skipped: whoever
+    opens it reports that."""
     try:
         with os.scandir(directory) as found:
             entries = list(found)
@@ -69,7 +70,7 @@ def _entries(directory: Path, trees: Sequence[str] | None) -> Iterator[os.DirEnt
 
 
 def holds_run(directory: Path) -> bool:
-    """True where a run has been: its config or its status is there."""
+    """True if there is a run: its config or its status exists."""
     # os.path.exists: a directory that may not be entered is an answer (False), not a PermissionError
     return any(os.path.exists(directory / name) for name in ("config.yaml", "status.json"))
 
@@ -91,23 +92,23 @@ def refuse_unusable(directory: Path, *, resuming: bool, key: str = "hydra.run.di
 
 
 def _refuse_running(directory: Path) -> None:
-    """RefusedError where another process of this host still trains in `directory`: the two would delete each other's half-written saves.
+    """RefusedError if another process on this host still trains in `directory`: the two would delete each other's half-written saves.
 
-    One on another host is not waited for: a scheduler that starts a run again elsewhere has ended it here, and nobody can be asked."""
+    One on another host is not waited for: it cannot be queried, and a scheduler that restarts a run elsewhere has ended it there."""
     deadline = time.monotonic() + DYING_SECONDS
     while (process := _running_here(directory)) is not None:
         if time.monotonic() > deadline:
             raise RefusedError(
-                f"hydra.run.dir={directory}: this run is still going on (process {process['pid']}); end it first, or choose another directory"
+                f"hydra.run.dir={directory}: this run is still running (process {process['pid']}); end it first, or choose another directory"
             )
         time.sleep(0.2)
 
 
 def _running_here(directory: Path) -> dict[str, Any] | None:
-    """The other process of this host that trains in `directory`, by its status; None where there is none."""
+    """The other process on this host that trains in `directory`, by its status; None if there is none."""
     status = read_status(directory)
     process = status.get("process", {})
-    is_copy = status.get("directory", str(directory.resolve())) != str(directory.resolve())  # of a run that goes on where it was
+    is_copy = status.get("directory", str(directory.resolve())) != str(directory.resolve())  # of a run that continues in its own place
     if status.get("state") != "running" or process.get("host") != socket.gethostname() or process.get("pid") == os.getpid() or is_copy:
         return None
     return process if is_alive(process, directory) else None
@@ -116,7 +117,7 @@ def _running_here(directory: Path) -> dict[str, Any] | None:
 def create(
     directory: Path, config: Config, overrides: list[str], environment: dict[str, Any], *, step: int = 0, total_steps: int | None = None
 ) -> None:
-    """Make the run directory and write what is known before training, which begins after `step`. A resumed run's files are replaced."""
+    """Make the run directory and write what is known before training, which starts after `step`. A resumed run's files are replaced."""
     with writing(directory):
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         write_config(directory, config)
@@ -130,7 +131,7 @@ def create(
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """RefusedError where the block cannot write into a run directory that is being made."""
+    """RefusedError if the block cannot write into a run directory that is being made."""
     try:
         yield
     except OSError as error:
@@ -150,7 +151,7 @@ def read_config(directory: Path) -> Config:
 
 def read_overrides(directory: Path) -> list[str]:
     """What the user typed to start the run."""
-    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")  # splitlines knows line breaks that JSON does not escape
+    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")  # splitlines also splits at line breaks that JSON does not escape
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
@@ -161,12 +162,12 @@ def read_environment(directory: Path) -> dict[str, Any]:
 
 
 def note(directory: Path, **entries: Any) -> None:
-    """Add to environment.json what only the process that trains knows."""
+    """Add to environment.json what only the training process knows."""
     write_json(directory / "environment.json", {**read_environment(directory), **entries})
 
 
 def write_status(directory: Path, state: str, **fields: Any) -> None:
-    """Replace status.json: `state` and `fields` (exit_code, error, step, total_steps, metrics) over what is known of this process."""
+    """Replace status.json: `state`, `fields` (exit_code, error, step, total_steps, metrics) and what is known of this process."""
     if "metrics" in fields:
         fields["metrics"] = finite(fields["metrics"])
     where = {"time": time.time(), "process": this_process(), "directory": str(directory.resolve())}
@@ -174,7 +175,7 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or an empty dict where there is none that can be read."""
+    """status.json, or an empty dict if it is missing or cannot be read."""
     try:
         status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -183,12 +184,12 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def state(directory: Path) -> str:
-    """What has become of the run in `directory` (`state_of` its status.json)."""
+    """The state of the run in `directory`: `state_of` its status.json."""
     return state_of(directory, read_status(directory))
 
 
 def state_of(directory: Path, status: dict[str, Any]) -> str:
-    """The state that `status` tells, but `killed` for a running one whose process is gone, and `pruned` for one that a sweep stopped early."""
+    """The state in `status`, but `killed` for a running one whose process is gone, and `pruned` for one that a sweep stopped early."""
     state = str(status.get("state", "unknown"))
     if state == "running" and not is_alive(status.get("process", {}), directory):
         return "killed"
@@ -196,12 +197,12 @@ def state_of(directory: Path, status: dict[str, Any]) -> str:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from any other: host, number, and when it started (numbers are used again)."""
+    """What identifies this process: host, number, and when it started (numbers are reused)."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_alive(process: dict[str, Any], directory: Path) -> bool:
-    """Whether the process that wrote `process` into `directory` still runs. On another host, which cannot be asked: whether anything in
+    """Whether the process that wrote `process` into `directory` still runs. On another host, which cannot be queried: whether anything in
     `directory` was written within QUIET_SECONDS."""
     if process.get("host") != socket.gethostname():
         return time.time() - _newest((*directory.glob("*"), *directory.glob("logs/*"))) < QUIET_SECONDS
@@ -210,7 +211,7 @@ def is_alive(process: dict[str, Any], directory: Path) -> bool:
 
 
 def _newest(paths: Iterable[Path]) -> float:
-    """When the last of the files was written; those that are gone by now, as temporary ones are, are left out."""
+    """When the last of the files was written; those that have gone meanwhile, such as temporary ones, are left out."""
     newest = 0.0
     for path in paths:
         with suppress(OSError):
@@ -219,9 +220,9 @@ def _newest(paths: Iterable[Path]) -> float:
 
 
 def _started(pid: int) -> str | None:
-    """When process `pid` started, as the system tells it; None where there is no such process (or only its remains)."""
+    """When process `pid` started, as the system reports it; None if there is no such process (or only a zombie)."""
     try:
-        # the name, in parentheses, may hold spaces and parentheses; after it the fields are those of proc(5) from the third on
+        # the name, in parentheses, may hold spaces and parentheses; after it come proc(5)'s fields from the third on
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
     except (FileNotFoundError, ProcessLookupError):  # the second: it ended between opening and reading

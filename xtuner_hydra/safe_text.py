@@ -1,4 +1,4 @@
-"""Text that may be written down and shown: without the values of secrets (`redact`), and without what steers a terminal (`printable`)."""
+"""Text that may be stored and shown: without the values of secrets (`redact`), and without terminal control characters (`printable`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unicodedata import category
 
 HIDDEN = "***"
 SHORTEST = 8
-"""Characters of a secret value that is looked for; a shorter one (`true`, `1234`) would tear holes into every text."""
+"""Length from which a secret value is looked for; a shorter one (`true`, `1234`) would black out parts of every text."""
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|\d|$)|(^|_)PASS(_|$)|_PWD(_|$)", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(
@@ -25,7 +25,7 @@ _AFTER_A_NAME = re.compile(r"(api[_-]?key\W{1,5})[0-9a-f]{40}\b", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
-    """Whether an environment variable's name says that its value is a secret: `WANDB_API_KEY`, `HF_TOKEN`, `DB_PASSWORD`."""
+    """Whether an environment variable's name means that its value is a secret: `WANDB_API_KEY`, `HF_TOKEN`, `DB_PASSWORD`."""
     return bool(_SECRET_NAME.search(name))
 
 
@@ -46,12 +46,12 @@ def redacted(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters written out (`\\x1b`), newlines and tabs apart: what a stranger wrote must not steer the terminal."""
+    """`text` with control characters except newlines and tabs written out (`\\x1b`): text from strangers must not control the terminal."""
     return "".join(one if one in "\n\t" or category(one) != "Cc" else ascii(one)[1:-1] for one in text)
 
 
 class LineFormatter(logging.Formatter):
-    """Log lines, tracebacks included, that hold no secret and steer no terminal."""
+    """Log lines, tracebacks included, without secrets and control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -59,11 +59,11 @@ class LineFormatter(logging.Formatter):
 
 
 def _secret_values() -> list[str]:
-    """The longest first, as one may hold another. A value of several lines is looked for line by line, as a diff sets signs before them."""
+    """The longest first, as one may contain another. A value of several lines is looked for line by line, as a diff puts signs before them."""
     values = {line.strip() for name, value in os.environ.items() if is_secret(name) for line in value.splitlines()}
     return sorted((value for value in values if len(value) >= SHORTEST and not _is_path(value)), key=len, reverse=True)
 
 
 def _is_path(value: str) -> bool:
-    """`SSH_KEY_PATH=/home/me/.ssh` names where a secret is, and is none."""
+    """`SSH_KEY_PATH=/home/me/.ssh` says where a secret is, and is not one."""
     return value.startswith("/") and os.path.exists(value)

@@ -1,4 +1,4 @@
-"""Stopping before the plan's end: signals, the time limit, a save that failed. All ranks agree before any of them stops.
+"""Stopping early: signals, the time limit, a save that failed. All ranks agree before any of them stops.
 
 SIGTERM and SIGUSR1 (SLURM's warning) ask for a save and exit code 75, Ctrl-C for a save and 130; a second Ctrl-C stops at once. A signal's
 handler only notes it. The ranks compare notes at the edges of steps, micro-batches and evaluation batches, over a channel between CPUs."""
@@ -20,7 +20,7 @@ from xtuner_hydra.signals import SIGNALS, handled_by
 
 
 class Wish(IntEnum):
-    """Why to stop; where ranks differ, the greatest counts."""
+    """Why to stop; if ranks differ, the greatest counts."""
 
     NONE = 0
     OUT_OF_TIME = 1
@@ -34,14 +34,15 @@ REASONS = {
     Wish.OUT_OF_TIME: "trainer.max_seconds is near",
     Wish.PREEMPTED: "asked to stop (SIGTERM or SIGUSR1)",
     Wish.INTERRUPTED: "interrupted (Ctrl-C)",
-    Wish.SAVE_FAILED: "a checkpoint could not be saved",  # which says itself why
+    Wish.SAVE_FAILED: "a checkpoint could not be saved",  # its own message says why
 }
 
 
 class Stopping:
-    """What this rank knows of wishes to stop.
+    """The requests to stop that this rank knows of.
 
-    edges: passed so far. deadline: seconds since the epoch by which the run must have ended, or None. reserve(): seconds that a last save needs."""
+    edges: how many it has passed. deadline: when the run must have ended, in seconds since the epoch, or None. reserve(): seconds that a last
+    save needs."""
 
     def __init__(self) -> None:
         self.wish = Wish.NONE
@@ -54,17 +55,17 @@ class Stopping:
         self._last = time.monotonic()
 
     def listening(self) -> AbstractContextManager[None]:
-        """Handle the signals in a block."""
+        """Handle the signals during a block."""
         return handled_by(self._note)
 
     def begin_training(self) -> None:
-        """Signals wait for the next edge from now on. What came before, the start, is no stretch between edges that could come again."""
+        """From now on signals wait for the next edge. The time before is not counted as a stretch between edges, as it will not recur."""
         self.training = True
         self._longest, self._last = 0.0, time.monotonic()
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Let this block end before a signal that comes in it is raised as Stopped: what it calls would take that for an error of its own."""
+        """Let this block finish before a signal is raised as Stopped: the code that it calls would treat that as an error of its own."""
         self.training = True
         yield
         self.training = False
@@ -72,24 +73,24 @@ class Stopping:
 
     @contextmanager
     def heeding(self) -> Iterator[None]:
-        """Before training, end this block as Stopped where a signal has come and a library has made an error of its own of the exception that
-        the handler raised."""
+        """Before training, end this block as Stopped if a signal has come and a library has turned the handler's exception into an error of
+        its own."""
         try:
             yield
         except (Stopped, KeyboardInterrupt):
             raise
-        except BaseException:  # DCP's is no Exception
+        except BaseException:  # DCP's is not an Exception
             if not self.training:
                 self.heed()
             raise
 
     def heed(self) -> None:
-        """Raise Stopped where a signal has come: libraries may have dropped the exception that its handler raised."""
+        """Raise Stopped if a signal has come: libraries may have dropped the exception that its handler raised."""
         if self.wish != Wish.NONE:
             raise _stopped(self.wish) from None
 
     def check(self) -> None:
-        """At an edge: raise Stopped, on all ranks or on none, where any rank wishes to stop. Collective."""
+        """At an edge: raise Stopped, on all ranks or on none, if any rank is to stop. Collective."""
         self.edges += 1
         self._longest = max(self._longest, time.monotonic() - self._last)
         wish = torch.tensor(self._own_wish(), dtype=torch.int32)
@@ -110,14 +111,14 @@ class Stopping:
     def _note(self, number: int, frame: FrameType | None) -> None:
         wish, before = WISHES[signal.Signals(number)], self.wish
         self.wish = max(wish, before)
-        if before == Wish.INTERRUPTED:  # a second one, or the launcher that dies after the first
+        if before == Wish.INTERRUPTED:  # a second one, or the launcher dying after the first
             raise KeyboardInterrupt
         if not self.training:  # there is nothing to save yet; if Python drops this exception, the first edge finds the wish
             raise _stopped(wish)
 
 
 def ignore_signals() -> None:
-    """The run has ended: what is left to do, and to say, must not be cut short, say by a launcher that ends the ranks of a failed run."""
+    """The run has ended: what is left to do and report must not be cut short, for example by a launcher that ends the ranks of a failed run."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""A model that has been trained, by us or by others: what it is, where its weights stand, and how they are loaded to be used."""
+"""A trained model, ours or another: what it is, where its weights are, and how to load them for use."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from xtuner_hydra.results.sweep import SWEEP_FILE
 
 @dataclass(frozen=True)
 class Trained:
-    """`weights`: a checkpoint of ours where `is_checkpoint`, a directory with an adapter alone where `is_adapter` (its base is
-    `model.pretrained`), else a Hugging Face directory. run: where they come from one of ours."""
+    """`weights`: one of our checkpoints if `is_checkpoint`, a directory with only an adapter if `is_adapter` (its base is
+    `model.pretrained`), else a Hugging Face directory. run: the run that they come from, if it is ours."""
 
     model: ModelConfig
     weights: Path
@@ -37,7 +37,7 @@ class Trained:
     run: Run | None = None
 
     def load(self) -> CausalLM:
-        """The model on the best device here, in the compute dtype of its run, else the one that is fast here."""
+        """The model on the best device here, in the compute dtype of its run, else the one that is fast on the device."""
         device, wanted = "auto", self.run.config.parallelism.param_dtype if self.run else "auto"
         model = self._blueprint().to(DTYPES[param_dtype(wanted, device)]).to_empty(device=device_type(device)).eval()
         if not self.is_checkpoint:
@@ -66,7 +66,7 @@ class Trained:
 def find(name: str) -> Trained:
     """The model that `name` means: a run directory's newest checkpoint or export, a Hugging Face directory, a Hub id.
 
-    Raises RefusedError where there is none, or one that is not whole or not supported."""
+    Raises RefusedError if there is none, or if it is damaged or not supported."""
     path = Path(name).expanduser()
     if (path / "config.yaml").is_file():
         return _of_run(load_run(path))
@@ -84,7 +84,7 @@ def find(name: str) -> Trained:
 
 
 def on_one_rank(config: Config) -> Config:
-    """`config` for one process, whatever number of ranks it was trained on."""
+    """`config` for one process, whatever the number of ranks it was trained on."""
     config = copy.deepcopy(config)
     parallelism = config.parallelism
     parallelism.nproc_per_node, parallelism.dp_replicate, parallelism.dp_shard = 1, 1, -1
@@ -98,14 +98,14 @@ def refuse_several_ranks(verb: str) -> None:
 
 
 def _of_run(run: Run) -> Trained:
-    """The newest; of a checkpoint and an export of one step the checkpoint, whose weights are not rounded."""
+    """The newest; of a checkpoint and an export of the same step the checkpoint, whose weights are not rounded."""
     checkpoint, export = (newest_whole(run.directory / name) for name in ("checkpoints", "hf"))
     if checkpoint and (not export or step_of(checkpoint) >= step_of(export)):
         return Trained(run.config.model, checkpoint, is_checkpoint=True, run=run)
     if not export:
         raise RefusedError(
-            f"{run.directory}: this run holds no whole checkpoint or export (checkpoints/step-N, hf/step-N); "
-            "its last step leaves one with checkpoint.interval=-1"
+            f"{run.directory}: this run has no complete checkpoint or export (checkpoints/step-N, hf/step-N); "
+            "checkpoint.interval=-1 saves one after the last step"
         )
     if (export / ADAPTER).exists():
         return Trained(run.config.model, export, is_adapter=True, run=run)
@@ -113,7 +113,7 @@ def _of_run(run: Run) -> Trained:
 
 
 def _of_adapter(directory: Path) -> Trained:
-    """An adapter that stands alone, with its base from where its config says. The tokenizer beside it comes before the base's."""
+    """An adapter on its own, with its base from where its config says. A tokenizer beside it takes precedence over the base's."""
     base, lora = read_adapter(directory)
     tokenizer = str(directory) if any(directory.glob("tokenizer*")) else None
     model = ModelConfig(**read_hf_config(base), pretrained=str(base), tokenizer=tokenizer, adapter="lora", lora=lora)

@@ -1,4 +1,4 @@
-"""The training loop. `fit` reads from top to bottom; what a step is stands in engine.py, what a checkpoint is in checkpoint/."""
+"""The training loop. `fit` reads from top to bottom; a step is defined in engine.py, a checkpoint in checkpoint/."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.base import Sample, Trackers
 
 SLOW_DISK = 100e6
-"""Bytes a second that a rank can surely save."""
+"""Bytes per second that any rank can save."""
 ENDING_SECONDS = 5.0
-"""What is set aside for closing the trackers and writing the report."""
+"""Seconds reserved for closing the trackers and writing the report."""
 
 log = logging.getLogger("xtuner_hydra")
 
@@ -66,7 +66,7 @@ class Trainer:
         self.trajectory = state.trajectory(config, data.train.cache.fingerprint)
         guess = engine.state_bytes() / SLOW_DISK
         self.saver = Saver(run_dir / "checkpoints", config.checkpoint, patience(config.parallelism), guess)
-        # measured now: in `fit` W&B opens beside it, and half a machine's speed would make more than all of it in use
+        # measured now: in `fit` W&B starts at the same time, and a peak measured on half a machine would give an mfu above 1
         self.peak_flops = peak_flops(runtime.device, DTYPES[config.parallelism.param_dtype])
         self.profiler = Profiler(run_dir, config.trainer.profile_steps if runtime.rank == 0 else 0)
         self.metrics: Row = {}
@@ -76,7 +76,7 @@ class Trainer:
     def resume_if_possible(self) -> int | None:
         """Continue from the checkpoint that the config names; the step it was taken after, or None."""
         found = [resume.find(self.config.checkpoint, self.run_dir) if self.runtime.rank == 0 else None]
-        dist.broadcast_object_list(found)  # one rank reads it all to see whether it is whole
+        dist.broadcast_object_list(found)  # one rank reads all of it to check for damage
         checkpoint = found[0]
         if checkpoint is None:
             return None
@@ -96,27 +96,27 @@ class Trainer:
         return self.state.step
 
     def reconcile_schedule(self) -> None:
-        """A run that is made longer keeps its schedule and then its last learning rate, which so never rises again, unless it was at its peak before
-        `wsd` decays and so need not have been made for any length; a shorter one decays sooner."""
+        """A lengthened run keeps its schedule and then its last learning rate, so that the rate never rises again; if `wsd` is between warm-up and
+        decay, the decay moves to the new end instead. A shortened run decays sooner."""
         before, now = self.state.schedule_steps, self.total_steps
         if now > before and all(is_stable(self.config.scheduler, self.state.step, total) for total in (before, now)):
-            log.info(f"the run goes on to step {now}: the learning rate has not begun to fall, and does so at the new end")
+            log.info(f"the run continues to step {now}: the learning rate has not begun to decay, and will do so at the new end")
             self.state.schedule_steps = now
         elif now > before:
             rate = learning_rate(self.config.scheduler, before, before, self.config.optimizer.lr)
             log.warning(
-                f"the run goes on to step {now}, its schedule was made for {before}: the learning rate stays at its end, {rate:.3g}"
+                f"the run continues to step {now}, its schedule was made for {before}: the learning rate stays at its final value, {rate:.3g}"
             )
         elif now < before:
             log.warning(
-                f"the run ends at step {now} now, its schedule was made for {before}: the learning rate goes down to its end sooner"
+                f"the run now ends at step {now}, its schedule was made for {before}: the learning rate decays sooner"
             )
             self.state.schedule_steps = now
 
     def fit(self) -> Row:
         """Train to the end of the plan; returns the last metrics.
 
-        Raises Stopped, after a save, where the run is asked to end before, and TrainingError when training cannot go on."""
+        Raises Stopped, after a save, if the run is asked to end early, and TrainingError if training cannot continue."""
         trained = {name for name, parameter in self.engine.model.named_parameters() if parameter.requires_grad}
         self.meter = Meter(self.runtime, training_flops(self.config.model, trained), self.peak_flops)
         self.engine.at_edge = self.stopping.check
@@ -125,9 +125,9 @@ class Trainer:
         self.stopping.begin_training()
         try:
             if self.state.step > 0:
-                self.complete_step()  # what an earlier process may have left undone
+                self.complete_step()  # finishes what an earlier process may have left undone
                 if self.saver.step is None and self.config.checkpoint.interval is not None:
-                    self.save_last_step("the run goes on in a directory of its own")  # or a crash would end in step 0
+                    self.save_last_step("the run continues in a new directory")  # otherwise a crash would lead back to step 0
             for batch in self.batches():
                 self.profiler.begin()
                 self.train(batch)
@@ -143,7 +143,7 @@ class Trainer:
         return self.metrics
 
     def complete_step(self) -> None:
-        """Whatever is due after the step just taken, and not done yet."""
+        """Do whatever is due after the step just taken and not done yet."""
         is_saved, known = self.saver.step == self.state.step, self.state.evaluation
         if self.due(self.config.trainer.eval_interval):
             if not self.state.evaluation:
@@ -151,7 +151,7 @@ class Trainer:
             if not self.state.sampled:
                 self.sample()
         interval = self.config.checkpoint.interval
-        # a checkpoint that a signal called for before its step's evaluation; the best one is chosen by that
+        # a signal had this step saved before its evaluation, by which the best checkpoint is chosen
         is_news = is_saved and interval is not None and self.state.evaluation != known
         if is_news or (not is_saved and self.due(interval)):
             self.save()
@@ -160,7 +160,7 @@ class Trainer:
         self.meter.restart_step()
 
     def batches(self) -> Iterator[StepBatch]:
-        """This rank's part of every step from the present one on, prefetched by a thread."""
+        """This rank's part of every step from the current one on, prefetched by a thread."""
         ranks = {"dp_rank": self.runtime.rank, "dp_size": self.runtime.world_size}
         with closing(train_batches(self.data.plan, start_step=self.state.step, **ranks)) as batches:
             for batch in batches:
@@ -177,7 +177,7 @@ class Trainer:
             self.save_last_step("the step failed")
             raise TrainingError(f"step {self.state.step + 1}: {error} (samples of the step: {self.places(batch.samples)})") from None
         self.state.advance(epoch=batch.epoch, tokens=batch.tokens, updated=result.updated)
-        self.rng = state.rng_state()  # what follows the step, or breaks off the next one, leaves it alone
+        self.rng = state.rng_state()  # so that neither an evaluation nor an aborted next step changes what is saved
         self.meter.count(batch)
         if self.state.step % self.config.trainer.log_interval == 0 or self.state.step == self.total_steps:
             self.report(self.meter.row(self.state, batch, result, lr, self.data.plan.epochs_after(self.state.step)))
@@ -191,7 +191,7 @@ class Trainer:
         if in_a_row >= most:
             self.save_last_step("too many updates were left out")
             raise TrainingError(
-                f"step {self.state.step}: {in_a_row} updates in a row had a loss or gradient that is not finite, and "
+                f"step {self.state.step}: {in_a_row} updates in a row had a non-finite loss or gradient, and "
                 f"optimizer.max_nonfinite={most}; the weights are those of step {self.state.step - in_a_row}. Lower optimizer.lr, or look at the "
                 f"data (samples of the step: {self.places(samples)})"
             )
@@ -220,7 +220,7 @@ class Trainer:
         self.state.sampled = True
 
     def save(self) -> None:
-        """Commit a checkpoint to resume from, or with checkpoint.asynchronous begin to."""
+        """Commit a checkpoint to resume from, or with checkpoint.asynchronous start to."""
         metrics = self.run_dir / "metrics.jsonl"
         if self.runtime.rank == 0 and metrics.exists():
             sync(metrics)  # a checkpoint must not outlive the rows that lead to it
@@ -239,16 +239,16 @@ class Trainer:
             self.saver.wait()
 
     def warn_of_changed_data(self) -> None:
-        """Say once which data files are not what was read from them; the run goes on with what it has read."""
+        """Report once which data files have changed since they were read; the run continues with what it has read."""
         if self.runtime.rank == 0 and not self.told_of_changes and (changed := changed_files(self.run_dir)):
             log.warning(
-                f"data has changed since it was read: {', '.join(changed)}; this run trains on what it was, and can be resumed only on that"
+                f"data has changed since it was read: {', '.join(changed)}; this run keeps using the cached version and can be resumed only with it"
             )
             self.told_of_changes = True
 
     def export(self) -> None:
         """Commit the weights as a Hugging Face directory: each in its dtype in `pretrained`, fp32 for a model that started from random weights.
-        Of an adapter, what checkpoint.hf_merge says."""
+        With an adapter, checkpoint.hf_merge decides what is written."""
         self.exported = self.state.step
         model, keep = self.config.model, self.config.checkpoint.hf_keep
         where = (self.run_dir / "hf", self.state.step, self.engine.model, model, self.tokenizer)

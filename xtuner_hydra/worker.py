@@ -1,6 +1,6 @@
-"""One rank of a run: reads the run directory, builds everything, trains, and says how it ended.
+"""One rank of a run: reads the run directory, builds everything, trains, and records how it ended.
 
-A worker never sees Hydra. `train` is the same for a rank of its own process and for a single run inside the Hydra process."""
+A worker never sees Hydra. `train` is the same for a rank in its own process and for a single rank inside the Hydra process."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ log = logging.getLogger("xtuner_hydra")
 
 
 def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = False) -> int:
-    """Train the run of `run_dir` on this rank; returns the exit code. The end, good or bad, is written to status.json by the first rank.
+    """Train the run of `run_dir` on this rank; returns the exit code. The first rank writes to status.json how the run ended.
 
-    restarted: go on from the run's own newest checkpoint, if it has one, whatever checkpoint.resume says."""
+    restarted: continue from the run's own newest checkpoint, if it has one, whatever checkpoint.resume says."""
     rank = int(os.environ.get("RANK", 0))
     setup_logging(run_dir, rank, terminal=rank == 0)
     trainer: Trainer | None = None
@@ -108,14 +108,14 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
 def _how_to_go_on(run_dir: Path) -> str:
     resume = read_config(run_dir).checkpoint.resume
     if has_saved(run_dir / "checkpoints"):
-        return f"go on with checkpoint.resume=auto {as_typed('hydra.run.dir', run_dir)}"
+        return f"continue with checkpoint.resume=auto {as_typed('hydra.run.dir', run_dir)}"
     if resume not in ("auto", "never"):
-        return f"nothing new was saved: go on with checkpoint.resume={resume} in a new directory"
+        return f"nothing new was saved: continue with checkpoint.resume={resume} in a new directory"
     return "no checkpoint was saved: checkpoint.resume=auto would start at step 0"
 
 
 def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> Watchdog:
-    """Ends all ranks where one hangs."""
+    """Ends all ranks if one hangs."""
 
     def tell(rank: int, error: str, stack: str) -> None:
         _report_failure(run_dir, rank, error, stack, on_screen=False)
@@ -143,8 +143,8 @@ def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> 
 
 
 def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None) -> Engine:
-    """Model with its first weights, and over them those of `checkpoint` where one is given, sharded, and optimizers of those that are trained.
-    Nothing is allocated before it is sharded."""
+    """The sharded model with its initial weights, or those of `checkpoint` if given, and optimizers for the trained ones. Nothing is allocated
+    before it is sharded."""
     if config.model.moe is None:
         allocator.keep_few_kernels()
     model = blueprint(config)
@@ -165,7 +165,7 @@ def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None)
 
 
 def with_trackers(trainer: Trainer) -> None:
-    """Resume if the config says so, then open the trackers (on the first rank) at the step where metrics go on."""
+    """Resume if the config says so, then open the trackers (on the first rank) at the step where metrics continue."""
     step = trainer.resume_if_possible()
     if trainer.runtime.rank == 0:
         config = trainer.config
@@ -181,7 +181,7 @@ def with_trackers(trainer: Trainer) -> None:
             sampled=trainer.state.sampled,
             samples=bool(config.trainer.sample_prompts),
         )
-        for row in read(trainer.run_dir / "metrics.jsonl"):  # a run that has nothing left to do has its last metrics too
+        for row in read(trainer.run_dir / "metrics.jsonl"):  # so that a run with nothing left to do has its last metrics too
             trainer.metrics |= row
         note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
 
@@ -197,7 +197,7 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
     log.info(f"parameters: {count / 1e6:.2f} M, trainable: {trainable / 1e6:.2f} M")
     log.info("trainable: " + ", ".join(_ranges(list(trained))))
     if trainer.runtime.device.type == "cpu":
-        log.info("malloc: " + (allocator.active() or f"of the system; {allocator.advice()}"))
+        log.info("malloc: " + (allocator.active() or f"the system's; {allocator.advice()}"))
         log.info(f"on huge pages: {allocator.pages()}")
     log.info(f"torch.compile: {compiled.why}")
     for sentence in [*idle(trainer.config), *cut_short(trainer.config.scheduler, trainer.total_steps)]:
@@ -205,7 +205,7 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
     place, batch = trainer.runtime, trainer.config.trainer.global_batch_size or trainer.runtime.world_size
     log.info(
         f"{counted(place.world_size, 'rank')} on {place.device.type}, compute in {trainer.config.parallelism.param_dtype}; "
-        f"{counted(batch, 'pack')} a step, gradient accumulation steps: {batch // place.world_size}; {counted(trainer.total_steps, 'step')}"
+        f"{counted(batch, 'pack')} per step, gradient accumulation steps: {batch // place.world_size}; {counted(trainer.total_steps, 'step')}"
     )
 
 
@@ -219,7 +219,7 @@ def _ranges(names: list[str]) -> list[str]:
 
 
 def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:
-    """The cause first, then the traceback. Where other ranks fail in consequence, the launcher shows the first cause alone."""
+    """The cause first, then the traceback. If other ranks fail as a consequence, the launcher shows only the first cause."""
     if not on_screen:
         told = {"rank": rank, "time": time.time(), "error": text, "traceback": details}
         write_json(run_dir / "logs" / f"rank{rank}.error.json", redacted(told))
@@ -230,7 +230,7 @@ def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_scr
 
 
 def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> None:
-    """Close the trackers, write the last status, then the report of it all."""
+    """Close the trackers, write the last status, then the report."""
     before = progress(run_dir)
     metrics: Row = (trainer.metrics if trainer else {}) or before.get("metrics", {})
     step = (trainer.state.step if trainer else 0) or before.get("step", 0)  # stopped before it had read its checkpoint
@@ -239,14 +239,14 @@ def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> No
         trainer.trackers.finish(final["state"], final["exit_code"])
     try:
         write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
-    except OSError as error:  # a full disk: the exit code still tells
-        log.error(f"{run_dir / 'status.json'}: {error.strerror}; it does not tell how the run ended")
+    except OSError as error:  # a full disk: the exit code still says how it ended
+        log.error(f"{run_dir / 'status.json'}: {error.strerror}; it does not say how the run ended")
     _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
 
 
 def _report(run_dir: Path) -> None:
-    """loss.png and report.html. What cannot be drawn is not worth a run."""
+    """loss.png and report.html. A failure to draw them must not fail the run."""
     for write in (loss_png, write_run):
         try:
             write(run_dir)

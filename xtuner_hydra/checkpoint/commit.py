@@ -2,7 +2,7 @@
 
     write into .step-N.tmp/ -> manifest.json (every file with its size and checksum) -> fsync everything -> rename to step-N/ -> fsync the parent
 
-A crash leaves a staging directory, which the next save of that name removes. What a rank cannot write fails on all ranks, in words."""
+A crash leaves a staging directory, which the next save of that name removes. If one rank cannot write, all ranks fail and say why."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Checksums = dict[str, str]
 
 
 def commit(directory: Path, write: Callable[[Path], Checksums | None], *, group: dist.ProcessGroup | None = None) -> Path:
-    """Let every rank `write` into a staging directory, then make it `directory`. `write` returns the checksums that it knows already.
+    """Let every rank `write` into a staging directory, then rename it to `directory`. `write` returns the checksums that it knows already.
 
     Collective over `group` (default: all ranks): all call it with the same arguments. `write` may itself be collective; it must then take
-    part to its end on every rank, whatever fails on one. Raises SaveError on all ranks where one of them fails."""
+    part to its end on every rank, even if one fails. Raises SaveError on all ranks if any of them fails."""
     staging = directory.with_name(f".{directory.name}.tmp")
     try:
         on_first_rank(lambda: _begin(staging), directory, group)
@@ -52,16 +52,16 @@ def commit(directory: Path, write: Callable[[Path], Checksums | None], *, group:
 
 
 def on_first_rank(action: Callable[[], object], directory: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Do `action`, which saves `directory` or belongs to it, on the first rank alone; SaveError on all where it fails. Collective."""
+    """Do `action`, which saves `directory` or belongs to it, on the first rank alone; SaveError on all ranks if it fails. Collective."""
     _together(action if dist.get_rank() == 0 else lambda: None, directory, group)
 
 
 def _together(action: Callable[[], Any], directory: Path, group: dist.ProcessGroup | None) -> list[Any]:
-    """Do `action` on every rank; all results by rank, or SaveError on all ranks where it failed on any. Collective."""
+    """Do `action` on every rank; all results by rank, or SaveError on all ranks if it failed on any. Collective."""
     result, error = None, None
     try:
         result = action()
-    except (Exception, CheckpointException) as cause:  # DCP's is no Exception
+    except (Exception, CheckpointException) as cause:  # DCP's is not an Exception
         error = _cause(cause)
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, error), group)
@@ -73,16 +73,16 @@ def _together(action: Callable[[], Any], directory: Path, group: dist.ProcessGro
 
 
 def committed(parent: Path) -> list[Path]:
-    """The committed step-N directories under `parent`, oldest first. Those whose files do not fit their manifest in size are left out."""
+    """The committed step-N directories under `parent`, oldest first. Those whose files do not have the sizes in their manifest are left out."""
     return [path for path in numbered(parent) if damage(path) is None]
 
 
 def newest_whole(parent: Path) -> Path | None:
-    """The newest step-N directory under `parent` that is whole, every file read; damaged ones are passed over with a warning."""
+    """The newest undamaged step-N directory under `parent` (reads every file); damaged ones are skipped with a warning."""
     for path in reversed(numbered(parent)):
         if (problem := damage(path, content=True)) is None:
             return path
-        log.warning(f"{path} is passed over: {problem}")
+        log.warning(f"{path} is skipped: {problem}")
     return None
 
 
@@ -92,7 +92,7 @@ def numbered(parent: Path) -> list[Path]:
 
 
 def has_saved(parent: Path) -> bool:
-    """Whether `parent` has a step-N directory, be it one that a crash left set aside (`put_back` gives it its name back)."""
+    """Whether `parent` has a step-N directory, even one that a crash left set aside (`put_back` restores its name)."""
     return bool(numbered(parent)) or any(parent.glob(_SET_ASIDE))
 
 
@@ -109,8 +109,8 @@ def step_of(directory: Path) -> int:
 
 
 def damage(directory: Path, *, content: bool = False) -> str | None:
-    """What is wrong with a committed directory, or None: a manifest of another one, a file that is missing or has another size. `content`: or
-    another checksum, for which every file is read."""
+    """What is wrong with a committed directory, or None: another directory's manifest, a file that is missing or has another size; with
+    `content`, which reads every file, also another checksum."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files, name = manifest["files"], manifest["name"]
@@ -118,10 +118,10 @@ def damage(directory: Path, *, content: bool = False) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or cannot be read"
     if name != directory.name and has_step_name(directory):
-        return f"{MANIFEST} is that of {name}"
+        return f"{MANIFEST} belongs to {name}"
     for file, (size, crc32) in expected.items():
         if file.is_absolute() or ".." in file.parts:
-            return f"{MANIFEST} names {file}, which lies outside"
+            return f"{MANIFEST} names {file}, which is outside the directory"
         try:
             problem = _damage(directory / file, size, crc32 if content else None)
         except OSError as error:  # a bad sector, or no permission
@@ -137,12 +137,12 @@ def _damage(path: Path, size: int, crc32: str | None) -> str | None:
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes, not {size}"
     if crc32 is not None and checksum(path) != crc32:
-        return "has another content than was saved"
+        return "differs from what was saved"
     return None
 
 
 def remove(directory: Path) -> None:
-    """Delete a committed directory; a crash on the way leaves nothing that looks like one."""
+    """Delete a committed directory; a crash midway leaves nothing that looks like one."""
     shutil.rmtree(_set_aside(directory))
 
 
@@ -174,7 +174,7 @@ def _finish(staging: Path, directory: Path, known: Checksums) -> None:
 
 
 def put_back(parent: Path) -> None:
-    """Give what a crash left set aside, between a saved step and the same one saved again, its name back."""
+    """Restore the name of what a crash left set aside while a step was being saved a second time."""
     for aside in parent.glob(_SET_ASIDE):
         if not (directory := aside.with_name(aside.stem[1:])).exists():
             os.rename(aside, directory)
@@ -188,7 +188,7 @@ def _set_aside(directory: Path, suffix: str = ".old") -> Path:
 
 
 def _cause(error: Exception | CheckpointException) -> tuple[int | None, str]:
-    """What went wrong, in words; and on which rank, where DCP has carried it from there (None: on this one)."""
+    """(the rank that failed, if DCP passed the error on from there, else None; what went wrong)."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return rank, _cause(cause)[1] if isinstance(cause, Exception) else repr(cause)

@@ -27,7 +27,7 @@ from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.sharding import reshard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What weights can be exported in."""
+"""The dtypes that weights can be exported in."""
 SHARD_BYTES = 5 * 10**9  # transformers' own default limit
 
 
@@ -90,7 +90,7 @@ def peft_config(model: CausalLM, config: ModelConfig) -> dict[str, Any]:
 
 
 def finish(path: Path, keep: int) -> None:
-    """Do what a crash may have left undone after the export `path` was committed, where no later one stands. Collective."""
+    """Finish what a crash may have left undone after the export `path` was committed, unless there is a later one. Collective."""
 
     def act() -> None:
         latest = (path.parent / "latest").resolve()
@@ -106,7 +106,7 @@ def _publish(path: Path, keep: int) -> Path:
 
 
 def _show(path: Path, keep: int) -> None:
-    """Point hf/latest at a committed export, and only then remove those that it follows, and what interrupted exports have left."""
+    """Point hf/latest at a committed export, and only then remove older ones and the remains of interrupted exports."""
     point_latest(path)
     put_back(path.parent)
     for left in leftovers(path.parent):
@@ -138,8 +138,8 @@ def export_to(
 
 
 def _generation(config: ModelConfig, special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
-    """generation_config.json: the pretrained model's own, with this tokenizer's ids where it has some; and what is generated ends with the
-    assistant's turn too, where EOS is another token, and wherever the pretrained model's ends."""
+    """generation_config.json: the pretrained model's own, with this tokenizer's ids where it has some. Generation stops at the end of the
+    assistant's turn too, if that is another token than EOS, and wherever the pretrained model's stops."""
     own = _pretrained_generation(config)
     if own is None:
         return {**special, "eos_token_id": list(stops)} if len(stops) > 1 else {**special, "_from_model_config": True}
@@ -150,7 +150,7 @@ def _generation(config: ModelConfig, special: dict[str, int | None], stops: tupl
 
 
 def _pretrained_generation(config: ModelConfig) -> dict[str, Any] | None:
-    """That of the weights' directory, which speaks of the ids of the tokenizer there; None where it has none that can be read."""
+    """The one in the weights' directory, if it has the ids of the tokenizer there; None if it is missing or cannot be read."""
     if config.pretrained is None or config.tokenizer not in (None, config.pretrained):
         return None
     try:
@@ -200,7 +200,7 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
-    """Give the shards their Hugging Face names, which hold their number, known only now."""
+    """Give the shards their Hugging Face names, which contain how many there are, known only now."""
     if len(files) == 1:
         files[0].rename(files[0].with_name("model.safetensors"))
         return
@@ -212,7 +212,7 @@ def _name_shards(files: list[Path], index: dict[str, int], total: int) -> None:
 
 
 def exported_dtype(config: ModelConfig) -> str:
-    """The dtype of (most of) the weights that are exported without one being named: that of `pretrained`, fp32 for random weights."""
+    """The dtype of (most of) the weights if none is named for the export: that of `pretrained`, fp32 for random weights."""
     return pretrained_dtype(config.pretrained) if config.pretrained else "float32"
 
 

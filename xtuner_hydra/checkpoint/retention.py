@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every n-th for good, the best by a metric. Nothing goes before its successor is committed."""
+"""Which checkpoints are kept: the newest, every n-th permanently, the best by a metric. None is deleted before its successor is committed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from xtuner_hydra.config.schema import CheckpointConfig
 def reasons(
     whole: list[Path], newest: int, *, every: int | None = None, best: str | None = None, just_saved: Path | None = None
 ) -> dict[Path, list[str]]:
-    """Why each of `whole` (oldest first) stays: it is among the `newest`, at a multiple of `every` steps, or has the smallest metric `best`.
-    Those without a reason go. `just_saved` counts as the newest, though a run that went further may have left later ones."""
+    """Why each of `whole` (oldest first) is kept: it is among the `newest`, at a multiple of `every` steps, or has the smallest metric `best`.
+    Those without a reason are deleted. `just_saved` counts as the newest, though a run that went further may have left later ones."""
     why: dict[Path, list[str]] = {path: [] for path in whole}
     ranked = [path for path in whole if path != just_saved] + [path for path in whole if path == just_saved]
     for path in ranked[-newest:]:
@@ -35,13 +35,13 @@ def surplus(parent: Path, newest: int, *, every: int | None = None, best: str | 
 
 
 def best_of(checkpoints: list[Path], metric: str) -> Path | None:
-    """The checkpoint with the smallest `metric` in the evaluation after its step, of equal ones the oldest; None where none has a number."""
+    """The checkpoint with the smallest `metric` in the evaluation after its step, the oldest of equal ones; None if none has a number."""
     values = {path: value for path in checkpoints if (value := evaluated(path).get(metric)) is not None and math.isfinite(value)}
     return min(values, key=values.__getitem__) if values else None
 
 
 def evaluated(checkpoint: Path) -> dict[str, float | int | None]:
-    """Metrics of the evaluation after the checkpoint's step, empty where there was none, or where its state.json cannot be read."""
+    """Metrics of the evaluation after the checkpoint's step, empty if there was none or if its state.json cannot be read."""
     try:
         return dict(state_file(checkpoint)["state"]["evaluation"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -49,7 +49,7 @@ def evaluated(checkpoint: Path) -> dict[str, float | int | None]:
 
 
 def tidy(parent: Path, config: CheckpointConfig, just_saved: Path | None = None) -> list[Path]:
-    """Delete what `config` does not keep, and what interrupted saves have left; what was deleted. No save may be under way."""
+    """Delete what `config` does not keep, and what interrupted saves have left; returns what was deleted. No save may be under way."""
     gone = surplus(parent, config.keep, every=config.keep_every, best=config.keep_best, just_saved=just_saved)
     for path in gone:
         remove(path)

@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints: at once, or behind training from a copy (checkpoint.asynchronous)."""
+"""Saves a run's checkpoints: at once, or in the background from a copy (checkpoint.asynchronous)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Saver:
     step: of the last checkpoint that was saved or begun. seconds: what the last one took."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, timeout: timedelta, first_guess: float) -> None:
-        """first_guess: seconds that a save may take, as long as there has been none."""
+        """first_guess: seconds that a save may take, used until there has been one."""
         self.directory = directory
         self.config = config
         self.step: int | None = None
@@ -34,12 +34,12 @@ class Saver:
         self._pending: Future[None] | None = None
         if config.asynchronous:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
-            # ranks agree on a save while training goes on, so not over its channel
+            # ranks agree on a save while training continues, so not over its channel
             self._group = dist.new_group(backend="gloo", timeout=timeout)
             self._stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def save(self, snapshot: Snapshot) -> None:
-        """Commit checkpoints/step-N; with checkpoint.asynchronous begin to. Raises SaveError for this one, or for the one before it."""
+        """Commit checkpoints/step-N, or with checkpoint.asynchronous start to. Raises SaveError for this save or the one before it."""
         self.wait()
         self.step = snapshot.state.step
         if not self.config.asynchronous:
@@ -49,21 +49,21 @@ class Saver:
         self._pending = self._thread.submit(self._commit, replace(snapshot, tensors=copied), self._group)
 
     def wait(self) -> None:
-        """Until nothing is being saved. Raises SaveError where that failed."""
+        """Wait until nothing is being saved. Raises SaveError if the save failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def expected_seconds(self) -> float:
-        """What a save may take, with some room."""
+        """Seconds that a save may take, with some margin."""
         return 2 * self.seconds
 
     def failed(self) -> bool:
-        """Whether a save behind training has ended badly; `wait` raises why."""
+        """Whether a background save has failed; `wait` raises its error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def close(self) -> None:
-        """Let a save that is under way end, well or badly, without a word."""
+        """Let a save that is under way end, ignoring its failure."""
         if self.config.asynchronous:
             self._thread.shutdown(wait=True)
             self._stager.close()

@@ -1,7 +1,7 @@
-"""The training state that a checkpoint holds, and how it comes back.
+"""The training state that a checkpoint holds, and how it is restored.
 
 checkpoints/step-N/  rank-R.safetensors tensors.json   weights and optimizer, sharded (storage.py); frozen weights are left out: they come
-                                                       from where the run had them from, pretrained or the seed
+                                                       from where the run got them, the pretrained weights or the seed
                      state.json                        TrainState and what shaped the trajectory
                      rng-R.json                        rank R's random number generators
                      manifest.json                     every file with its size and checksum"""
@@ -43,7 +43,7 @@ Optimizers = Sequence[torch.optim.Optimizer]
 _ORDER = ("sample_ratio", "max_length", "overlong", "pack_strategy", "pack_max_length", "shuffle", "eval_ratio")
 """Keys of `data` that decide which samples form which step."""
 
-# frozen weights are missing; what a checkpoint lacks of the others, dcp.load refuses
+# frozen weights are missing; if any other is, dcp.load fails
 _PARTIAL = StateDictOptions(strict=False, flatten_optimizer_state_dict=True)
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -52,7 +52,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 class TrainState:
     """Where a run stands after `step` optimizer steps. The data cursor is the step: the plan of packs is a pure function of config and data.
 
-    skipped_in_a_row: updates left out since the last that was made. schedule_steps: length of the learning rate's schedule. evaluation: metrics
+    skipped_in_a_row: updates left out since the last one made. schedule_steps: length of the learning rate's schedule. evaluation: metrics
     of the evaluation after this very step, if there was one. sampled: whether the prompts have been answered after it."""
 
     step: int = 0
@@ -76,7 +76,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds, as of one moment. tensors: weights and optimizer state, this rank's shards, on the device or copied."""
+    """Everything that a checkpoint holds, at one moment. tensors: weights and optimizer state, this rank's shards, on the device or copied."""
 
     tensors: Tensors
     state: TrainState
@@ -95,15 +95,15 @@ class Snapshot:
 
 
 def trained_tensors(model: torch.nn.Module, optimizers: Optimizers) -> Tensors:
-    """Weights that are trained and the optimizers' state, under flat names; they share the memory of these. Collective."""
+    """Trained weights and the optimizers' state, under flat names, sharing memory with the originals. Collective."""
     weights, moments = _trained(model, optimizers)
     return _tensors("model", weights) | _tensors("optimizer", moments)
 
 
 def load(checkpoint: Path, model: torch.nn.Module, optimizers: Optimizers) -> TrainState:
-    """Read a checkpoint of ours into `model` and `optimizers`, whatever number of ranks wrote it. Collective.
+    """Read one of our checkpoints into `model` and `optimizers`, whatever the number of ranks that wrote it. Collective.
 
-    Raises RefusedError where it does not fit them."""
+    Raises RefusedError if it does not fit them."""
     weights, moments = _trained(model, optimizers)
     _read(checkpoint, _tensors("model", weights) | _tensors("optimizer", moments))
     set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments, options=_PARTIAL)
@@ -114,20 +114,20 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizers: Optimizers) -> Tr
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Read a checkpoint's weights alone into `model`, sharded or plain, in the dtype that this has; frozen ones, which it does not hold, stay.
-    Collective where ranks are joined.
+    """Read a checkpoint's weights alone into `model`, sharded or plain, in the model's dtype; frozen ones, which it does not hold, stay.
+    Collective if there is a process group.
 
-    Raises RefusedError where they do not fit the model."""
+    Raises RefusedError if they do not fit the model."""
     weights = _without_frozen(model, get_model_state_dict(model))
     _read(checkpoint, _tensors("model", weights))
     set_model_state_dict(model, weights, options=_PARTIAL)
 
 
 def _trained(model: torch.nn.Module, optimizers: Optimizers) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights that are trained, and the optimizer's state under flat names, its hyperparameters among them. Collective."""
+    """Trained weights, and the optimizer's state and hyperparameters under flat names. Collective."""
     untouched = [optimizer for optimizer in optimizers if not optimizer.state]
     weights, moments = get_state_dict(model, optimizers, options=_FLAT)
-    for optimizer in untouched:  # torch has made their state by a step of its own, which is counted and has weight decay in it
+    for optimizer in untouched:  # torch has made their state with a step of its own, which is counted and applies weight decay
         for value in (value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)):
             value.zero_()
     return _without_frozen(model, weights), moments
@@ -154,12 +154,12 @@ def _without_frozen(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str
 
 
 def trajectory(config: Config, content: str) -> dict[str, Any]:
-    """What decides a run's steps, by key. A run that continues another must share it, apart from what one may change on purpose (resume.py).
+    """What decides a run's steps, by key. A run that continues another must share it, apart from what may be changed (resume.py).
     `content`: fingerprint of the training data."""
     plain = to_dict(config)
     aside = {"pretrained", "strict", "tokenizer", "chat_template"} | ({"lora"} if config.model.adapter is None else set())
     model = {key: value for key, value in plain["model"].items() if key not in aside}
-    base = config.model.pretrained if config.has_frozen else None  # or the checkpoint holds every weight
+    base = config.model.pretrained if config.has_frozen else None  # otherwise the checkpoint holds every weight
     return {
         "data.path": content,
         **{f"data.{key}": plain["data"][key] for key in _ORDER},
@@ -177,7 +177,7 @@ def trajectory(config: Config, content: str) -> dict[str, Any]:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a committed directory is a checkpoint; an export is the other thing."""
+    """Whether a committed directory is a checkpoint and not an export."""
     return (directory / "state.json").is_file()
 
 
@@ -191,7 +191,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def rng_state() -> dict[str, Any]:
-    """This rank's generators: torch on the CPU and, where it is used, on the GPU; NumPy's and Python's for user code."""
+    """This rank's generators: torch's on the CPU and, if used, on the GPU; NumPy's and Python's for user code."""
     state: dict[str, Any] = {"torch": _encode(torch.get_rng_state()), "python": random.getstate()}
     kind, keys, *rest = np.random.get_state(legacy=True)
     state["numpy"] = [kind, np.asarray(keys).tolist(), *rest]
@@ -201,7 +201,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put this rank's generators where `rng_state` found them."""
+    """Restore this rank's generators to what `rng_state` returned."""
     torch.set_rng_state(_decode(state["torch"]))
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))

@@ -1,7 +1,7 @@
-"""How torch.distributed.checkpoint's shards lie on the disk: as safetensors and JSON, where torch's own storage uses pickles.
+"""How torch.distributed.checkpoint's shards are stored: as safetensors and JSON, where torch's own storage uses pickles.
 
     rank-R.safetensors   the shards that rank R wrote, each under "NAME:OFFSET"
-    tensors.json         of every tensor its dtype, its shape, and its shards: offset, shape, file
+    tensors.json         every tensor's dtype, shape and shards: offset, shape, file
 
 Planning (who writes what, which shards a rank needs at another world size) is torch's. Only tensors are stored."""
 
@@ -81,14 +81,14 @@ class SafetensorsWriter(StorageWriter):
 
 
 class SafetensorsReader(StorageReader):
-    """Reads of the files under `directory` what a rank needs, and no more."""
+    """Reads from the files under `directory` only what a rank needs."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[MetadataIndex, str] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index. Raises ValueError where it is not one."""
+        """The index. Raises ValueError if it is not valid."""
         metadata, self.files = {}, {}
         for name, tensor in json.loads((self.directory / INDEX).read_text(encoding="utf-8")).items():
             chunks = [ChunkStorageMetadata(torch.Size(shard["offset"]), torch.Size(shard["shape"])) for shard in tensor["shards"]]
@@ -96,7 +96,7 @@ class SafetensorsReader(StorageReader):
             metadata[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
             for shard in tensor["shards"]:
                 if Path(shard["file"]).name != shard["file"]:
-                    raise ValueError(f"{INDEX} names the file {shard['file']}, which lies elsewhere")
+                    raise ValueError(f"{INDEX} names the file {shard['file']}, which is elsewhere")
                 self.files[MetadataIndex(name, shard["offset"])] = shard["file"]
         return Metadata(metadata)  # type: ignore[arg-type]
 
@@ -132,14 +132,14 @@ class SafetensorsReader(StorageReader):
 
 def _tensor(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
     if item.type == WriteItemType.BYTE_IO:
-        raise TypeError(f"{item.index.fqn} is no tensor")
+        raise TypeError(f"{item.index.fqn} is not a tensor")
     value = planner.resolve_data(item)
     assert isinstance(value, torch.Tensor)
     return value.detach().cpu().contiguous()
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors`, copied where they share memory, as a tied weight's two names do: safetensors refuses such."""
+    """`tensors`, copied where they share memory, as a tied weight's two names do: safetensors rejects those."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

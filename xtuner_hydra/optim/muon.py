@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024): momentum whose update is made orthogonal, matrix by matrix.
+"""Muon (Jordan et al. 2024): momentum whose update is orthogonalised, matrix by matrix.
 
-torch.optim.Muon does the same for single matrices, in bfloat16 whatever the run computes in: a hundred times slower than float32 on a CPU
-that lacks it, and it refuses a mixture's experts, which are stacks of matrices."""
+torch.optim.Muon does the same for single matrices, in bfloat16 whatever the run computes in (a hundred times slower than float32 on a CPU
+that lacks it), and rejects a mixture's experts, which are stacks of matrices."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that carries singular values of (0, 1] to about 0.7 to 1.2 in STEPS iterations (https://kellerjordan.github.io/posts/muon)."""
+"""Of the quintic that maps singular values in (0, 1] to about 0.7 to 1.2 in STEPS iterations (https://kellerjordan.github.io/posts/muon)."""
 STEPS = 5
 SMALLEST_NORM = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters (..., rows, columns), each a matrix or a stack of them. In a group with `stacked`=n a matrix is n in truth, one above the other.
+    """For parameters (..., rows, columns), each a matrix or a stack of them. In a group with `stacked`=n each matrix is n matrices stacked by
+    rows, orthogonalised separately.
 
     Momentum is Nesterov's, weight decay decoupled. An update is scaled to a root mean square of about 0.2 `lr`, which is AdamW's usual one (Liu et
-    al. 2025, section 2.2), so that both can share a learning rate. dtype: what the orthogonalisation computes in."""
+    al. 2025, section 2.2), so that both can share a learning rate. dtype: of the orthogonalisation."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, momentum: float, dtype: torch.dtype) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "stacked": 1})
@@ -51,17 +52,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def _own_matrices(tensor: Tensor) -> Tensor:
-    """Of a stack that FSDP deals out matrix by matrix, those of this rank, perhaps none; a single matrix, of which every rank has rows, as it is."""
+    """This rank's matrices (perhaps none) of a stack that FSDP shards by matrix; a single matrix, of which every rank has rows, unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) and tensor.ndim > 2 else tensor
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest orthogonal matrix, roughly, to each of `matrices` (..., rows, columns), in `dtype`: singular vectors stay, singular values
-    become 0.7 to 1.2. By Newton-Schulz iteration, which needs products alone."""
+    become 0.7 to 1.2. By Newton-Schulz iteration, which needs only products."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(dtype)
-    x = x.mT if is_tall else x  # the product of the shorter side with itself is the smaller
+    x = x.mT if is_tall else x  # x x^T is smaller over the shorter side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
     for _ in range(STEPS):
         gram = x @ x.mT

@@ -14,9 +14,9 @@ from xtuner_hydra.optim.muon import Muon
 def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """One optimizer for all trained parameters, or with `muon` one for the hidden matrices, in `compute_dtype`, and one for the rest.
 
-    `adamw` (Loshchilov & Hutter 2019): fused, one pass over weights, gradients and moments. `sgd`: with Nesterov's momentum where that is not 0;
-    weight decay is added to the gradient. `muon` (Jordan et al. 2024): for hidden matrices, each of each expert by itself; embeddings, head,
-    norms and biases keep AdamW, at the same learning rate and weight decay."""
+    `adamw` (Loshchilov & Hutter 2019): fused, one pass over weights, gradients and moments. `sgd`: with Nesterov momentum unless that is 0;
+    weight decay is added to the gradient. `muon` (Jordan et al. 2024): for hidden matrices, those of each expert separately; embeddings, head,
+    norms and biases use AdamW, at the same learning rate and weight decay."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.name == "sgd":
         nesterov = config.momentum > 0

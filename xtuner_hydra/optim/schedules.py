@@ -43,21 +43,21 @@ def decay_steps(config: SchedulerConfig, total: int) -> int:
 
 
 def cut_short(config: SchedulerConfig, total: int) -> list[str]:
-    """Sentences on what `total` steps are too few for."""
+    """Sentences on settings that `total` steps are too few for."""
     sentences = []
     if (warmup := config.warmup_steps or 0) > total:
-        sentences.append(f"scheduler.warmup_steps={warmup}: cut to the run's {total} steps, which all warm up")
+        sentences.append(f"scheduler.warmup_steps={warmup}: cut to the run's {total} steps, all of which warm up")
     if config.name == "wsd":
         decay, wanted = decay_steps(config, total), round(config.decay_ratio * total)
         if decay < 2:
             sentences.append(f"scheduler.decay_ratio={config.decay_ratio}: {decay} of {total} steps, too few for the rate to fall")
         elif decay < wanted:
-            sentences.append(f"scheduler.decay_ratio={config.decay_ratio}: {decay} steps and not {wanted}, as the others warm up")
+            sentences.append(f"scheduler.decay_ratio={config.decay_ratio}: {decay} steps instead of {wanted}, as the others warm up")
     return sentences
 
 
 def is_stable(config: SchedulerConfig, step: int, total: int) -> bool:
-    """Whether 0-based `step` of `total` is between `wsd`'s warm-up and its decay, where the rate does not tell `total`."""
+    """Whether 0-based `step` of `total` is between `wsd`'s warm-up and its decay, where the rate does not depend on `total`."""
     return config.name == "wsd" and warmup_steps(config, total) <= step <= total - decay_steps(config, total)
 
 

@@ -1,13 +1,13 @@
-"""Main memory for training on a CPU: a malloc that keeps it, found on the machine and preloaded before anything else is loaded; huge pages; a
-small cache of kernels.
+"""Main memory for training on a CPU: a malloc that keeps freed memory, found on the machine and preloaded before anything else is loaded; huge
+pages; a small cache of kernels.
 
-glibc's malloc gives large blocks back to the system whenever they are freed; a training step frees and takes gigabytes, and about half of its
-time goes into page faults. tcmalloc and jemalloc keep them. A library can be preloaded only into a new process, so the command line replaces
-itself by the same command with LD_PRELOAD set, which costs some hundredths of a second. An LD_PRELOAD that is set already, empty or not, is left
-alone.
+glibc's malloc returns large blocks to the system whenever they are freed; a training step frees and allocates gigabytes, and spends about half
+of its time on page faults. tcmalloc and jemalloc keep the blocks. A library can be preloaded only into a new process, so the command line
+replaces itself by the same command with LD_PRELOAD set, which costs some hundredths of a second. An LD_PRELOAD that is already set, empty or
+not, is left alone.
 
-The large tensors are put on pages of 2 MB where the kernel gives them to who asks (`madvise`, as most distributions set it): the same memory
-with a five-hundredth of the page faults, and a processor's translation buffers reach all of a weight."""
+Large tensors are put on pages of 2 MB if the kernel gives them on request (`madvise`, as most distributions set it): the same memory with a
+five-hundredth of the page faults, and a processor's translation buffers cover all of a weight."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import sys
 from pathlib import Path
 
 LIBRARIES = {"tcmalloc": ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4"), "jemalloc": ("libjemalloc.so.2",)}
-"""What is looked for, the best one first."""
+"""Libraries to look for, the best one first."""
 SETTINGS = {"jemalloc": {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}}
-"""What a library needs to be told to keep its memory."""
+"""Settings that make a library keep its memory."""
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""Has torch ask for huge pages for what is larger than one; torch reads it when it makes its first tensor."""
+"""Makes torch request huge pages for tensors larger than one page; torch reads it when it makes its first tensor."""
 KERNEL_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""How many shapes of products oneDNN, and torch's layer over it, keep code and scratch memory for, instead of 1,024; read at the first product."""
+"""For how many shapes of matrix products oneDNN, and torch's layer over it, keep code and memory, instead of 1,024; read at the first one."""
 HOW_TO_GET_ONE = "apt install libtcmalloc-minimal4, or conda install gperftools"
 
 
 def preload() -> None:
-    """Replace this process by itself with a better malloc, where there is one and nothing was preloaded. Returns otherwise, with huge pages
-    asked for unless the environment says something of them.
+    """Replace this process by itself with a better malloc, if there is one and nothing was preloaded. Returns otherwise, with huge pages
+    requested unless the environment already sets them.
 
-    Not where there is a GPU: there the host's memory does not matter."""
+    Does nothing if there is a GPU, as host memory does not matter then."""
     if sys.platform != "linux" or Path("/dev/nvidia0").exists():
         return
     for name, value in huge_pages().items():
@@ -42,17 +42,17 @@ def preload() -> None:
 
 
 def environment(name: str, path: Path) -> dict[str, str]:
-    """What a process runs with the library `name` by."""
+    """The environment variables with which a process uses the library `name`."""
     return SETTINGS.get(name, {}) | {"LD_PRELOAD": str(path)}
 
 
 def huge_pages() -> dict[str, str]:
-    """The environment of a process whose tensors are to be on huge pages; empty where the kernel gives none, or gives them unasked."""
+    """The environment of a process whose tensors are to be on huge pages; empty if the kernel gives none, or gives them unasked."""
     return HUGE_PAGES if _kernel_setting() == "madvise" else {}
 
 
 def _kernel_setting() -> str:
-    """Who gets huge pages: `always`, `madvise`, `never`; `unknown` where the kernel does not say."""
+    """Who gets huge pages: `always`, `madvise`, `never`; `unknown` if the kernel does not say."""
     try:
         return KERNEL_SETTING.read_text().partition("[")[2].partition("]")[0] or "unknown"
     except OSError:
@@ -60,15 +60,15 @@ def _kernel_setting() -> str:
 
 
 def keep_few_kernels() -> None:
-    """Hold memory for the shapes of one pack's products (some twenty in a dense model) and not of fifty packs', about 0.5 MB each: a shape comes
-    back where a pack of the same length does. Not for experts, whose few tokens make the same shapes again and again. To be called before
-    the first product of a process."""
+    """Keep memory for the shapes of one pack's products (some twenty in a dense model) instead of fifty packs', about 0.5 MB each: a shape
+    recurs only with a pack of the same length. Not for experts, whose few tokens often give the same shapes. To be called before the first
+    matrix product of a process."""
     for name, value in KERNELS.items():
         os.environ.setdefault(name, value)
 
 
 def find() -> tuple[str, Path] | None:
-    """(name, file) of the best library on this machine, None where there is none."""
+    """(name, file) of the best library on this machine, None if there is none."""
     return next(iter(found().items()), None)
 
 
@@ -85,18 +85,18 @@ def advice() -> str:
     if (library := find()) is None:
         how = HOW_TO_GET_ONE
     else:
-        how = f"{library[0]} is on this machine, but LD_PRELOAD={os.environ.get('LD_PRELOAD', '')} leaves it out"
+        how = f"{library[0]} is on this machine, but LD_PRELOAD={os.environ.get('LD_PRELOAD', '')} excludes it"
     return f"training on a CPU is much faster with another malloc: {how}"
 
 
 def pages() -> str:
-    """What of this process is on huge pages, for a log."""
+    """Which part of this process is on huge pages, for a log."""
     asked = all(os.environ.get(name) == value for name, value in HUGE_PAGES.items())
     return {"always": "everything", "madvise": "large tensors" if asked else "none"}.get(_kernel_setting(), "none")
 
 
 def active() -> str | None:
-    """`tcmalloc` or `jemalloc` where this process runs with it."""
+    """`tcmalloc` or `jemalloc` if this process runs with it."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

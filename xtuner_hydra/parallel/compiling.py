@@ -12,10 +12,10 @@ from xtuner_hydra.config.schema import Config, ModelConfig
 from xtuner_hydra.errors import ConfigError
 
 COST = 20.0
-"""Seconds that the first step takes longer when nothing is in the cache (2 cores: 15 to 20; with everything there 5)."""
+"""Seconds by which the first step is longer with an empty cache (2 cores: 15 to 20; with a full one 5)."""
 SAVED = {"cpu": 1e-9, "cuda": 2e-11}
-"""Seconds saved for each element that the compiled functions pass over, forward and backward together, all ranks at work. On a CPU measured (2 cores,
-0.25 s of a step with 260 million elements); a GPU's is that divided by the ratio of memory bandwidths: not run on a GPU."""
+"""Seconds saved per element that the compiled functions pass over, forward and backward together, with all ranks at work. Measured on a CPU
+(2 cores, 0.25 s of a step with 260 million elements); a GPU's is that divided by the ratio of memory bandwidths: not run on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,29 @@ class Choice:
 def choose_compile(config: Config, device: str, world_size: int, total_tokens: int) -> Choice:
     """What parallelism.compile means for a run over `total_tokens` on `world_size` devices (`cpu` or `cuda`).
 
-    `auto` compiles where it saves twice what it costs. Raises ConfigError where it is asked for and there is no C++ compiler."""
+    `auto` compiles if that saves at least twice its cost. Raises ConfigError for `true` without a C++ compiler."""
     wish = config.parallelism.compile
     if wish == "false":
         return Choice(False, "off (parallelism.compile=false)")
     lacking = _lacking() if device == "cpu" else None
     if wish == "true" and lacking:
         raise ConfigError(
-            "parallelism.compile", wish, f"there is no {lacking}; install it (apt install g++ python3-dev), or leave it to auto"
+            "parallelism.compile", wish, f"there is no {lacking}; install it (apt install g++ python3-dev), or use auto"
         )
     devices = 1 if device == "cpu" else world_size  # ranks on a CPU share its cores
     saved = SAVED[device] * _elements(config.model) * total_tokens / devices
     estimate = f"it would save about {saved:.0f} s of this run and cost up to {COST:.0f} s at its start"
     if wish == "auto" and saved < 2 * COST:
-        return Choice(False, f"off ({estimate}; parallelism.compile=true for it)")
+        return Choice(False, f"off ({estimate}; parallelism.compile=true forces it)")
     if lacking:
         return Choice(False, f"off (there is no {lacking})")
     return Choice(
-        True, f"on for norms, rotations, SwiGLU and loss ({estimate}); code is kept for later runs where TORCHINDUCTOR_CACHE_DIR says"
+        True, f"on for norms, rotations, SwiGLU and loss ({estimate}); the code is cached for later runs in TORCHINDUCTOR_CACHE_DIR"
     )
 
 
 def _elements(model: ModelConfig) -> int:
-    """Elements a token that the compiled functions pass over: inner states of MLP, heads and norms of each layer, and the logits."""
+    """Elements per token that the compiled functions pass over: inner states of MLP, heads and norms of each layer, and the logits."""
     inner = model.intermediate_size
     if model.moe is not None:
         inner = model.moe.num_experts_per_tok * model.moe.moe_intermediate_size
@@ -60,7 +60,7 @@ def _elements(model: ModelConfig) -> int:
 
 
 def _lacking() -> str | None:
-    """What inductor needs to compile for a CPU and this machine has not."""
+    """What inductor needs to compile for a CPU and this machine lacks."""
     compiler = os.environ.get("CXX", "g++")  # inductor tries no other
     if shutil.which(compiler) is None:
         return f"C++ compiler {compiler} (CXX names another)"

@@ -1,4 +1,4 @@
-"""A few steps under torch's profiler (trainer.profile_steps), on the first rank: what they spent their time on.
+"""A few steps under torch's profiler (trainer.profile_steps), on the first rank: where their time went.
 
 profile/trace.json      a timeline that opens in https://ui.perfetto.dev or chrome://tracing
 profile/operators.txt   the operators that took longest, as a table
@@ -21,8 +21,8 @@ log = logging.getLogger("xtuner_hydra")
 
 
 class Profiler:
-    """Profiles `steps` steps after WARM_UP others. Call `begin` before each step, `end` after it and `close` after the last; 0 steps:
-    does nothing."""
+    """Profiles `steps` steps after WARM_UP others. Call `begin` before each step, `end` after it and `close` after the last. With
+    0 steps it does nothing."""
 
     def __init__(self, run_dir: Path, steps: int) -> None:
         self.directory = run_dir / FOLDER
@@ -45,7 +45,7 @@ class Profiler:
         self.profile.start()
 
     def end(self) -> None:
-        """A step has ended; after the last one, write what was seen."""
+        """A step has ended; after the last one, write the profile."""
         if self.profile is None:
             return
         self.left -= 1
@@ -53,13 +53,13 @@ class Profiler:
             self._write(self.profile)
 
     def close(self) -> None:
-        """No step follows: write what was seen of steps that were to be more, or say that nothing was."""
+        """No step follows: if the profile is incomplete, write what there is, or report that there is none."""
         if self.left == 0:
             return
         if self.profile is None:
             log.warning(f"no profile: the run ended within the first {WARM_UP} steps, which are not profiled")
             return
-        log.warning(f"the profile is shorter than asked for: the run ended {self.left} steps too soon")
+        log.warning(f"the profile is shorter than requested: the run ended {self.left} steps too early")
         self._write(self.profile)
 
     def _write(self, done: profile) -> None:
@@ -76,7 +76,7 @@ class Profiler:
         self.directory.mkdir(exist_ok=True)
         trace = self.directory / "trace.json"
         done.export_chrome_trace(str(trace))
-        if not trace.exists():  # kineto says so on stderr alone, and leaves a part of it
+        if not trace.exists():  # kineto reports this only on stderr, and leaves a partial file
             Path(f"{trace}.tmp").unlink(missing_ok=True)
             raise OSError("trace.json could not be written; is the disk full?")
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

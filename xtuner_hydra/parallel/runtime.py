@@ -38,12 +38,12 @@ class Runtime:
 
 
 def started_by_torchrun() -> bool:
-    """True where an elastic launcher (torchrun, or ours) has given this process a rank."""
+    """True if an elastic launcher (torchrun, or ours) has given this process a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def world_size(parallelism: ParallelismConfig, device: str) -> int:
-    """Ranks that this config runs on: the outer torchrun's, or nproc_per_node (null = one a GPU)."""
+    """Ranks that this config runs on: the outer torchrun's, or nproc_per_node (null = one per GPU)."""
     if started_by_torchrun():
         return int(os.environ["WORLD_SIZE"])
     if parallelism.nproc_per_node is not None:
@@ -71,13 +71,13 @@ def gpu_count(device: str) -> int:
 
 
 def refuse_missing_gpus(device: str, ranks: int) -> None:
-    """ConfigError where `ranks` ranks have fewer GPUs here than one each."""
+    """ConfigError if there are fewer GPUs here than ranks on this machine."""
     if device_type(device) == "cuda" and ranks_here(ranks) > (gpus := gpu_count(device)):
-        raise ConfigError("parallelism.nproc_per_node", ranks_here(ranks), f"a rank needs a GPU of its own, and torch sees {gpus} here")
+        raise ConfigError("parallelism.nproc_per_node", ranks_here(ranks), f"each rank needs its own GPU, and torch sees {gpus} here")
 
 
 def param_dtype(name: str, device: str) -> str:
-    """`bfloat16` or `float32` for parallelism.param_dtype; `auto` is bfloat16 where the device has instructions to multiply it."""
+    """`bfloat16` or `float32` for parallelism.param_dtype; `auto` is bfloat16 if the device has instructions to multiply it."""
     if name != "auto":
         return name
     if device_type(device) == "cuda":
@@ -90,8 +90,8 @@ def param_dtype(name: str, device: str) -> str:
 def runtime(config: Config) -> Iterator[Runtime]:
     """Join the process group, and leave it at the end.
 
-    Where an error ends the block and there are other ranks, the end of the process ends the group: NCCL takes it down only together with the
-    others, which may be waiting for this one, and the error must be told first."""
+    If an error ends the block and there are other ranks, the group ends only with the process: NCCL shuts it down only together with the
+    others, which may be waiting for this one, and the error must be reported first."""
     kind = device_type(config.trainer.device)
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -101,8 +101,8 @@ def runtime(config: Config) -> Iterator[Runtime]:
     _seed(config, rank)
     # gloo beside NCCL: checkpoints and small agreements travel between CPUs
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    # While it waits in C++ for the others to come, a signal ends the process at once: a handler of Python's would not run there, and where
-    # another rank has followed the signal already, the wait is long.
+    # While it waits in C++ for the others, a signal ends the process at once: a Python handler would not run there, and if another rank has
+    # already obeyed the signal, the wait is long.
     with handled_by(signal.SIG_DFL) if started_by_torchrun() else nullcontext():
         dist.init_process_group(backend, timeout=patience(config.parallelism), **_rendezvous())
     world, failed = dist.get_world_size(), True
@@ -117,20 +117,20 @@ def runtime(config: Config) -> Iterator[Runtime]:
 def _mesh(kind: str, world: int, parallelism: ParallelismConfig) -> DeviceMesh:
     replicate = parallelism.dp_replicate
     mesh = init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
-    for group in mesh.get_all_groups():  # those that the mesh has made have torch's patience
+    for group in mesh.get_all_groups():  # groups made by the mesh have torch's timeout
         dist.distributed_c10d._set_pg_timeout(patience(parallelism), group)
     return mesh
 
 
 def patience(parallelism: ParallelismConfig) -> timedelta:
-    """How long a collective operation may take: longer than the watchdog, which knows who is late and not only that someone is."""
+    """How long a collective operation may take: longer than the watchdog, which knows which rank is late and not only that one is."""
     return timedelta(seconds=1.5 * parallelism.timeout + 60)
 
 
 def _rendezvous() -> dict[str, Any]:
     if not started_by_torchrun():
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # torchrun's store may outlive a crash of the ranks, and with it the addresses of those that are gone: each attempt has keys of its own
+    # torchrun's store may outlive a crash of the ranks, with the addresses of dead ones in it: each attempt has its own keys
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return {"store": store, "rank": rank, "world_size": world_size}
@@ -144,7 +144,7 @@ def _share_cores() -> None:
 
 
 def _seed(config: Config, rank: int) -> None:
-    seed = config.trainer.seed + rank  # dropout: each rank leaves out others
+    seed = config.trainer.seed + rank  # dropout differs between ranks
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

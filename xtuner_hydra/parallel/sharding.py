@@ -1,8 +1,8 @@
 """FSDP2 and recomputation applied from outside: the model knows nothing of them.
 
-Every decoder layer, the embedding and the head are a group of their own, the final norm goes with the root. Tied embeddings stay with the
-root as well, because one parameter cannot belong to two groups. The same code runs at world size 1, where the parameters are DTensors too.
-Frozen parameters are gathered like others, from whatever dtype they are kept in, and take no part in the reduction."""
+Every decoder layer, the embedding and the head is its own group; the final norm goes with the root. Tied embeddings stay with the root as
+well, because one parameter cannot belong to two groups. The same code runs at world size 1, where the parameters are DTensors too.
+Frozen parameters are gathered like others, from the dtype they are kept in, and take no part in the reduction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from xtuner_hydra.parallel.runtime import DTYPES, Runtime
 
 
 def parallelize(model: CausalLM, config: ParallelismConfig, runtime: Runtime) -> None:
-    """Recompute the first layers by `recompute_ratio` and shard everything over the mesh, in place. `model` may be on the meta device.
+    """Recompute the first `recompute_ratio` of the layers and shard everything over the mesh, in place. `model` may be on the meta device.
 
     `config.param_dtype` must be resolved (not `auto`)."""
     recompute(model, config.recompute_ratio)
@@ -31,7 +31,7 @@ def parallelize(model: CausalLM, config: ParallelismConfig, runtime: Runtime) ->
 
 
 def recompute(model: CausalLM, ratio: float) -> None:
-    """Keep only the input of the first ceil(ratio * layers) decoder layers; their activations are computed again in the backward pass."""
+    """Keep only the input of the first ceil(ratio * layers) decoder layers; their activations are recomputed in the backward pass."""
     layers = list(model.model.layers)
     for layer in layers[: math.ceil(ratio * len(layers))]:
         # wraps forward, not the module: parameter names stay Hugging Face's
@@ -64,8 +64,8 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def _free_in_training(embedding: torch.nn.Module) -> None:
-    """Free the embedding's weight after its forward pass, and do not gather it for its backward pass, which does not need it. Where nothing is
-    trained it stays: to generate token by token would gather it as often."""
+    """Free the embedding's weight after its forward pass, and do not gather it for its backward pass, which does not need it. Outside training
+    it stays, as generation would gather it again for every token."""
     assert isinstance(embedding, FSDPModule)
     embedding.set_unshard_in_backward(False)
     embedding.register_forward_hook(lambda module, *_: module.reshard() if module.training else None)
@@ -76,14 +76,14 @@ def _groups(model: torch.nn.Module) -> list[FSDPModule]:
 
 
 class _InPlace:
-    """The reduction of one rank, whose result is what was put in: one buffer for both. With two, FSDP would copy every gradient once more and
-    keep what it has copied until the next group's reduction, hence the head's, the largest, through the last layer's backward pass."""
+    """The reduction over one rank, whose result is its input: one buffer for both. With two, FSDP would copy every gradient once more and keep
+    the copy until the next group's reduction, so the head's, the largest, through the last layer's backward pass."""
 
     def __init__(self) -> None:
         self._input: torch.Tensor | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """FSDP asks for the input first, then, when that is filled, for the output, which is as large on one rank."""
+        """FSDP allocates the input first, then, when that is filled, the output, which has the same size on one rank."""
         buffer, self._input = self._input, None
         if buffer is None:
             buffer = self._input = torch.empty(size, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
-"""Ends a run one of whose ranks hangs, and says which one and where.
+"""Ends a run if one of its ranks hangs, and says which one and where.
 
 A rank that hangs leaves all others waiting in a collective operation, and each sees only that it waits. So every rank counts the edges
 it has passed (stopping.py); one that has passed none for `timeout` seconds writes its count and its stack to logs/rankR.stuck.json, reads
-those of the others, and all come to the same verdict: whoever gave no sign, else whoever is behind, else whoever does not wait for others."""
+those of the others, and all reach the same verdict: the ranks that gave no sign, else those that are behind, else those that are not waiting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("xtuner_hydra")
 class Watchdog:
     """Watches the main thread of rank `rank` of `world_size` while its block runs.
 
-    progress(): a number that changes as long as all is well. on_verdict(rank, error, stack): called before the process ends itself; `rank` is
+    progress(): a number that keeps changing while all is well. on_verdict(rank, error, stack): called before the process ends itself; `rank` is
     the one that hangs."""
 
     def __init__(
@@ -84,15 +84,15 @@ class Watchdog:
         if self._done.is_set():  # it moves again
             return
         culprits = verdict(reports, self.world_size)
-        if self.rank == min(set(reports) & set(culprits) or reports):  # one speaks for all
+        if self.rank == min(set(reports) & set(culprits) or reports):  # one reports for all
             rank, stack_of = culprits[0], reports.get(culprits[0], {}).get("stack", "(no stack: it gave no sign)\n")
             self.on_verdict(rank, describe(culprits, reports, self.timeout), stack_of)
         else:
-            time.sleep(GRACE_SECONDS / 2)  # the launcher ends all ranks once one has gone: let that one be the speaker
+            time.sleep(GRACE_SECONDS / 2)  # the launcher ends all ranks once one has gone: let the reporting one go first
         os._exit(EXIT_FAILED)
 
     def _reports(self) -> dict[int, dict[str, Any]]:
-        """What each rank reports, by rank; of a rank that is stopped or holds the interpreter's lock there is none."""
+        """The reports by rank; there is none from a rank that is stopped or holds the interpreter's lock."""
         end = time.monotonic() + GRACE_SECONDS
         reports: dict[int, dict[str, Any]] = {}
         while len(reports) < self.world_size and time.monotonic() < end:
@@ -112,7 +112,7 @@ def read_back(values: Tensor) -> list[float]:
 
 
 def verdict(reports: dict[int, dict[str, Any]], world_size: int) -> list[int]:
-    """The ranks that hang; all of them where nothing tells them apart."""
+    """The ranks that hang; all of them if nothing tells them apart."""
     if silent := sorted(set(range(world_size)) - set(reports)):
         return silent
     behind = min(report["edges"] for report in reports.values())
@@ -122,7 +122,7 @@ def verdict(reports: dict[int, dict[str, Any]], world_size: int) -> list[int]:
 
 
 def describe(culprits: list[int], reports: dict[int, dict[str, Any]], timeout: float) -> str:
-    """One sentence for people."""
+    """The verdict in one sentence."""
     others = f" (as do ranks {', '.join(map(str, culprits[1:]))})" if len(culprits) > 1 else ""
     told = reports.get(culprits[0])
     where = f"in {' '.join(told['where'].split())}" if told else "and gave no sign of life: stopped, swapped out, or stuck in one call"

@@ -1,4 +1,4 @@
-"""A run at a glance: how it stands and its last metrics, without reading all its rows. For lists of hundreds of runs."""
+"""A run at a glance: its state and its last metrics, without reading all its rows. For lists of hundreds of runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking.base import Row
 
 _TAIL = 1 << 18
-"""Bytes of metrics.jsonl that are read of a run whose status.json has no final metrics: hundreds of rows."""
+"""Bytes of metrics.jsonl that are read if status.json has no final metrics: hundreds of rows."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -27,7 +27,7 @@ class Glance:
     """What `directory` held when it was looked at.
 
     state: a run's (see Run.state), or `damaged`. metrics: the last value of each. values: the config by full key, as config.yaml has it.
-    damage: why the run cannot be read, None where it can."""
+    damage: why the run cannot be read, None if it can."""
 
     directory: Path
     state: str
@@ -49,7 +49,7 @@ def glance(directory: Path) -> Glance:
 
 
 def progress(directory: Path) -> dict[str, Any]:
-    """`step`, `total_steps` and `metrics` of a run that can no longer tell them itself, as far as status.json and metrics.jsonl do."""
+    """`step`, `total_steps` and `metrics` of a run that can no longer report them itself, as far as status.json and metrics.jsonl have them."""
     status = run_dir.read_status(directory)
     known: dict[str, Any] = {key: status[key] for key in ("step", "total_steps", "metrics") if key in status}
     try:
@@ -64,7 +64,7 @@ def _glance(directory: Path) -> Glance:
     status = run_dir.read_status(directory)
     if not status.get("state"):
         return _damaged(directory, "status.json is missing or cannot be read")
-    # a sweep's job that was refused before its directory was filled has a status alone, with its overrides
+    # a sweep's job that was rejected before its directory was filled has only a status, with its overrides
     overrides, config = status.get("overrides"), {}
     if overrides is None:
         overrides, config = run_dir.read_overrides(directory), _config(directory)
@@ -98,7 +98,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _last_metrics(path: Path) -> Row:
-    """The last value of every metric among the last rows, none where that is null."""
+    """The last value of every metric among the last rows, left out if null."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

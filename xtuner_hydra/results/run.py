@@ -1,4 +1,4 @@
-"""A run as others read it: its directory's files as one object. Knows nothing of torch or Hydra, so it is quick to import."""
+"""A run to read: its directory's files as one object. Knows nothing of torch or Hydra, so it is quick to import."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, completed, failed, interrupted; `killed` where a run says running but its process is gone; `pruned` where a sweep stopped it."""
+        """running, completed, failed, interrupted; `killed` if the run says running but its process is gone; `pruned` if a sweep stopped it."""
         return run_dir.state_of(self.directory, self.status)
 
     @cached_property
@@ -60,7 +60,7 @@ class Run:
 
     @cached_property
     def final(self) -> dict[str, float | int]:
-        """The last value of every metric, none where that is null; of a run without metrics.jsonl those that status.json kept."""
+        """The last value of every metric, left out if null; without metrics.jsonl, those in status.json."""
         last: Row = {}
         for row in (self.status.get("metrics") or {}, *self.rows):
             last |= row
@@ -73,8 +73,8 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """From its start (the last one, where it was resumed) to its end; of a run that did not come to it, to its last metrics. None where either
-        is not known."""
+        """From its start (the last one, if it was resumed) to its end, or to its last metrics if it did not reach its end. None if either
+        is unknown."""
         try:
             end = self.status["time"]
             if self.status["state"] == "running":
@@ -96,17 +96,17 @@ class Run:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """samples.jsonl: the answers to trainer.sample_prompts, in the order in which they were given; empty where there are none."""
+        """samples.jsonl: the answers to trainer.sample_prompts, in the order in which they were given; empty if there are none."""
         return _read("samples.jsonl", self.directory, lambda path: jsonl.read(path / "samples.jsonl"))
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """data.json: files, fingerprints, token caches, counts; empty where the run has none (yet)."""
+        """data.json: files, fingerprints, token caches, counts; empty if the run has none (yet)."""
         return _json(self.directory / "data.json")
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """Read the run directory `directory`, whatever its state. Raises RefusedError where it holds none, or one that cannot be read."""
+    """Read the run directory `directory`, whatever its state. Raises RefusedError if it holds none, or one that cannot be read."""
     path = Path(directory).expanduser().resolve()
     if not (path / "config.yaml").is_file():
         sweep = "; it is a sweep, and its runs are the directories in it" if (path / "sweep.json").is_file() else ""
@@ -138,7 +138,7 @@ def find_runs(directories: Iterable[Path], *, damaged: bool = False) -> Iterator
 
 
 def _was_run(files: list[str]) -> bool:
-    """A sweep's job that was refused has a status alone; config.yaml is too common a name to tell a run by itself."""
+    """A sweep's job that was rejected has only a status; config.yaml alone is too common a name to identify a run."""
     return "status.json" in files or {"config.yaml", "overrides.yaml"} <= set(files)
 
 
@@ -151,7 +151,7 @@ def _read(name: str, directory: Path, read: Callable[[Path], T]) -> T:
 
 @lru_cache(maxsize=1024)
 def _config(text: str) -> Config:
-    """A config.yaml, which takes 30 ms to check; a sweep's report reads those of all jobs again after every job."""
+    """A config.yaml, which takes 30 ms to check; a sweep's report rereads those of all jobs after every job."""
     return from_yaml(text)
 
 

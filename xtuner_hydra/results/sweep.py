@@ -1,14 +1,16 @@
-"""A sweep as others read it: its plan (sweep.json), its jobs' directories, who is best, and whether that is a fair comparison.
+"""A sweep to read: its plan (sweep.json), its jobs' directories, who is best, and whether that is a fair comparison.
 
-A *setting* is what jobs share that differ in the seed alone; settings are ranked by their mean over seeds.
+A *setting* is what jobs that differ only in the seed have in common; settings are ranked by their mean over seeds.
 
 sweep.json   overrides     what was typed (a resumed sweep must not differ)
              search, metric, direction, keep
              swept         the keys that vary, in the order they were given
              total         jobs in all; those of a search join `jobs` as they are drawn
-             jobs          number, name (the directory), overrides (the swept values), signature, attempts
+             jobs          number, name (the directory), overrides (the swept values), signature, attempts, trial (of a search)
              data          fingerprints of the data that the jobs train and are judged on
-             directory     working directory of the command, which relative paths are seen from
+             directory     working directory of the command, which relative paths start from
+             config_dir    --config-dir and --config-name of the command, null without
+             config_name
              process       host, pid, started of the process that runs the sweep; state, seconds (in all), time
 """
 
@@ -44,7 +46,7 @@ class Job:
     overrides: list[str]
     signature: str
     attempts: int = 0
-    trial: int | None = None  # number in Optuna's study, of a job that a search has drawn
+    trial: int | None = None  # number in Optuna's study, for a job that a search has drawn
 
 
 @dataclass
@@ -74,7 +76,7 @@ class SweepPlan:
 
     @classmethod
     def load(cls, directory: Path) -> SweepPlan:
-        """Read it. Raises RefusedError where there is none."""
+        """Read it. Raises RefusedError if there is none."""
         run_dir.refuse_stray(directory / SWEEP_FILE, home=directory)
         try:
             values = json.loads((directory / SWEEP_FILE).read_text(encoding="utf-8"))
@@ -82,19 +84,19 @@ class SweepPlan:
         except (OSError, ValueError, KeyError, TypeError):
             raise RefusedError(f"{directory}: not a sweep's directory (it has no readable {SWEEP_FILE})") from None
         for job in plan.jobs:
-            if not is_plain(str(job.name)):  # it is where files are written, and removed
+            if not is_plain(str(job.name)):  # files are written, and removed, there
                 raise RefusedError(
-                    f"{directory}: {SWEEP_FILE} calls a job {job.name!r}, which is a path; a job's directory stands in the sweep's"
+                    f"{directory}: {SWEEP_FILE} calls a job {job.name!r}, which is a path; a job's directory is in the sweep's"
                 )
         return plan
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """A job as it stands. `run` is None while it waits, and where it was refused before its directory was filled.
+    """A job in its present state. `run` is None while it waits, and if it was rejected before its directory was filled.
 
-    value: of the sweep's metric, None until the job has completed. error: why it failed, as status.json tells it.
-    stopped: the last value of the metric where the sweep stopped the job early."""
+    value: of the sweep's metric, None until the job has completed. error: why it failed, from status.json.
+    stopped: the last value of the metric if the sweep stopped the job early."""
 
     job: Job
     run: Run | None
@@ -121,13 +123,13 @@ class JobResult:
 
     @cached_property
     def swept(self) -> dict[str, Any]:
-        """Swept key -> this job's value: typed where the key is a value of the config, the text where it is a group."""
+        """Swept key -> this job's value: typed if the key is a value of the config, text if it is a group."""
         typed = self.run.values if self.run else {}
         return {key: typed.get(key, _typed(text)) for key, text in _texts(self.job).items()}
 
     @property
     def seed(self) -> int | None:
-        """trainer.seed, whether it was swept or not; None where a job that waits does not tell."""
+        """trainer.seed, whether it was swept or not; None for a waiting job that does not set it."""
         return self.swept.get(SEED, self.run.config.trainer.seed if self.run else None)
 
     def last(self, metric: str) -> float | None:
@@ -137,14 +139,14 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ in their seed alone. mean, spread: of `values` (spread: standard deviation, None for one)."""
+    """Jobs that differ only in their seed. mean, spread: of `values` (spread: standard deviation, None for one)."""
 
     swept: dict[str, Any]
     jobs: list[JobResult]
 
     @cached_property
     def completed(self) -> list[JobResult]:
-        """The jobs with a value, one a seed: the same seed again is the same experiment, not another sample, and the last one counts."""
+        """The jobs with a value, one per seed: the same seed again is the same experiment, not another sample, and the last one counts."""
         return list({job.seed: job for job in self.jobs if job.value is not None}.values())
 
     @cached_property
@@ -158,7 +160,7 @@ class Setting:
 
     @cached_property
     def stopped(self) -> float | None:
-        """Where no job completed: the mean of the values at which the sweep stopped them early."""
+        """If no job completed: the mean of the values at which the sweep stopped them early."""
         values = [job.stopped for job in self.jobs if job.stopped is not None]
         return mean(values) if values and not self.values else None
 
@@ -178,7 +180,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Jobs in their order, with what follows from them."""
+    """Jobs in their order, and what follows from them."""
 
     directory: Path
     plan: SweepPlan
@@ -189,7 +191,7 @@ class SweepResult:
         """Best first; then those stopped early, by their last value; those without a value last, in their jobs' order."""
         groups: dict[str, list[JobResult]] = {}
         for job in self.jobs:
-            # by what was typed: a job that waits has no typed values yet, and must not stand apart from its twins
+            # by the override's text: a waiting job has no typed values yet, and must not be set apart from its twins
             groups.setdefault(repr(_without_seed(_texts(job.job))), []).append(job)
         settings = [Setting(_without_seed(_started_first(jobs).swept), jobs) for jobs in groups.values()]
         return sorted(settings, key=self._place)
@@ -217,7 +219,7 @@ class SweepResult:
 
     @cached_property
     def unfair(self) -> list[str]:
-        """Why the settings do not compare, a sentence each; empty where they do. Seeds of one setting may differ: all settings have the same ones."""
+        """Why the settings do not compare, a sentence each; empty if they do. Seeds of one setting may differ: all settings have the same ones."""
         ranked = [setting for setting in self.settings if setting.mean is not None]
         return [text for text in (_unlike_evaluations(ranked), _unlike_tokens(ranked), _noisy(self.plan.metric)) if text]
 
@@ -227,13 +229,13 @@ class SweepResult:
         return [*self.unfair, *(text for text in (self._other_seeds(), self._unfinished(), self._without_value()) if text)]
 
     def _other_seeds(self) -> str | None:
-        """Of a key that was zipped with the seed, or runs that differ in both."""
+        """For a key that was zipped with the seed, or runs that differ in both."""
         seeds = [set(setting.by_seed) for setting in self.settings if setting.by_seed]
         if all(seeds[0] & other for other in seeds[1:]):
             return None
         return (
-            "Settings were run with different seeds, so what looks like their difference may be that of the seeds. "
-            "Give all of them the same: trainer.seed=0,1,2 in a grid."
+            "Settings were run with different seeds, so what looks like a difference between settings may be one between seeds. "
+            "Give all of them the same seeds: trainer.seed=0,1,2 in a grid."
         )
 
     def _unfinished(self) -> str | None:
@@ -253,23 +255,23 @@ class SweepResult:
 
 
 def read_sweep(directory: Path) -> SweepResult:
-    """Read a sweep's directory. Raises RefusedError where it holds none."""
+    """Read a sweep's directory. Raises RefusedError if it holds none."""
     directory = directory.resolve()
     return results_of(directory, SweepPlan.load(directory))
 
 
 def results_of(directory: Path, plan: SweepPlan) -> SweepResult:
-    """The jobs of `plan` as they stand in `directory`."""
+    """The jobs of `plan` as `directory` has them."""
     return SweepResult(directory, plan, [job_result(job, directory, plan.metric) for job in plan.jobs])
 
 
 def job_result(job: Job, sweep_dir: Path, metric: str) -> JobResult:
-    """A job as it stands in its directory."""
+    """A job as its directory has it."""
     directory = sweep_dir / job.name
     try:
         run_dir.refuse_stray(directory, home=sweep_dir)
         status = run_dir.read_status(directory)
-        # status.json comes last of the files that a run begins with, so a run that has it can be read
+        # status.json is the last of the files that a run starts with, so a run that has it can be read
         run = load_run(directory) if status and (directory / "config.yaml").is_file() else None
     except RefusedError as error:  # one job must not cost the others their report
         return JobResult(job, None, None, "damaged", str(error))
@@ -302,7 +304,7 @@ def _without_seed(swept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _means(settings: Sequence[Setting], metric: str) -> list[float]:
-    """Of the last `metric` over each setting's completed jobs, those that have none left out."""
+    """Per setting, the mean of the last `metric` of its completed jobs; settings without one are left out."""
     found = ([value for job in setting.completed if (value := job.last(metric)) is not None] for setting in settings)
     return [mean(values) for values in found if values]
 

@@ -1,4 +1,4 @@
-"""A sweep before it starts: every job composed and checked with its data, so that none can be refused later; `plan -m` prints it."""
+"""A sweep before it starts: every job composed and checked with its data, so that none is rejected later; `plan -m` prints it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xtuner_hydra.tracking.base import METRICS
 
 @dataclass(frozen=True)
 class JobDraft:
-    """A job that nothing speaks against. disk: bytes that it leaves where its checkpoints stay. tokens: that it trains on."""
+    """A job that passed all checks. disk: bytes that it leaves if its checkpoints are kept. tokens: how many it trains on."""
 
     job: Job
     config: Config
@@ -35,14 +35,14 @@ class JobDraft:
     disk: int
     memory_gb: float
     data: str
-    """Fingerprint of what it trains on and is judged on."""
+    """Fingerprint of the data that it trains and is judged on."""
     twin: int | None = None
     """Number of an earlier job with the same signature."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sweep that can start. jobs: of a list all (twins too), of a search the corners of its space."""
+    """A sweep that can start. jobs: all of a list (twins too), or the corners of a search space."""
 
     directory: Path
     fixed: list[str]
@@ -71,7 +71,7 @@ class Draft:
 
 
 def draft(app: App, directory: Path) -> Draft:
-    """Expand and check the sweep of `app`'s command line in `directory`. Raises RefusedError for the first job that cannot be, with its overrides."""
+    """Expand and check the sweep of `app`'s command line in `directory`. Raises RefusedError for the first invalid job, with its overrides."""
     sweep = app.sweep_config()
     _refuse_missing(app, sweep)
     fixed, parameters = space.split(app, sweep)
@@ -82,7 +82,7 @@ def draft(app: App, directory: Path) -> Draft:
 
 
 def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[list[str]], directory: Path, *, first: int = 0) -> Draft:
-    """Check jobs that are numbered from `first`, by their swept overrides."""
+    """Check jobs, numbered from `first`, given by their swept overrides."""
     jobs: list[JobDraft] = []
     for number, overrides in enumerate(swept):
         try:
@@ -93,7 +93,7 @@ def draft_list(app: App, sweep: SweepConfig, fixed: list[str], swept: Sequence[l
 
 
 def compose(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path) -> Composition:
-    """A job by its overrides; its W&B runs are grouped by the sweep."""
+    """A job from its overrides; its W&B runs are grouped by the sweep."""
     composition = app.compose_job(fixed, overrides, number, directory)
     if composition.config.tracking.wandb.group is None:
         composition.config.tracking.wandb.group = directory.name
@@ -101,7 +101,7 @@ def compose(app: App, fixed: list[str], overrides: list[str], number: int, direc
 
 
 def continued(composition: Composition) -> Composition:
-    """A job as it will run: one that stands in its directory already goes on from there, also where it began at another run's checkpoint."""
+    """A job as it will run: one that already has checkpoints in its directory continues from there, even if it started from another run's."""
     checkpoint = composition.config.checkpoint
     if checkpoint.resume == "never" or numbered(composition.run_dir / "checkpoints"):
         checkpoint.resume = "auto"
@@ -109,13 +109,13 @@ def continued(composition: Composition) -> Composition:
 
 
 def signature(config: Config, default: Config) -> str:
-    """What a job is: a hash of its values that differ from the defaults, so that a key which is new later does not change it."""
+    """What a job is: a hash of its values that differ from the defaults, so that a key added later does not change it."""
     values = {key: value for key, (_, value) in changed(config, default).items() if not _is_aside(key, value)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _refuse_missing(app: App, sweep: SweepConfig) -> None:
-    """RefusedError where what the sweep needs besides us is not installed."""
+    """RefusedError if an optional package that the sweep needs is not installed."""
     if sweep.search in ("random", "bayes"):
         search.refuse_missing()
     if cluster := app.launcher()[1].get("cluster"):
@@ -126,7 +126,7 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
     composition = compose(app, fixed, overrides, number, directory)
     sign, name = signature(composition.config, app.defaults), composition.run_dir.name
     if same := [one.job.number for one in earlier if one.job.name == name and one.job.signature != sign]:
-        raise RefusedError(f"hydra.sweep.subdir: {name} is the directory of job {same[0]} too; let it hold ${{hydra.job.num}}")
+        raise RefusedError(f"hydra.sweep.subdir: {name} is also the directory of job {same[0]}; include ${{hydra.job.num}} in it")
     prepared = launch.prepare(continued(composition), elsewhere=app.launches_elsewhere)
     config, plan = prepared.config, prepared.data.plan
     sizes = count_parameters(config)
@@ -144,7 +144,7 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
 
 
 def _is_aside(key: str, value: object) -> bool:
-    """Settings that do not make another job of it. To begin at another run's checkpoint does."""
+    """Settings that do not make it a different job. Starting from another run's checkpoint does."""
     if key == "checkpoint.resume":
         return value in ("auto", "never")
     return key.startswith(("sweep.", "tracking.")) or key in ("data.num_workers", "data.cache_dir")
@@ -155,7 +155,7 @@ def _has_held_out(data: DataConfig) -> bool:
 
 
 def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
-    """The metric that decides. Raises ConfigError for one that does not exist or that a job would not have."""
+    """The metric that ranks the jobs. Raises ConfigError for one that does not exist or that a job would not have."""
     evaluated = all(_has_held_out(draft.config.data) and draft.config.trainer.eval_interval is not None for draft in jobs)
     metric = sweep.metric or ("eval/loss" if evaluated else "train/loss")
     if metric not in METRICS:
@@ -167,15 +167,15 @@ def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
             "sweep.metric", metric, "not every job evaluates; set data.eval_path, and trainer.eval_interval to -1 or a number of steps"
         )
     if metric.startswith(("router/", "train/aux_loss")) and any(draft.config.model.moe is None for draft in jobs):
-        raise ConfigError("sweep.metric", metric, "only models with experts have it (model.moe), and not every job's has")
+        raise ConfigError("sweep.metric", metric, "only models with experts have it (model.moe), and not every job has such a model")
     if sweep.early_stop and not metric.startswith("eval/"):
         raise ConfigError(
             "sweep.early_stop",
             True,
-            f"jobs are judged by their evaluations on the way, which have no {metric} (sweep.metric); set sweep.early_stop=false, or another metric",
+            f"jobs are judged by their evaluations during training, without {metric} (sweep.metric); use sweep.early_stop=false or another metric",
         )
     if sweep.early_stop and not (evaluated and all((draft.config.trainer.eval_interval or 0) > 0 for draft in jobs)):
         raise ConfigError(
-            "sweep.early_stop", True, "jobs are judged by their evaluations on the way; set trainer.eval_interval=N and data.eval_path"
+            "sweep.early_stop", True, "jobs are judged by their evaluations during training; set trainer.eval_interval=N and data.eval_path"
         )
     return metric

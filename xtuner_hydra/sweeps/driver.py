@@ -1,7 +1,7 @@
-"""Runs a sweep's jobs: starts them where there is room, follows them, tries failed ones again, and says what became of each.
+"""Runs a sweep's jobs: starts them in free slots, follows them, retries failed ones, and reports what became of each.
 
-What is known of a job stands in its directory (status.json, metrics.jsonl) and in sweep.json; this process holds nothing that a later one
-could not read there. So a sweep that was killed goes on with `sweep.resume`."""
+All that is known of a job is in its directory (status.json, metrics.jsonl) and in sweep.json; this process holds nothing that a later one
+could not read there. So a killed sweep can be continued with `sweep.resume`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from xtuner_hydra.tracking.base import Row
 
 TICK_SECONDS = 0.2
 KILL_SECONDS = 30
-"""How long to wait for a job that was killed; one that cannot be ended is left behind as running."""
+"""How long to wait for a killed job; one that does not end is left behind as running."""
 REPORT_SHARE = 0.1
-"""Of the time at most, while jobs run: a report of some hundred jobs takes seconds, and the next job would wait for it."""
+"""Largest share of the time spent on reports while jobs run: one on some hundred jobs takes seconds, and the next job would wait for it."""
 MOST_TWINS = 50
 """Draws in a row that repeat earlier jobs before a search counts as exhausted."""
 SETTLED = ("completed", "pruned")
@@ -61,9 +61,9 @@ class Launcher(Protocol):
     """Where jobs run."""
 
     capacity: int
-    """Jobs at once."""
+    """How many jobs run at once."""
     elsewhere: bool
-    """On other machines, whose devices are not known here."""
+    """Whether they run on other machines, whose devices are not known here."""
     grace_seconds: int
     """How long a job that is asked to stop may take to close its files before it is killed."""
 
@@ -76,13 +76,13 @@ class Launcher(Protocol):
         ...
 
     def adopt(self, directory: Path) -> RunningJob | None:
-        """The job that an earlier process has started there and that still waits or runs; None where there is none."""
+        """The job that an earlier process has started there and that is still queued or running; None if there is none."""
         ...
 
 
 @dataclass
 class Followed:
-    """A job that runs, and what has been heard of it."""
+    """A running job, and what it has reported."""
 
     job: Job
     directory: Path
@@ -113,23 +113,23 @@ class Driver:
         self.search, self.launcher, self.compose, self.describe = search, launcher, compose, describe
         self.screen, self.write_report = screen, write_report
         self.running: list[Followed] = []
-        self.waiting: list[Job] = []  # planned and without a result; and failed ones that are tried again
-        self.retries: dict[int, int] = {}  # how many are left, by job
+        self.waiting: list[Job] = []  # planned and without a result, or failed and to be retried
+        self.retries: dict[int, int] = {}  # how many are left, by job number
         self.stopped = False  # no further job is to start
         self.why_stopped: str | None = None
-        self.signals: list[int] = []  # that have come
+        self.signals: list[int] = []  # received so far
         self.started = time.monotonic()
         self.seconds_before = plan.seconds
-        self.news = False  # that the report does not tell
-        self.next_report = self.started  # not before
+        self.news = False  # anything that is not in the report yet
+        self.next_report = self.started  # not before this time
 
     def run(self) -> int:
-        """All jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM and SIGUSR1 stop every job, and the report is written all the same.
+        """Run all jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM and SIGUSR1 stop every job; the report is still written.
 
-        Raises TrainingError where the sweep's directory cannot be written any more; its jobs are stopped then."""
+        Raises TrainingError, after stopping the jobs, if the sweep's directory can no longer be written."""
         for result in results_of(self.directory, self.plan).jobs:
             if (state := self._state(result.job)) in SETTLED:
-                # one may have ended while no driver ran, as on a cluster, and the search has not heard of it
+                # one may have ended while no driver ran, as on a cluster, without the search being told
                 self.search.tell(result.job.trial, result.value, pruned=state == "pruned")
             else:
                 self.waiting.append(result.job)
@@ -137,8 +137,8 @@ class Driver:
             return self._run()
         except OSError as error:
             self._abandon()
-            again = f"go on with sweep.resume={self.directory}" if (self.directory / SWEEP_FILE).is_file() else "start it again"
-            raise TrainingError(f"{error.filename or self.directory}: {error.strerror}; the sweep stops. Mend that, then {again}") from None
+            again = f"continue with sweep.resume={self.directory}" if (self.directory / SWEEP_FILE).is_file() else "start it again"
+            raise TrainingError(f"{error.filename or self.directory}: {error.strerror}; the sweep stops. Fix that, then {again}") from None
 
     def _run(self) -> int:
         interrupted: int | None = None
@@ -161,7 +161,7 @@ class Driver:
         self._fill()
         while self.running:
             time.sleep(TICK_SECONDS)
-            if self.signals:  # one whose KeyboardInterrupt a library has dropped, or made an error of its own
+            if self.signals:  # one whose KeyboardInterrupt a library has dropped or turned into an error of its own
                 raise KeyboardInterrupt
             ended = [followed for followed in self.running if self._follow(followed)]
             for followed in ended:
@@ -177,13 +177,13 @@ class Driver:
             self.screen.show(self.running, self.plan)
 
     def _report(self) -> None:
-        """A sweep is worth more than its report."""
+        """Write the report; a failure must not stop the sweep."""
         began, self.news = time.monotonic(), False
         try:
             self.write_report(self.directory)
         except Exception as error:
             self.screen.say(
-                f"the report could not be written ({type(error).__name__}: {error}); xtuner-hydra report {self.directory} tries again"
+                f"the report could not be written ({type(error).__name__}: {error}); retry with xtuner-hydra report {self.directory}"
             )
         ended = time.monotonic()
         self.next_report = ended + (ended - began) * (1 / REPORT_SHARE - 1)
@@ -205,20 +205,20 @@ class Driver:
                 job = replace(self.describe(len(self.plan.jobs), overrides), trial=trial)
                 same = [one for one in self.plan.jobs if job.signature and one.signature == job.signature]
             if not same:
-                if any(one.name == job.name for one in self.plan.jobs):  # hydra.sweep.subdir tells them not apart
+                if any(one.name == job.name for one in self.plan.jobs):  # hydra.sweep.subdir does not tell them apart
                     job = replace(job, name=f"{job.number}_{job.name}")
                 self.plan.jobs.append(job)
                 self._save("running")
                 return job
             self.search.tell(trial, job_result(same[0], self.directory, self.plan.metric).value)
-        self.screen.say(f"the search draws what it has drawn before; it ends with {len(self.plan.jobs)} jobs")
+        self.screen.say(f"the search only repeats earlier jobs; it ends with {len(self.plan.jobs)} jobs")
         self.plan.total = len(self.plan.jobs)
         return None
 
     def _start(self, job: Job) -> None:
         directory = self.directory / job.name
         if (process := self.launcher.adopt(directory)) is not None:
-            self._follow_from_now(job, directory, process, run_dir.read_status(directory).get("total_steps") or 0, "was on its way already")
+            self._follow_from_now(job, directory, process, run_dir.read_status(directory).get("total_steps") or 0, "was already started")
             return
         job.attempts += 1
         try:
@@ -227,10 +227,10 @@ class Driver:
             launch.create(prepared)
             self._save("running")
             process = self.launcher.start(directory)
-        except RefusedError as error:  # of a search, or its data or the disk has changed since it was checked
+        except RefusedError as error:  # drawn by a search, or its data or the disk has changed since it was checked
             self._refused(job, directory, str(error))
             return
-        except KeyboardInterrupt:  # a process that was started all the same ends with this one
+        except KeyboardInterrupt:  # if a process was started nevertheless, it ends with this one
             launch.mark_stopped(directory, Stopped("stopped with its sweep", EXIT_INTERRUPTED))
             raise
         remark = "" if prepared.checkpoint is None else f"continues from {prepared.checkpoint.name}"
@@ -259,10 +259,10 @@ class Driver:
         return True
 
     def _write_end(self, followed: Followed, code: int) -> None:
-        """Complete status.json where the job could not, or where it does not know why it was stopped."""
+        """Complete status.json if the job could not, or if it does not know why it was stopped."""
         status = run_dir.read_status(followed.directory)
         fields = progress(followed.directory)
-        if status.get("state") == "running" and (self.stopped or followed.hopeless):  # by us, before it could say so
+        if status.get("state") == "running" and (self.stopped or followed.hopeless):  # by us, before it could record it
             why = {"pruned": followed.hopeless} if followed.hopeless else {"error": f"stopped: {self.why_stopped or 'with its sweep'}"}
             run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, **why)
         elif status.get("state") == "running":
@@ -272,7 +272,7 @@ class Driver:
                 else f"exited with code {code}"
             )
             error = (
-                f"the job was {cause}" if code < 0 else f"the job {cause} without a word; see {followed.directory / 'logs' / 'console.log'}"
+                f"the job was {cause}" if code < 0 else f"the job {cause} without an error message; see {followed.directory / 'logs' / 'console.log'}"
             )
             run_dir.write_status(followed.directory, "failed", **fields, exit_code=EXIT_FAILED, error=error)
         elif followed.hopeless and status.get("state") == "interrupted":
@@ -291,7 +291,7 @@ class Driver:
         if state == "failed" and left and status.get("exit_code") != EXIT_REFUSED and not self.stopped:
             self.retries[job.number] -= 1
             self.screen.ended(
-                job, f"failed, is tried again (retry {self.options.retries - left + 1} of {self.options.retries})", status.get("error")
+                job, f"failed, will be retried (retry {self.options.retries - left + 1} of {self.options.retries})", status.get("error")
             )
             self.waiting.insert(0, job)
             return
@@ -316,18 +316,18 @@ class Driver:
             self.screen.say("sweep.fail_fast: a job failed, so the others are stopped")
 
     def _keep(self, best: int | None) -> None:
-        """Remove the checkpoints and exports of finished jobs that sweep.keep does not name. Unfinished ones need theirs to go on."""
+        """Remove the checkpoints and exports of finished jobs that sweep.keep does not name. Unfinished ones need theirs to continue."""
         if self.options.keep == "all":
             return
         for job in self.plan.jobs:
             if self._state(job) in SETTLED and not (self.options.keep == "best" and job.number == best):
-                with suppress(RefusedError):  # what is elsewhere stays
+                with suppress(RefusedError):  # what is outside the sweep's directory stays
                     run_dir.refuse_stray(self.directory / job.name, home=self.directory)
                     for name in ("checkpoints", "hf"):
                         shutil.rmtree(self.directory / job.name / name, ignore_errors=True)
 
     def _stop_all(self) -> None:
-        """End every running job: ask, wait, and after a while (or a second Ctrl-C) insist."""
+        """End every running job: ask, wait, and after a while (or on a second Ctrl-C) kill."""
         self.stopped = True
         for followed in self.running:
             followed.process.stop()
@@ -345,7 +345,7 @@ class Driver:
             time.sleep(TICK_SECONDS)
 
     def _abandon(self) -> None:
-        """End every running job where nothing more can be written about it."""
+        """End every running job when nothing more can be recorded about it."""
         for followed in self.running:
             followed.process.stop()
         deadline = time.monotonic() + self.launcher.grace_seconds
@@ -370,8 +370,8 @@ class Driver:
 
 @contextmanager
 def _signals_interrupt(came: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; their numbers go to `came`. Ctrl-C's is set too: a process that a script
-    has put into the background is started with SIGINT ignored."""
+    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; their numbers are added to `came`. Ctrl-C is handled too, as a process that a
+    script runs in the background starts with SIGINT ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         came.append(number)

@@ -1,4 +1,4 @@
-"""`-m`: from a command line to a sweep that ends in an answer. A new sweep is drafted and checked whole before anything is created; a resumed
+"""`-m`: from a command line to a sweep that ends in an answer. All of a new sweep is drafted and checked before anything is created; a resumed
 one takes its overrides from its directory."""
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _HOW = ("sweep.resume", "sweep.retries", "sweep.fail_fast", "hydra/launcher", "h
 def sweep(app: App) -> int:
     """Run the sweep of `app`'s command line; returns the exit code."""
     if started_by_torchrun():
-        raise RefusedError("-m: a sweep starts workers of its own; run it without torchrun, with parallelism.nproc_per_node=N")
+        raise RefusedError("-m: a sweep starts its own workers; run it without torchrun, with parallelism.nproc_per_node=N")
     options = app.sweep_config()
     if secret := [override for override in app.overrides if redact(override) != override]:
-        raise RefusedError(f"{redact(secret[0])}: holds a secret, and sweep.json keeps the command; leave it in the environment")
+        raise RefusedError(f"{redact(secret[0])}: contains a secret, and sweep.json stores the command; keep it in the environment")
     if app.sweeper != "basic":
         return _under_plugin(app, options)
     if options.resume is None:
@@ -61,7 +61,7 @@ def sweep(app: App) -> int:
 
 @contextmanager
 def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
-    """The sweep that sweep.resume names, drafted again by the command that started it, seen from where that was typed. Raises RefusedError."""
+    """The sweep that sweep.resume names, drafted again from the command that started it, in its working directory. Raises RefusedError."""
     directory = Path(app.sweep_config().resume or "").expanduser().resolve()
     plan = SweepPlan.load(directory)
     arguments = _recorded_arguments(app, plan)
@@ -75,14 +75,14 @@ def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
         draft = drafts.draft(recorded, directory)
         if strange := {job.data for job in draft.jobs} - set(plan.data):
             raise RefusedError(
-                f"sweep.resume={directory}: {len(strange)} data sets are not what the sweep was started with, so new jobs would not compare with "
-                "those that are done. Restore the data, or start another sweep"
+                f"sweep.resume={directory}: {len(strange)} data sets have changed since the sweep was started, so new jobs would not "
+                "compare with the finished ones. Restore the data, or start another sweep"
             )
         yield recorded, draft, plan
 
 
 def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
-    """The drafted sweep, from its beginning or from where `plan` left it."""
+    """Run the drafted sweep, from its beginning or from where `plan` left it."""
     launcher = choose_launcher(app, draft)
     with _alone_in(draft.directory):
         _refuse_overtaken(draft.directory, plan)
@@ -102,7 +102,7 @@ def _run_alone(app: App, draft: Draft, plan: SweepPlan, launcher: Launcher) -> i
     code = _driver(app, draft, plan, search, launcher).run()
     _show(draft.directory)
     if code != EXIT_DONE:
-        print(f"go on with: python -m xtuner_hydra {as_typed('sweep.resume', draft.directory)}", flush=True)
+        print(f"continue with: python -m xtuner_hydra {as_typed('sweep.resume', draft.directory)}", flush=True)
     return code
 
 
@@ -150,7 +150,7 @@ def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: L
         return drafts.compose(app, draft.fixed, overrides, number, draft.directory)
 
     def describe(number: int, overrides: list[str]) -> Job:
-        """A job that a search has drawn. One that cannot be is refused when it is started."""
+        """A job that a search has drawn. An invalid one is rejected when it is started."""
         try:
             composition = compose(number, overrides)
         except RefusedError:
@@ -158,7 +158,7 @@ def _driver(app: App, draft: Draft, plan: SweepPlan, search: Search, launcher: L
         return Job(number, composition.run_dir.name, overrides, drafts.signature(composition.config, app.defaults))
 
     if isinstance(launcher, Slots):
-        forks.begin_imports()  # beside the preparation of the first job
+        forks.begin_imports()  # during the preparation of the first job
     return Driver(draft.directory, plan, draft.sweep, search, launcher, compose, describe, Screen(), write_sweep)
 
 
@@ -184,7 +184,7 @@ def _new_plan(app: App, draft: Draft) -> SweepPlan:
 
 
 def _list_jobs(plan: SweepPlan, listed: Sequence[Job]) -> None:
-    """Plan the listed jobs. One that is known by its signature keeps its number, directory and attempts; the others get numbers that are free."""
+    """Plan the listed jobs. One with a known signature keeps its number, directory and attempts; the others get free numbers."""
     known = {job.signature: job for job in plan.jobs}
     free = itertools.count(1 + max((job.number for job in plan.jobs), default=-1))
     plan.jobs = [known.get(job.signature) or (_renumbered(job, next(free)) if known else job) for job in listed]
@@ -196,7 +196,7 @@ def _renumbered(job: Job, number: int) -> Job:
 
 
 def choose_launcher(app: App, draft: Draft) -> Launcher:
-    """The launcher that hydra/launcher names, fitted to the jobs. Raises RefusedError for one that is unknown or cannot be had."""
+    """The launcher that hydra/launcher names, fitted to the jobs. Raises RefusedError for one that is unknown or not available."""
     name, options = app.launcher()
     target = options.pop("_target_", None)
     _refuse_unsaid_commands(app, options)
@@ -213,11 +213,11 @@ def choose_launcher(app: App, draft: Draft) -> Launcher:
 
 
 def _refuse_unsaid_commands(app: App, options: dict[str, Any]) -> None:
-    """RefusedError for shell commands and sbatch lines that stand in a file and not in this command."""
+    """RefusedError for shell commands and sbatch lines that come from a file and not from this command."""
     for key, value in options.items():
         if value and (key in ("setup", "additional_parameters") or "\n" in str(value)) and not app.may_run(f"hydra.launcher.{key}"):
             raise RefusedError(
-                f"hydra.launcher.{key}={value}: goes into the script of every job, but this command does not say so; add --trust"
+                f"hydra.launcher.{key}={value}: goes into the script of every job, but comes from a file; add --trust to allow it"
             )
 
 
@@ -229,7 +229,7 @@ def _search(draft: Draft, plan: SweepPlan) -> Search:
 
 
 def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
-    """What should be known before the first job starts."""
+    """What the user should know before the first job starts."""
     notes = [
         f"ranked by {plan.metric} ({plan.direction}d)"
         + ", as not every job evaluates" * (plan.metric == "train/loss" and draft.sweep.metric is None)
@@ -244,7 +244,7 @@ def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
 
 
 def _recorded_arguments(app: App, plan: SweepPlan) -> list[str]:
-    """The command line that started the sweep, with how its jobs are run as said now. Raises RefusedError where anything else differs."""
+    """The command line that started the sweep, with this command's settings for how jobs are run. Raises RefusedError if anything else differs."""
     what = [override for override in app.overrides if not _is_how(override)]
     if what and set(what) != {override for override in plan.overrides if not _is_how(override)}:
         raise RefusedError(
@@ -269,7 +269,7 @@ def _refuse_taken(directory: Path) -> None:
     run_dir.refuse_unusable(directory, resuming=False, key="hydra.sweep.dir")
     if any((directory / name).exists() for name in (SWEEP_FILE, "sweep.csv", "multirun.yaml")):
         raise RefusedError(
-            f"hydra.sweep.dir={directory}: holds a sweep already; choose another directory, or go on with sweep.resume={directory}"
+            f"hydra.sweep.dir={directory}: holds a sweep already; choose another directory, or continue it with sweep.resume={directory}"
         )
 
 
@@ -277,8 +277,8 @@ def _refuse_running(directory: Path, plan: SweepPlan) -> None:
     """Two processes must not run the same jobs. Those of a sweep that was just killed are given a while to end."""
     if plan.state == "running" and run_dir.is_alive(plan.process, directory):
         raise RefusedError(
-            f"sweep.resume={directory}: is still run by process {plan.process['pid']} on {plan.process['host']}; end it first. "
-            "(Of another host this is known only after 15 minutes without a word)"
+            f"sweep.resume={directory}: is still being run by process {plan.process['pid']} on {plan.process['host']}; end it first. "
+            "(On another host it counts as dead only after 15 minutes without output)"
         )
     deadline = time.monotonic() + run_dir.DYING_SECONDS
     while alive := _running_jobs(directory, plan):
@@ -297,9 +297,9 @@ def _running_jobs(directory: Path, plan: SweepPlan) -> list[tuple[Job, dict[str,
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Make the sweep's directory and lock it for as long as this process drives the sweep. RefusedError where another one does.
+    """Make the sweep's directory and lock it while this process drives the sweep. RefusedError if another one does.
 
-    A file system without locks (some network ones) leaves the check of sweep.json before it."""
+    On a file system without locks (some network ones) only the earlier check of sweep.json remains."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)
@@ -309,7 +309,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise RefusedError(f"hydra.sweep.dir={directory}: another process has begun a sweep there; end it first") from None
+        raise RefusedError(f"hydra.sweep.dir={directory}: another process has started a sweep there; end it first") from None
     except OSError:
         pass
     try:
@@ -319,8 +319,8 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def _refuse_overtaken(directory: Path, plan: SweepPlan | None) -> None:
-    """RefusedError where another process has begun or continued the sweep while its jobs were checked here. plan: as it was read, None: new."""
+    """RefusedError if another process has started or continued the sweep while its jobs were checked here. plan: as read before, None: new."""
     if plan is None:
         _refuse_taken(directory)
     elif SweepPlan.load(directory).time != plan.time:
-        raise RefusedError(f"sweep.resume={directory}: another process has continued it meanwhile; look at it, then try again")
+        raise RefusedError(f"sweep.resume={directory}: another process has continued it in the meantime; check its state, then try again")

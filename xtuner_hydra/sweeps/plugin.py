@@ -1,6 +1,6 @@
-"""For sweeper plug-ins of Hydra (`hydra/sweeper=...`): our launchers under the names that Hydra demands, each batch of jobs a part of one sweep.
+"""For Hydra's sweeper plug-ins (`hydra/sweeper=...`): our launchers under the names that Hydra requires, each batch of jobs a part of one sweep.
 
-A plug-in decides which jobs there are, and gets each one's metric back. Our own searches need none: sweep.search."""
+A plug-in decides which jobs to run, and gets each one's metric back. Our own searches (sweep.search) need no plug-in."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Batch = Callable[[Sequence[Sequence[str]], int], Sequence[JobResult]]
 
 
 class SlotsLauncher(Launcher):
-    """Hands a batch to the sweep, which stands where Hydra expects the task function."""
+    """Hands a batch to the sweep, which is passed where Hydra expects the task function."""
 
-    __module__ = "hydra_plugins.xtuner_hydra"  # Hydra instantiates plug-ins from hydra_plugins alone
+    __module__ = "hydra_plugins.xtuner_hydra"  # Hydra instantiates plug-ins only from hydra_plugins
 
     def __init__(self, **options: object) -> None:
         """The options are read from the config by sweeps/multirun.py."""
@@ -55,7 +55,7 @@ def register() -> None:
 
 
 def _job_return(result: JobResult, config: DictConfig) -> JobReturn:
-    """The metric where the job has completed, else an exception, which a sweeper may raise or skip."""
+    """The metric if the job has completed, else an exception, which a sweeper may raise or skip."""
     returned = JobReturn(overrides=result.job.overrides, cfg=OmegaConf.create(), hydra_cfg=config, task_name="xtuner_hydra")
     returned.working_dir = str(Path.cwd())
     if result.value is not None:

@@ -1,4 +1,4 @@
-"""What a sweep says while it runs: a live table on a terminal, one line a change where the output goes elsewhere."""
+"""What a sweep prints while it runs: a live table on a terminal, one line per change otherwise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Screen:
         from rich.live import Live
 
         class Unbroken(Console):
-            """A sweep goes on when nobody reads on (`| head`)."""
+            """A sweep continues when the reader has gone (`| head`)."""
 
             def on_broken_pipe(self) -> None:
                 self.quiet = True
@@ -46,7 +46,7 @@ class Screen:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(f"[{_clock(time.monotonic() - self.started_at)}] {printable(text)}", markup=False)
 
     def started(self, job: Job, remark: str) -> None:
@@ -59,7 +59,7 @@ class Screen:
         self.say(f"job {job.number} ({' '.join(job.overrides)}): {outcome}{reason}")
 
     def show(self, running: Sequence[Followed], plan: SweepPlan) -> None:
-        """The jobs that run now, and how far the sweep is."""
+        """The running jobs, and how far the sweep is."""
         if self.live:
             self.live.update(_table(running, plan))
 

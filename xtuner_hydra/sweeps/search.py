@@ -1,6 +1,6 @@
 """Where a sweep's jobs come from: a list (grid, zip), or Optuna, which draws them as results come in and stops hopeless ones.
 
-A search is asked for the swept overrides of the next job, hears of evaluations, and is told how each job ended."""
+A search is asked for the swept overrides of the next job, and is told of evaluations and of how each job ended."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 DATABASE = "optuna.db"
 SEED = 0
-"""Of the sampler: where one job runs at a time, a search draws the same jobs when it is repeated."""
+"""Of the sampler: if one job runs at a time, a repeated search draws the same jobs."""
 STARTUP = 5
-"""Jobs that are drawn at random before the model of what is good decides."""
+"""Jobs drawn at random before the sampler's model decides."""
 
 
 class Search(Protocol):
-    """What the sweep asks of it. A trial is a draw; those that repeat an earlier job never become one."""
+    """What a sweep needs of a search. A trial is a draw; one that repeats an earlier job does not become a job."""
 
     def ask(self) -> tuple[int, list[str]] | None:
         """(number of a new trial, its swept overrides); None when there are no more."""
         ...
 
     def is_hopeless(self, trial: int | None, tokens: int, value: float) -> bool:
-        """Hear of an evaluation of a trial's job after `tokens` training tokens; True where it is not worth going on with."""
+        """Take an evaluation of a trial's job after `tokens` training tokens; True if the job is not worth continuing."""
         ...
 
     def tell(self, trial: int | None, value: float | None, *, pruned: bool = False) -> None:
-        """A trial's job has ended for good with `value`, None where it failed or, `pruned`, was stopped as hopeless."""
+        """A trial's job has finally ended with `value`, None if it failed or, `pruned`, was stopped as hopeless."""
         ...
 
 
@@ -53,23 +53,23 @@ class Listed:
 
 
 class Drawn:
-    """`random` and `bayes` through Optuna (Akiba et al. 2019): TPE (Bergstra et al. 2011) with constant liars for jobs that still run, and
+    """`random` and `bayes` through Optuna (Akiba et al. 2019): TPE (Bergstra et al. 2011) with constant liars for running jobs, and
     asynchronous successive halving (Li et al. 2018) on tokens as the resource. The study in sweep_dir/optuna.db outlives the process."""
 
     def __init__(
         self, parameters: Sequence[Parameter], sweep: SweepConfig, sweep_dir: Path, *, tokens: int, known: Sequence[int] = ()
     ) -> None:
-        """tokens: that a job trains on to its end; rungs are at tokens / reduction_factor**k for k = 2, 1. known: trials that are jobs already.
+        """tokens: how many a full job trains on; rungs are at tokens / reduction_factor**k for k = 2, 1. known: trials that are jobs already.
 
-        Raises RefusedError where the study of a sweep that is resumed is gone or damaged."""
+        Raises RefusedError if the study of a resumed sweep is missing or damaged."""
         optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.distributions = {parameter.key: _distribution(parameter) for parameter in parameters}
         self.study = _study(sweep_dir / DATABASE, sweep.direction, known)
         self.trials = {trial.number: optuna.trial.Trial(self.study, trial._trial_id) for trial in self.study.get_trials(deepcopy=False)}
-        for number in self.trials.keys() - set(known):  # drawn, and then the sweep was killed before it was written down
+        for number in self.trials.keys() - set(known):  # drawn just before the sweep was killed, and not recorded
             self.tell(number, None)
-        seed = SEED + len(self.trials)  # or a search that goes on would draw its first jobs again
+        seed = SEED + len(self.trials)  # otherwise a continued search would draw its first jobs again
         bayes = sweep.search == "bayes"
         self.study.sampler = (
             optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP) if bayes else optuna.samplers.RandomSampler(seed=seed)
@@ -105,15 +105,15 @@ class Drawn:
 
 
 def refuse_missing() -> None:
-    """RefusedError where Optuna is not installed."""
+    """RefusedError if Optuna is not installed."""
     _optuna()
 
 
 def _study(database: Path, direction: str, known: Sequence[int]) -> optuna.Study:
-    """The study of a sweep, made where there is none. Raises RefusedError for one that does not hold the trials `known`."""
+    """The study of a sweep, created if there is none. Raises RefusedError for one that lacks trials in `known`."""
     import optuna
 
-    if known and not database.exists():  # none must be made in its place
+    if known and not database.exists():  # do not create a new one in its place
         raise RefusedError(f"{database}: does not hold {len(known)} of the jobs that were drawn. Restore it, or start another search")
     try:
         study = optuna.create_study(
@@ -122,7 +122,7 @@ def _study(database: Path, direction: str, known: Sequence[int]) -> optuna.Study
         numbers = {trial.number for trial in study.get_trials(deepcopy=False)}
     except Exception as error:  # SQLAlchemy's, Optuna's and SQLite's own, which share no base
         text = str(error).partition("\n")[0]
-        raise RefusedError(f"{database}: cannot be read as a study of Optuna ({text}). Restore it, or start another search") from None
+        raise RefusedError(f"{database}: cannot be read as an Optuna study ({text}). Restore it, or start another search") from None
     if missing := set(known) - numbers:
         raise RefusedError(f"{database}: does not hold {len(missing)} of the jobs that were drawn. Restore it, or start another search")
     return study
@@ -154,5 +154,5 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
 
 
 def _text(value: object) -> str:
-    """A drawn value as an override says it. Four digits of a float decide nothing less, and can be read."""
+    """A drawn value as in an override. Four digits of a float are precise enough, and readable."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """Jobs side by side on this machine: how many at once, and which devices and threads each sees.
 
-A slot is a share of the machine. On GPUs a slot is as many of them as a job has ranks; on a CPU the number of slots is bounded by cores and by
-memory, and the cores are shared out evenly."""
+A slot is a share of the machine. On GPUs a slot is as many of them as a job has ranks; on a CPU the number of slots is limited by cores and
+memory, and the cores are divided evenly."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Slots:
     def fit(self, ranks: int, gpus: int, job_gb: float, jobs: int) -> None:
         """Decide the number of slots for `jobs` jobs of `ranks` ranks, each of which takes about `job_gb` of memory. gpus: 0 = on the CPU.
 
-        Raises RefusedError where not even one job fits the devices named."""
+        Raises RefusedError if not even one job fits on the named devices."""
         if missing := [device for device in self.devices or [] if device not in range(gpus)]:
-            raise RefusedError(f"hydra.launcher.devices: {missing[0]} is no GPU that a job can use; there are {gpus}, counted from 0")
+            raise RefusedError(f"hydra.launcher.devices: {missing[0]} is not a GPU that a job can use; there are {gpus}, counted from 0")
         self.ranks, self.gpus = ranks, list(range(gpus)) if self.devices is None else list(self.devices)
         if gpus == 0:
             room = min(cores() // ranks, int(available_gb() // job_gb))
@@ -78,7 +78,7 @@ class Slots:
         return LocalJob(process, self, slot)
 
     def adopt(self, directory: Path) -> None:
-        """A job here ends with the process that started it."""
+        """None: a job here ends with the process that started it."""
         return None
 
 
@@ -94,7 +94,7 @@ class LocalJob:
         """The exit code (negative: the signal that ended it), or None while it runs. Its slot is free from then on."""
         code = self.process.exitcode
         if code is not None and self.slot is not None:
-            self._signal_group(signal.SIGKILL)  # ranks that outlived it
+            self._signal_group(signal.SIGKILL)  # ranks that have outlived it
             self.slots.free.append(self.slot)
             self.slots.free.sort()
             self.slot = None
@@ -116,7 +116,7 @@ class LocalJob:
 
 
 def available_gb() -> float:
-    """Memory that programs may still take: MemAvailable, or all there is where the system does not tell; a container's limit counts."""
+    """Memory available to programs: MemAvailable, or all there is if the system does not report it; a container's limit counts."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     for line in lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
@@ -126,7 +126,7 @@ def available_gb() -> float:
 
 
 def _visible(devices: list[int]) -> list[str]:
-    """`devices`, numbered as this process sees them, by the names an outer CUDA_VISIBLE_DEVICES gives them."""
+    """`devices`, numbered as this process sees them, by the names that an outer CUDA_VISIBLE_DEVICES gives them."""
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = outer.split(",") if outer else None
     return [names[device] if names and device < len(names) else str(device) for device in devices]

@@ -1,7 +1,7 @@
 """What a sweep varies: from overrides with several values to parameters, and from parameters to the jobs of a grid or a zipped list.
 
 optimizer.lr=1e-5,6e-5    choice(1e-5,6e-5)    range(1,4)        values, for every search
-optimizer.lr=interval(1e-6,1e-3)    tag(log, interval(...))      a range, for random and bayes alone
+optimizer.lr=interval(1e-6,1e-3)    tag(log, interval(...))      a range, only for random and bayes
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xtuner_hydra.errors import RefusedError
 
 @dataclass(frozen=True)
 class Parameter:
-    """A swept key. Either `values`, as texts to put behind `key=`, or an `interval` from low to high (of whole numbers where both are int)."""
+    """A swept key. Either `values`, as texts to put after `key=`, or an `interval` from low to high (of whole numbers if both are int)."""
 
     key: str
     values: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class Parameter:
 
     @property
     def ends(self) -> list[str]:
-        """All values, or the two ends: what must be possible for the search to be."""
+        """All values, or the two ends: these must be valid for the search to start."""
         return list(self.values) if self.interval is None else [_text(end) for end in self.interval]
 
 
@@ -51,7 +51,7 @@ def split(app: App, sweep: SweepConfig) -> tuple[list[str], list[Parameter]]:
 
 
 def fixed_overrides(app: App) -> list[str]:
-    """The overrides that all jobs share. A job is what it would be alone: the sweep's own keys are left out, what else its preset sets is in."""
+    """The overrides that all jobs share. A job is what it would be alone: the sweep's own keys are left out, anything else its preset sets is in."""
     typed = [override for override in app.check_overrides(app.overrides) if not _speaks_to_hydra(override)]
     keys = {override.key_or_group for override in typed}
     fixed = [str(one.input_line) for one in typed if not one.is_sweep_override() and not one.key_or_group.startswith("sweep")]
@@ -65,7 +65,7 @@ def jobs(parameters: Sequence[Parameter], search: str) -> list[list[str]]:
         return [list(job) for job in itertools.product(*columns)]
     if len({len(column) for column in columns}) > 1:
         lengths = ", ".join(f"{parameter.key} {len(parameter.values)}" for parameter in parameters)
-        raise RefusedError(f"sweep.search=zip: takes first values together, then second ones, but there are unequal numbers: {lengths}")
+        raise RefusedError(f"sweep.search=zip: pairs the first values, then the second ones, but the numbers of values differ: {lengths}")
     return [list(job) for job in zip(*columns, strict=True)]
 
 
@@ -78,7 +78,7 @@ def corners(parameters: Sequence[Parameter]) -> list[list[str]]:
 def _parameter(override: Override, search: str) -> Parameter:
     key, value = str(override.get_key_element()), override.value()
     if _speaks_to_hydra(override) or override.key_or_group.startswith("sweep"):
-        raise RefusedError(f"{override.input_line}: only what a job is made of can be swept")
+        raise RefusedError(f"{override.input_line}: only the config of a job can be swept")
     if isinstance(value, IntervalSweep):
         if search not in ("random", "bayes"):
             raise RefusedError(f"{override.input_line}: an interval has no list of values; add sweep.search=random or sweep.search=bayes")
@@ -87,7 +87,7 @@ def _parameter(override: Override, search: str) -> Parameter:
         log, (low, high) = "log" in value.tags, (value.start, value.end)
         if low >= high or (log and low <= 0):
             raise RefusedError(f"{override.input_line}: an interval goes from a lower to a higher number{', above 0 for log' * log}")
-        if is_whole(override.key_or_group) and low == int(low) and high == int(high):  # Hydra makes floats of both
+        if is_whole(override.key_or_group) and low == int(low) and high == int(high):  # Hydra makes both floats
             low, high = int(low), int(high)
         return Parameter(key, interval=(low, high), log=log)
     if isinstance(value, RangeSweep) and not value.step:
@@ -103,7 +103,7 @@ def _speaks_to_hydra(override: Override) -> bool:
 
 
 def _yaml_text(value: object) -> str:
-    """A value of sweep.params as the command line would say it: `[1, 2]` is a list of values too."""
+    """A value of sweep.params as on the command line: `[1, 2]` is a list of values too."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -1,7 +1,7 @@
 """Jobs through submitit: `submitit_slurm` on a cluster (not run on one), `submitit_local` in processes of this machine.
 
-A job is prepared here and runs where the run directory is on the same file system. One that SLURM requeues finds its newest checkpoint, as
-every job of a sweep resumes by itself."""
+A job is prepared here and runs on a machine that shares the run directory's file system. One that SLURM requeues continues from its newest
+checkpoint, as every job of a sweep resumes by itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xtuner_hydra.machine import cores
 
 FOLDER = ".submitit"
 TICKET = "submitit.json"
-"""Beside a job's status.json: which job of the cluster it is."""
+"""Beside a job's status.json: the job's id in the cluster."""
 
 
 class Submitit:
@@ -29,7 +29,7 @@ class Submitit:
     grace_seconds = 120
 
     def __init__(self, options: dict[str, Any], sweep_dir: Path, *, ranks: int, jobs: int) -> None:
-        """jobs: of the sweep. Raises RefusedError where submitit or the cluster is not there, or an option is unknown."""
+        """jobs: of the sweep. Raises RefusedError if submitit or the cluster is missing, or an option is unknown."""
         submitit = _submitit()
         self.ranks = ranks
         self.cluster = options.pop("cluster")
@@ -61,7 +61,7 @@ class Submitit:
         return SubmittedJob(job)
 
     def adopt(self, directory: Path) -> SubmittedJob | None:
-        """The job that is in the cluster's queue or runs there, though the sweep that submitted it was killed."""
+        """The job that is still queued or running on the cluster, though the sweep that submitted it was killed."""
         if not self.elsewhere or not (directory / TICKET).exists():
             return None
         ticket = json.loads((directory / TICKET).read_text(encoding="utf-8"))
@@ -71,17 +71,17 @@ class Submitit:
 
 @dataclass
 class SubmittedJob:
-    """A job in submitit's hands."""
+    """A job run by submitit."""
 
     job: Any
 
     def poll(self) -> int | None:
-        """The exit code, or None while it waits or runs. One that never said how it ended counts as failed."""
+        """The exit code, or None while it is queued or running. One that never reported how it ended counts as failed."""
         if not self.job.done():
             return None
         try:
             return int(self.job.result())
-        except Exception:  # submitit raises what the job raised, or its own errors where the job is gone
+        except Exception:  # submitit raises what the job raised, or its own errors if the job is gone
             return EXIT_FAILED
 
     def stop(self) -> None:
@@ -89,7 +89,7 @@ class SubmittedJob:
         self.job.cancel()
 
     def kill(self) -> None:
-        """SLURM sends SIGKILL by itself; a process of this machine gets it here."""
+        """SLURM sends SIGKILL by itself; a process on this machine gets it here."""
         if (process := getattr(self.job, "_process", None)) is not None:
             process.kill()
         else:
@@ -98,12 +98,12 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class RunRanks:
-    """What submitit carries to the node: train the run directory in a process of its own, so that signals and memory are its own too."""
+    """What submitit carries to the node: train the run directory in its own process, so that signals and memory are its own too."""
 
     directory: Path
     ranks: int
     threads: int | None
-    """CPU threads of a rank; None leaves it to the node."""
+    """CPU threads of a rank; None leaves them to the node."""
 
     def __call__(self) -> int:
         environment = os.environ | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
@@ -122,12 +122,12 @@ class RunRanks:
                 raise
 
     def checkpoint(self) -> Any:
-        """Asked by submitit before the time is up: the same again, which continues from the newest checkpoint."""
+        """Called by submitit before the time is up: the same task again, which continues from the newest checkpoint."""
         return _submitit().helpers.DelayedSubmission(self)
 
 
 def refuse_missing(cluster: str) -> None:
-    """RefusedError where submitit or the cluster is not there."""
+    """RefusedError if submitit or the cluster is missing."""
     _submitit()
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise RefusedError("hydra/launcher=submitit_slurm: sbatch is not on the PATH; is this a node of a SLURM cluster?")
