@@ -5,6 +5,7 @@ Every way out is here: an error that a person can mend is one message and exit c
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -15,6 +16,7 @@ from xtuner_hydra import __version__
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError, leave
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.safe_text import printable, redact
+from xtuner_hydra.signals import end_at_once
 
 
 def command() -> NoReturn:
@@ -23,6 +25,7 @@ def command() -> NoReturn:
 
     _open_standard_streams()
     preload()
+    end_at_once((signal.SIGTERM, signal.SIGUSR1))  # until a run or a sweep handles them; Ctrl-C is a KeyboardInterrupt
     collect_seldom()
     leave(main(sys.argv[1:]))
 

@@ -38,6 +38,7 @@ from xtuner_hydra.model.pretrained import check_pretrained, refuse_other_setting
 from xtuner_hydra.parallel.compiling import choose_compile
 from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, refuse_missing_gpus, started_by_torchrun, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
+from xtuner_hydra.results.glance import progress
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
@@ -100,7 +101,9 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     data = prepare_data(config, tokenizer, progress=progress)
     refuse_ids_without_a_row((data.train, data.eval), config.model.vocab_size, tokenizer)
     if config.parallelism.compile == "true" and not elsewhere:
-        choose_compile(config, device_type(config.trainer.device), ranks, data.plan.expected_tokens)  # rejects the run if there is no compiler
+        choose_compile(
+            config, device_type(config.trainer.device), ranks, data.plan.expected_tokens
+        )  # rejects the run if there is no compiler
     if checkpoint is not None:
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)
@@ -177,8 +180,7 @@ def mark_stopped(directory: Path, stop: Stopped) -> None:
     """Record in status.json, if this process has started the run, that it was stopped before its ranks could do so."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "running" and status.get("process") == run_dirs.this_process():
-        kept = {key: status[key] for key in ("step", "total_steps") if key in status}
-        run_dirs.write_status(directory, "interrupted", exit_code=stop.exit_code, error=str(stop), **kept)
+        run_dirs.record_end(directory, "interrupted", exit_code=stop.exit_code, error=str(stop), **progress(directory))
 
 
 def _start(prepared: Prepared, stopping: Stopping) -> int:
@@ -188,12 +190,13 @@ def _start(prepared: Prepared, stopping: Stopping) -> int:
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
-    with stopping.holding():
-        create(prepared)
-    if started_by_torchrun():
-        publish({"run_dir": str(directory)})
-        return train_here(directory)
-    return start_ranks(directory, prepared.ranks)
+    with run_dirs.alone_in(directory, patience=run_dirs.DYING_SECONDS):
+        with stopping.holding():
+            create(prepared)
+        if started_by_torchrun():
+            publish({"run_dir": str(directory)})
+            return train_here(directory)
+        return start_ranks(directory, prepared.ranks)
 
 
 def create(prepared: Prepared) -> None:
@@ -245,7 +248,9 @@ def continue_after_crash() -> int | None:
     if not store.check([before]) or "run_dir" not in (message := json.loads(store.get(before))):
         return None
     publish(message)
-    return train_here(Path(message["run_dir"]), restarted=True)
+    directory = Path(message["run_dir"])
+    with run_dirs.alone_in(directory, patience=run_dirs.DYING_SECONDS):
+        return train_here(directory, restarted=True)
 
 
 def _store() -> dist.Store:

@@ -23,10 +23,12 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_P
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.safe_text import printable, redact
+from xtuner_hydra.signals import end_at_once
 
 
 def main() -> int:
     """Entry point of a job's or a rank's process: ends when the process that started it does."""
+    end_at_once()  # until the rank listens, once torch and the rest have been imported
     collect_seldom()
     from xtuner_hydra.worker import die_with_parent, train
 
@@ -113,7 +115,7 @@ def _stopped(directory: Path, number: signal.Signals) -> int:
     if status.get("state") == "running":
         code = EXIT_PREEMPTED if number in (signal.SIGTERM, signal.SIGUSR1) else EXIT_INTERRUPTED
         error = f"stopped at once by {signal.Signals(number).name}; no save was made"
-        run_dirs.write_status(directory, "interrupted", exit_code=code, error=error, **progress(directory))
+        run_dirs.record_end(directory, "interrupted", exit_code=code, error=error, **progress(directory))
         print(f"{error}: {directory}", file=sys.stderr)
         return code
     return int(status.get("exit_code", EXIT_INTERRUPTED))
@@ -126,8 +128,9 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     # the launcher ends the others with SIGTERM (-15), or SIGKILL after a grace period; only a rank that never wrote its error was hit itself
     told = {cause["rank"] for cause in causes}
     struck = {rank: code for rank, code in codes.items() if code < 0 and code != -15 and rank not in told}
-    stops = {code for code in codes.values() if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED)}
-    if stops and not struck and not causes:  # agreed by all; the launcher's SIGTERM after another rank's crash is not a request to stop
+    stops = {*codes.values()} & {EXIT_INTERRUPTED, EXIT_PREEMPTED}
+    # agreed by all; the launcher's SIGTERM after another rank's crash is not a request to stop
+    if stops == {*codes.values()} and not struck and not causes:
         return max(stops), False
     if struck:
         rank, code = min(struck.items())
@@ -140,11 +143,13 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     else:
         rank, code = min(codes.items())
         text, details = f"rank {rank} exited with code {code}", ""
-    text = f"rank {rank}: {text}" if details and not text.startswith("rank ") else text  # an error without a traceback says enough by itself
+    text = (
+        f"rank {rank}: {text}" if details and not text.startswith("rank ") else text
+    )  # an error without a traceback says enough by itself
     print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
     is_crash = bool(struck or details or not causes)  # an expected error has no traceback
-    run_dirs.write_status(directory, "failed", exit_code=code, error=text, **progress(directory))
+    run_dirs.record_end(directory, "failed", exit_code=code, error=text, **progress(directory))
     return code, is_crash
 
 

@@ -5,7 +5,9 @@ wrote it, when and where, and for a job that a sweep stopped early why (`pruned`
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -20,6 +22,8 @@ from xtuner_hydra.config.strict import from_yaml, to_yaml
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import finite, write_json, write_text
 from xtuner_hydra.safe_text import redact, redacted
+
+log = logging.getLogger("xtuner_hydra")
 
 QUIET_SECONDS = 15 * 60
 """A run on another host that has written nothing for this long is presumed dead."""
@@ -107,11 +111,43 @@ def _refuse_running(directory: Path) -> None:
 def _running_here(directory: Path) -> dict[str, Any] | None:
     """The other process on this host that trains in `directory`, by its status; None if there is none."""
     status = read_status(directory)
-    process = status.get("process", {})
+    process = status.get("process") or {}
     is_copy = status.get("directory", str(directory.resolve())) != str(directory.resolve())  # of a run that continues in its own place
     if status.get("state") != "running" or process.get("host") != socket.gethostname() or process.get("pid") == os.getpid() or is_copy:
         return None
     return process if is_alive(process, directory) else None
+
+
+@contextmanager
+def alone_in(directory: Path, *, key: str = "hydra.run.dir", patience: float = 0.0) -> Iterator[None]:
+    """Make `directory` and lock it for this block. RefusedError where it cannot be made, or another process still has it locked after `patience`
+    seconds.
+
+    A file system without locks (some network ones) leaves the check of status.json, or of sweep.json, before it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise RefusedError(f"{key}={directory}: cannot be written ({error.strerror}). Choose another directory") from None
+    try:
+        if not _locked(handle, time.monotonic() + patience):
+            raise RefusedError(f"{key}={directory}: another command is using this directory; end it first, or choose another directory")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        except OSError:  # no locks here
+            return True
 
 
 def create(
@@ -151,7 +187,9 @@ def read_config(directory: Path) -> Config:
 
 def read_overrides(directory: Path) -> list[str]:
     """What the user typed to start the run."""
-    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")  # splitlines also splits at line breaks that JSON does not escape
+    lines = (
+        (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")
+    )  # splitlines also splits at line breaks that JSON does not escape
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
@@ -174,6 +212,14 @@ def write_status(directory: Path, state: str, **fields: Any) -> None:
     write_json(directory / "status.json", {"state": state, "exit_code": None, "error": None, **redacted(fields), **where})
 
 
+def record_end(directory: Path, state: str, **fields: Any) -> None:
+    """`write_status` of a run that has ended; on a full disk it only logs that: the exit code still says how it ended."""
+    try:
+        write_status(directory, state, **fields)
+    except OSError as error:
+        log.error(f"{directory / 'status.json'}: {error.strerror}; it does not say how the run ended")
+
+
 def read_status(directory: Path) -> dict[str, Any]:
     """status.json, or an empty dict if it is missing or cannot be read."""
     try:
@@ -191,7 +237,7 @@ def state(directory: Path) -> str:
 def state_of(directory: Path, status: dict[str, Any]) -> str:
     """The state in `status`, but `killed` for a running one whose process is gone, and `pruned` for one that a sweep stopped early."""
     state = str(status.get("state", "unknown"))
-    if state == "running" and not is_alive(status.get("process", {}), directory):
+    if state == "running" and not is_alive(status.get("process") or {}, directory):
         return "killed"
     return "pruned" if status.get("pruned") else state
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from xtuner_hydra.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What schedulers send, SLURM's warning, and Ctrl-C."""
+
+
+def end_at_once(numbers: Iterable[signal.Signals] = SIGNALS) -> None:
+    """Until these signals are handled otherwise, let them end the process with the exit code that they mean for a run, without a traceback:
+    nothing has begun yet."""
+    for number in numbers:
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if "RANK" not in os.environ:  # of ranks, the launcher says it
+        os.write(2, b"xtuner_hydra: stopped before anything had begun\n")
+    os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)  # no exception: what is being imported could drop it
 
 
 @contextmanager

@@ -41,11 +41,12 @@ REASONS = {
 class Stopping:
     """The requests to stop that this rank knows of.
 
-    edges: how many it has passed. deadline: when the run must have ended, in seconds since the epoch, or None. reserve(): seconds that a last
-    save needs."""
+    at_once: after a second Ctrl-C, not even a save is waited for. edges: how many it has passed. deadline: when the run must have ended, in
+    seconds since the epoch, or None. reserve(): seconds that a last save needs."""
 
     def __init__(self) -> None:
         self.wish = Wish.NONE
+        self.at_once = False
         self.training = False
         self.edges = 0
         self.deadline: float | None = None
@@ -112,6 +113,7 @@ class Stopping:
         wish, before = WISHES[signal.Signals(number)], self.wish
         self.wish = max(wish, before)
         if before == Wish.INTERRUPTED:  # a second one, or the launcher dying after the first
+            self.at_once = True
             raise KeyboardInterrupt
         if not self.training:  # there is nothing to save yet; if Python drops this exception, the first edge finds the wish
             raise _stopped(wish)

@@ -92,8 +92,18 @@ class Trainer:
         self.metrics |= self.state.evaluation
         self.exported = self.state.step if exported[0] else None
         log.info(f"resumed from {checkpoint}: step {self.state.step}/{self.total_steps}, {self.state.tokens} tokens seen")
+        self.note_changes(checkpoint, is_own)
         self.reconcile_schedule()
         return self.state.step
+
+    def note_changes(self, checkpoint: Path, is_own: bool) -> None:
+        """Note what a rerun will not repeat: it begins as this run began, from another run's checkpoint if that is how, with its last settings."""
+        if not is_own:
+            self.state.changes = []
+            return
+        self.state.changes += resume.changes(checkpoint, self.trajectory)
+        if (before := self.state.schedule_steps) != self.total_steps:
+            self.state.changes.append(f"the end was step {before} until {checkpoint.name}, and is step {self.total_steps} from there on")
 
     def reconcile_schedule(self) -> None:
         """A lengthened run keeps its schedule and then its last learning rate, so that the rate never rises again; if `wsd` is between warm-up and
@@ -108,9 +118,7 @@ class Trainer:
                 f"the run continues to step {now}, its schedule was made for {before}: the learning rate stays at its final value, {rate:.3g}"
             )
         elif now < before:
-            log.warning(
-                f"the run now ends at step {now}, its schedule was made for {before}: the learning rate decays sooner"
-            )
+            log.warning(f"the run now ends at step {now}, its schedule was made for {before}: the learning rate decays sooner")
             self.state.schedule_steps = now
 
     def fit(self) -> Row:

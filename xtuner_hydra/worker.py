@@ -47,9 +47,9 @@ from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
 from xtuner_hydra.reports.words import counted
 from xtuner_hydra.results.glance import progress
-from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, write_status
+from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, record_end, write_status
 from xtuner_hydra.safe_text import redacted
-from xtuner_hydra.stopping import Stopping, ignore_signals
+from xtuner_hydra.stopping import Stopping, Wish, ignore_signals
 from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
 from xtuner_hydra.tracking.jsonl import read
@@ -84,25 +84,46 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
                             trainer.fit()
             code, final = EXIT_DONE, {"state": "completed"}
         except Stopped as stop:
+            ignore_signals()
             code, final = stop.exit_code, {"state": "interrupted", "error": str(stop)}
             log.warning(f"{stop}; {_how_to_go_on(run_dir)}")
         except KeyboardInterrupt:
-            code, final = EXIT_INTERRUPTED, {"state": "interrupted", "error": "interrupted twice (Ctrl-C): stopped at once"}
-            log.warning(final["error"])
+            ignore_signals()
+            code, final = EXIT_INTERRUPTED, _at_once()
         except RefusedError as error:
             ignore_signals()
             code, final = EXIT_REFUSED, {"state": "failed", "error": str(error)}
             _report_failure(run_dir, rank, str(error), details="", on_screen=traceback_on_screen)
         except Exception as error:
             ignore_signals()
-            text = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-            final = {"state": "failed", "error": text}
-            details = "" if isinstance(error, TrainingError) else traceback.format_exc()
-            _report_failure(run_dir, rank, text, details, on_screen=traceback_on_screen)
+            if _was_interrupted(stopping, error):
+                code, final = EXIT_INTERRUPTED, _at_once()
+            else:
+                final = _failed(run_dir, rank, error, on_screen=traceback_on_screen)
         ignore_signals()
         if rank == 0:
             _finish(run_dir, trainer, {"exit_code": code, **final})
     return code
+
+
+def _at_once() -> dict[str, Any]:
+    reason = "interrupted twice (Ctrl-C): stopped at once"
+    log.warning(reason)
+    return {"state": "interrupted", "error": reason}
+
+
+def _was_interrupted(stopping: Stopping, error: Exception) -> bool:
+    """Whether `error` follows from a second Ctrl-C: a library may have turned the KeyboardInterrupt into an error of its own, and a rank may have
+    lost another one that stopped at once."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return stopping.at_once or (several and stopping.wish == Wish.INTERRUPTED and not isinstance(error, TrainingError))
+
+
+def _failed(run_dir: Path, rank: int, error: Exception, *, on_screen: bool) -> dict[str, Any]:
+    expected = isinstance(error, TrainingError)
+    text = str(error) if expected else f"{type(error).__name__}: {error}"
+    _report_failure(run_dir, rank, text, "" if expected else traceback.format_exc(), on_screen=on_screen)
+    return {"state": "failed", "error": text}
 
 
 def _how_to_go_on(run_dir: Path) -> str:
@@ -119,7 +140,7 @@ def watchdog(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) 
 
     def tell(rank: int, error: str, stack: str) -> None:
         _report_failure(run_dir, rank, error, stack, on_screen=False)
-        write_status(run_dir, "failed", exit_code=EXIT_FAILED, error=error, **progress(run_dir))
+        record_end(run_dir, "failed", exit_code=EXIT_FAILED, error=error, **progress(run_dir))
 
     return Watchdog(run_dir / "logs", place.rank, place.world_size, config.parallelism.timeout, lambda: stopping.edges, tell)
 
@@ -183,7 +204,7 @@ def with_trackers(trainer: Trainer) -> None:
         )
         for row in read(trainer.run_dir / "metrics.jsonl"):  # so that a run with nothing left to do has its last metrics too
             trainer.metrics |= row
-        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size)
+        note(trainer.run_dir, threads=torch.get_num_threads(), ranks=trainer.runtime.world_size, changes=trainer.state.changes)
 
 
 def _tell(trainer: Trainer, compiled: Choice) -> None:
@@ -222,7 +243,10 @@ def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_scr
     """The cause first, then the traceback. If other ranks fail as a consequence, the launcher shows only the first cause."""
     if not on_screen:
         told = {"rank": rank, "time": time.time(), "error": text, "traceback": details}
-        write_json(run_dir / "logs" / f"rank{rank}.error.json", redacted(told))
+        try:
+            write_json(run_dir / "logs" / f"rank{rank}.error.json", redacted(told))
+        except OSError:  # a full disk: the launcher will find nothing to show
+            on_screen = True
     extra = {} if on_screen else {"file_only": True}
     log.error(f"training failed: {text}", extra=extra)
     if details:
@@ -237,10 +261,7 @@ def _finish(run_dir: Path, trainer: Trainer | None, final: dict[str, Any]) -> No
     total = trainer.total_steps if trainer else before.get("total_steps")
     if trainer:
         trainer.trackers.finish(final["state"], final["exit_code"])
-    try:
-        write_status(run_dir, **final, step=step, total_steps=total, metrics=metrics)
-    except OSError as error:  # a full disk: the exit code still says how it ended
-        log.error(f"{run_dir / 'status.json'}: {error.strerror}; it does not say how the run ended")
+    record_end(run_dir, **final, step=step, total_steps=total, metrics=metrics)
     _report(run_dir)
     log.info(f"{final['state']} at step {step}: {run_dir}")
 

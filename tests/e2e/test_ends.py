@@ -1,6 +1,7 @@
 """How runs end: Ctrl-C, a NaN, and a loss that should reach zero."""
 
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import QUIET, read_rows, read_status, stop, wait_for
@@ -67,6 +68,13 @@ def test_a_nan_stops_training_before_the_update_with_the_cause_first(cli, ranks)
     status = read_status(cli.directory / "run")
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert "step 2" in status["error"]
+
+
+def test_sigterm_during_the_imports_ends_with_its_code(cli):
+    process = cli.start_fresh("debug=fast", "hydra.run.dir=run", *QUIET)
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    assert stop(process, signal.SIGTERM) == 75
+    assert "Traceback" not in (cli.directory / "output").read_text()
 
 
 def test_nonfinite_skip_goes_on_and_counts(cli):

@@ -197,7 +197,7 @@ def test_another_trajectory_is_accepted_where_it_is_named(whole):
     assert "data.shuffle: True -> False" in refused.err
     done = whole(*JOB, *change, "checkpoint.allow_change=[data]")
     assert done.code == 0, done.text
-    assert "checkpoint.allow_change: data.shuffle was True until step-4, and is False from there" in done.text
+    assert "checkpoint.resume: data.shuffle was True until step-4, and is False from there" in done.text
     assert [row["train/step"] for row in read_rows(whole.directory / "changed")] == [5, 6]
 
 
@@ -220,6 +220,32 @@ def test_another_trajectory_is_refused(whole, change):
     assert done.code == 2, done.text
     assert "belongs to a run with another" in done.err
     assert not (whole.directory / "other").exists()
+
+
+def test_what_changed_on_the_way_is_told_and_a_rerun_says_that_it_is_not_repeated(whole):
+    run = whole.directory / "warmer"
+    shutil.copytree(whole.directory / "whole", run)
+    (run / "status.json").unlink()
+    longer = ("hydra.run.dir=warmer", "checkpoint.resume=auto", "trainer.total_steps=7", "optimizer.lr=2e-3")
+    done = whole(*JOB, *longer)
+    assert done.code == 0, done.text
+    changes = [
+        "optimizer.lr was 0.001 until step-6, and is 0.002 from there on",
+        "the end was step 6 until step-6, and is step 7 from there on",
+    ]
+    assert f"checkpoint.resume: {changes[0]}" in done.text
+    assert json.loads((run / "environment.json").read_text())["changes"] == changes
+    again = whole("rerun", "warmer", "hydra.run.dir=warmer-again")
+    assert again.code == 0, again.text
+    assert all(f"not exactly the same: {change}; now throughout" in again.err for change in changes)
+
+
+def test_of_two_commands_in_one_directory_one_is_refused_and_the_other_loses_nothing(whole, tmp_path):
+    job = [*JOB, f"hydra.run.dir={tmp_path / 'run'}", "checkpoint.resume=auto", "trainer.total_steps=20"]
+    processes = [whole.start(*job) for _ in range(2)]
+    assert sorted(process.wait(120) for process in processes) in ([0, 2], [0, 0])  # the second may come when all is done
+    assert [row["train/step"] for row in read_rows(tmp_path / "run")] == list(range(1, 21))
+    assert read_status(tmp_path / "run")["state"] == "completed"
 
 
 def test_a_path_without_a_checkpoint_is_refused(whole):

@@ -1,6 +1,7 @@
 """Who may write in a run directory, and that what is written there can be read back."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -60,6 +61,32 @@ run_dir.refuse_unusable(Path({str(tmp_path / "copy")!r}), resuming=True)
     assert other.returncode == 0, other.stderr  # the copy of a run that goes on is free
     run_dir.write_status(run, "interrupted")
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True).stdout == ""
+
+
+def test_a_directory_is_used_by_one_command_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    with run_dir.alone_in(run):
+        with pytest.raises(RefusedError, match=f"hydra.run.dir={run}: another command is using this directory"), run_dir.alone_in(run):
+            pass
+        with run_dir.alone_in(tmp_path / "other"):
+            pass
+    with run_dir.alone_in(run):  # free again
+        pass
+
+
+def test_a_command_that_is_ending_is_waited_for(tmp_path):
+    first = run_dir.alone_in(tmp_path)
+    first.__enter__()
+    threading.Timer(0.5, lambda: first.__exit__(None, None, None)).start()
+    with run_dir.alone_in(tmp_path, patience=20):
+        pass
+
+
+def test_an_end_that_cannot_be_recorded_is_logged(tmp_path, caplog):
+    """As on a full disk: the exit code still says how the run ended."""
+    logging.getLogger("xtuner_hydra").propagate = True  # a run in this process would have turned it off
+    run_dir.record_end(tmp_path / "gone", "failed", exit_code=1)
+    assert "gone/status.json: No such file or directory; it does not say how the run ended" in caplog.text
 
 
 def test_what_a_killed_run_has_left_running_is_waited_for(tmp_path):

@@ -2,13 +2,16 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 from runs import evaluation, make_run, step
 
 from xtuner_hydra import worker
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, MoEConfig
+from xtuner_hydra.errors import SaveError
 from xtuner_hydra.parallel import allocator
+from xtuner_hydra.stopping import Stopping, Wish
 
 
 def test_a_run_ends_with_its_reports(tmp_path):
@@ -29,6 +32,32 @@ def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
         worker._report(tmp_path)
     assert [record.message for record in caplog.records] == ["fail failed, the run is not affected: ValueError: no such font"]
     assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "at_once", "wish", "error", "interrupted"),
+    [
+        (1, True, Wish.INTERRUPTED, SaveError(Path("step-3"), None, "KeyboardInterrupt"), True),  # torch made an error of it
+        (1, False, Wish.INTERRUPTED, SaveError(Path("step-3"), None, "No space left on device"), False),
+        (2, False, Wish.INTERRUPTED, RuntimeError("Connection closed by peer"), True),  # which had stopped at once
+        (2, False, Wish.INTERRUPTED, SaveError(Path("step-3"), 1, "No space left on device"), False),
+        (1, False, Wish.INTERRUPTED, RuntimeError("a bug"), False),
+        (2, False, Wish.NONE, RuntimeError("Connection closed by peer"), False),
+    ],
+)
+def test_a_second_ctrl_c_is_no_failure_whatever_error_it_has_become(monkeypatch, ranks, at_once, wish, error, interrupted):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    stopping = Stopping()
+    stopping.at_once, stopping.wish = at_once, wish
+    assert worker._was_interrupted(stopping, error) == interrupted
+
+
+def test_a_rank_whose_error_cannot_be_written_says_it_itself(tmp_path, caplog):
+    logging.getLogger("xtuner_hydra").propagate = True
+    worker._report_failure(tmp_path / "full", 1, "No space left on device", "", on_screen=False)
+    (record,) = caplog.records
+    assert record.message == "training failed: No space left on device"
+    assert not getattr(record, "file_only", False)
 
 
 @pytest.mark.parametrize(("moe", "kernels"), [(None, allocator.KERNELS), (MoEConfig(6, 2, 20), {})], ids=["dense", "experts"])

@@ -117,6 +117,8 @@ def damage(directory: Path, *, content: bool = False) -> str | None:
         expected = {PurePosixPath(file): (entry["size"], entry["crc32"]) for file, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or cannot be read"
+    if not expected:
+        return f"{MANIFEST} lists no files"
     if name != directory.name and has_step_name(directory):
         return f"{MANIFEST} belongs to {name}"
     for file, (size, crc32) in expected.items():

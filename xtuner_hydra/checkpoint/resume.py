@@ -70,20 +70,16 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list
     `allowed` holds keys, or groups of them (`model`). A change that needs other tensors cannot be allowed: the checkpoint lacks them. A learning
     rate and the like need no permission; their change is reported as a warning."""
     before = state_file(checkpoint)["trajectory"]
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    differing = _differing(before, now)
     unfit = [key for key in differing if _other_tensors(key, before, now)]
     free = [key for key in differing if key not in unfit and key.startswith(_MAY_CHANGE)]
     refused = [key for key in differing if key not in free and (key in unfit or not {key, key.partition(".")[0]} & set(allowed))]
     if not refused:
-        for key in differing:
-            known = key in before and now.get(key) != "auto"  # older checkpoints name fewer keys; auto: another machine decides
-            if known or key not in free:
-                permission = "resume" if key in free else "allow_change"
-                log.warning(
-                    f"checkpoint.{permission}: {key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there on"
-                )
+        for change in changes(checkpoint, now):
+            log.warning(f"checkpoint.resume: {change}")
         return
-    differences = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in refused)
+    names = {"data.path": "data.path (its content, or how data.bad_lines, the tokenizer and its chat template read it)"}
+    differences = ", ".join(f"{names.get(key, key)}: {before.get(key)} -> {now.get(key)}" for key in refused)
     advice = (
         f"or start a new run from its exported weights with model=hf model.pretrained=EXPORT: it has no tensors for another {', '.join(unfit)}"
         if unfit
@@ -93,6 +89,18 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list
         f"checkpoint.resume: {checkpoint} belongs to a run with different settings ({differences}). Give the same values, start over with "
         f"checkpoint.resume=never, {advice}"
     )
+
+
+def changes(checkpoint: Path, now: dict[str, Any]) -> list[str]:
+    """A phrase for each setting that is another one after `checkpoint` than before."""
+    before = state_file(checkpoint)["trajectory"]
+    # older checkpoints name fewer keys; auto: another machine decides
+    known = [key for key in _differing(before, now) if now.get(key) != "auto" and (key in before or not key.startswith(_MAY_CHANGE))]
+    return [f"{key} was {before.get(key)} until {checkpoint.name}, and is {now.get(key)} from there on" for key in known]
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 def _other_tensors(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -53,7 +53,8 @@ class TrainState:
     """Where a run stands after `step` optimizer steps. The data cursor is the step: the plan of packs is a pure function of config and data.
 
     skipped_in_a_row: updates left out since the last one made. schedule_steps: length of the learning rate's schedule. evaluation: metrics
-    of the evaluation after this very step, if there was one. sampled: whether the prompts have been answered after it."""
+    of the evaluation after this very step, if there was one. sampled: whether the prompts have been answered after it. changes: what the
+    run was resumed with that was another value before, in words."""
 
     step: int = 0
     epoch: int = 0
@@ -63,6 +64,7 @@ class TrainState:
     schedule_steps: int = 0
     evaluation: dict[str, float | int | None] = field(default_factory=dict)
     sampled: bool = False
+    changes: list[str] = field(default_factory=list)
 
     def advance(self, *, epoch: int, tokens: int, updated: bool) -> None:
         """Count one finished step."""

@@ -3,7 +3,6 @@ one takes its overrides from its directory."""
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
@@ -84,7 +83,7 @@ def resumed(app: App) -> Iterator[tuple[App, Draft, SweepPlan]]:
 def _run(app: App, draft: Draft, plan: SweepPlan | None) -> int:
     """Run the drafted sweep, from its beginning or from where `plan` left it."""
     launcher = choose_launcher(app, draft)
-    with _alone_in(draft.directory):
+    with run_dir.alone_in(draft.directory, key="hydra.sweep.dir"):
         _refuse_overtaken(draft.directory, plan)
         return _run_alone(app, draft, plan or _new_plan(app, draft), launcher)
 
@@ -126,7 +125,7 @@ def _under_plugin(app: App, options: SweepConfig) -> int:
         swept = [[text for text in job if text not in app.overrides] for job in job_overrides]
         draft = drafts.draft_list(app, options, fixed, swept, directory, first=first)
         if plan is None:
-            alone.enter_context(_alone_in(directory))
+            alone.enter_context(run_dir.alone_in(directory, key="hydra.sweep.dir"))
             _refuse_overtaken(directory, None)
             plan = _new_plan(app, draft)
         plan.jobs += [one.job for one in draft.jobs]
@@ -293,29 +292,6 @@ def _refuse_running(directory: Path, plan: SweepPlan) -> None:
 def _running_jobs(directory: Path, plan: SweepPlan) -> list[tuple[Job, dict[str, Any]]]:
     statuses = [(job, run_dir.read_status(directory / job.name)) for job in plan.jobs]
     return [(job, status["process"]) for job, status in statuses if run_dir.state_of(directory / job.name, status) == "running"]
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Make the sweep's directory and lock it while this process drives the sweep. RefusedError if another one does.
-
-    On a file system without locks (some network ones) only the earlier check of sweep.json remains."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise RefusedError(f"hydra.sweep.dir={directory}: cannot be made ({error.strerror})") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise RefusedError(f"hydra.sweep.dir={directory}: another process has started a sweep there; end it first") from None
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _refuse_overtaken(directory: Path, plan: SweepPlan | None) -> None:

@@ -99,6 +99,8 @@ def differences(run: Run, data: dict[str, Any], ranks: int) -> Iterator[str]:
         yield f"{before} ranks then, {ranks} now"
     if "threads" not in then:
         yield "the number of CPU threads then is not recorded"
+    for change in then.get("changes", []):
+        yield f"{change}; now throughout"
     yield from _data(run.data, data)
 
 

@@ -218,9 +218,9 @@ def test_what_does_not_alter_it_may_change(tmp_path, changes, warnings):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer__lr": 3.0}, "optimizer.lr was 0.0001 until step-3, and is 3.0 from there"),
-        ({"scheduler__name": "wsd"}, "scheduler.name was cosine until step-3, and is wsd from there"),
-        ({"parallelism__reduce_dtype": "bfloat16"}, "parallelism.reduce_dtype was float32 until step-3, and is bfloat16 from there"),
+        ({"optimizer__lr": 3.0}, "optimizer.lr was 0.0001 until step-3, and is 3.0 from there on"),
+        ({"scheduler__name": "wsd"}, "scheduler.name was cosine until step-3, and is wsd from there on"),
+        ({"parallelism__reduce_dtype": "bfloat16"}, "parallelism.reduce_dtype was float32 until step-3, and is bfloat16 from there on"),
     ],
 )
 def test_what_one_may_change_on_purpose_is_told(tmp_path, changes, words, warnings):
@@ -241,7 +241,7 @@ def test_a_change_that_is_allowed_is_a_warning(tmp_path, allowed, warnings):
     seed = config_of().trainer.seed
     refuse(tmp_path, {"trainer__seed": 7, "data__pack_max_length": 17}, allowed=allowed)
     assert len(warnings()) == 2
-    assert f"checkpoint.allow_change: trainer.seed was {seed} until step-3, and is 7 from there" in warnings()
+    assert f"checkpoint.resume: trainer.seed was {seed} until step-3, and is 7 from there on" in warnings()
 
 
 def test_what_is_not_allowed_is_refused_alone(tmp_path):
