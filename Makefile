@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-# Processes killed at random moments, full disks, ranks that hang.
+# Processes killed at random, full disks, hanging ranks.
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m faults --timeout 3600 $(ARGS)
 
@@ -25,7 +25,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What the tests ran with, built on first use and after a change of the pins.
+# The environment that the tests ran with, built on first use and whenever the pins change.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -1,24 +1,24 @@
-"""Ours beside a plain transformers loop and others, on the same packs, in one run: tokens a second, seconds a step and where they
+"""Ours beside a plain transformers loop and others, on the same packs, in one run: tokens per second, seconds per step and where they
 go, peak memory; as a table, and with --out as JSON and PNG.
 
     python scripts/bench.py [--steps 8] [--rounds 2] [--threads 2] [--of ours,plain] [--out scripts/results/NAME] [OVERRIDE...]
     python scripts/bench.py --of ours,ours/system,plain/tcmalloc,plain --steps 37
-    python scripts/bench.py --of ours,trl,plain                                (where TRL is installed: pip install trl)
+    python scripts/bench.py --of ours,trl,plain                                (needs TRL: pip install trl)
     python scripts/bench.py --of ours --ranks 2,1                              (two ranks of one thread beside one of two)
     python scripts/bench.py --of ours,plain --pack-length 4096 --layers 6 --vocab 32000
     python scripts/bench.py --of ours,lora,plain,plain_lora experiment=smollm2_sft model.pretrained=DIR     (DIR: see scripts/smollm2.py)
 
-A step is one pack (or trainer.global_batch_size=N); with model.pretrained all start from its weights. The plain loop is what one writes by
-hand: transformers' model with fp32 weights, bf16 autocast (where the config computes in it), SDPA, full logits, fused AdamW, clipping;
+A step is one pack (or trainer.global_batch_size=N); with model.pretrained all start from its weights. The plain loop is what one would write
+by hand: transformers' model with fp32 weights, bf16 autocast (if the config computes in it), SDPA, full logits, fused AdamW, clipping;
 `plain_lora` the same with peft's adapter of the config's shape. `trl`: TRL's SFTTrainer, see bench_trl.py. A name may end in the malloc
-that it runs under (`/system`, `/tcmalloc`, `/jemalloc`), and gets huge pages then, as ours does. Without one, ours takes what its command
-line would preload, the others the system's and small pages, as their users run them. Each contender runs in a process of its own, in turn;
-the first step of each is left out. Peak: the process's greatest resident memory, loading included, and what was resident before the first
-step. The last contender is what others are compared with. Where the machine has other work, see its load (of the last minute), and each
-step's CPU seconds, which tell more then.
+that it runs under (`/system`, `/tcmalloc`, `/jemalloc`), and then gets huge pages, as ours does. Without one, ours uses what its command
+line would preload, the others the system's and small pages, as their users run them. Each contender runs in its own process, in turn; the
+first step of each is left out. Peak: the process's largest resident memory, loading included, and what was resident before the first step.
+The others are compared with the last contender. If the machine is busy, look at its load (of the last minute) and at each step's CPU
+seconds, which are then more reliable.
 
---ranks N,M: ours (and lora) on each of these numbers of gloo ranks under torchrun, which share the threads evenly. A step is then as many
-packs as the most ranks, for everyone; tokens are those of all ranks, memory is added up (what the ranks share of it counts for each)."""
+--ranks N,M: ours (and lora) on each of these numbers of gloo ranks under torchrun, which share the threads evenly. A step then has as many
+packs as the largest number of ranks, for every contender; tokens are those of all ranks, memory is summed (shared memory counts once per rank)."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PHASES = ("forward", "loss", "backward", "clip", "optimizer", "other")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="steps a round")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the contenders take turns")
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
-    parser.add_argument("--ranks", type=numbers, default=[1], help="how many ranks ours runs on, each of N,M,... in turn")
-    parser.add_argument("--of", default="ours,plain", help=f"who takes part, of {', '.join(CONTENDERS)}, each perhaps with /MALLOC")
+    parser.add_argument("--ranks", type=numbers, default=[1], help="numbers of ranks that ours runs on in turn, N,M,...")
+    parser.add_argument("--of", default="ours,plain", help=f"the contenders, of {', '.join(CONTENDERS)}, each optionally with /MALLOC")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     for name, key in SHAPES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"short for {key}=N")
@@ -71,7 +71,7 @@ def main() -> None:
     if "trl" in names and importlib.util.find_spec("trl") is None:
         parser.error("--of: trl is not installed here; pip install trl")
     if uneven := [ranks for ranks in args.ranks if args.threads % ranks]:
-        parser.error(f"--threads {args.threads} cannot be shared by {uneven[0]} ranks")
+        parser.error(f"--threads {args.threads} cannot be divided evenly among {uneven[0]} ranks")
     results: dict[str, list[dict]] = {entry: [] for name in args.of.split(",") for entry in entries(name, args.ranks)}
     for number in range(args.rounds):
         for entry in results:
@@ -91,7 +91,7 @@ def numbers(text: str) -> list[int]:
 
 
 def entries(name: str, ranks: list[int]) -> list[str]:
-    """NAME for one rank, `NAME x2` for two; what knows no ranks takes part once."""
+    """NAME for one rank, `NAME x2` for two; a contender without ranks takes part once."""
     return [name if number == 1 else f"{name} x{number}" for number in ranks] if name.partition("/")[0] in WITH_RANKS else [name]
 
 
@@ -111,7 +111,7 @@ def in_own_process(entry: str, threads: int, argv: list[str]) -> dict:
 
 
 def environment(contender: str, malloc: str = "") -> dict[str, str]:
-    """This process's, with the malloc that the contender runs under, and the huge pages that ours asks for."""
+    """This process's environment, with the malloc that the contender runs under and the huge pages that ours requests."""
     from xtuner_hydra.parallel import allocator
 
     plain = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *allocator.HUGE_PAGES}}
@@ -128,7 +128,7 @@ def environment(contender: str, malloc: str = "") -> dict[str, str]:
 
 def describe(result: dict) -> str:
     return (
-        f"{result['step_s']:.2f} s a step (median; the first {result['first_step_s']:.1f}; {result['cpu_s']:.2f} CPU s), "
+        f"{result['step_s']:.2f} s per step (median; the first {result['first_step_s']:.1f}; {result['cpu_s']:.2f} CPU s), "
         f"{result['tokens_per_s']:.0f} tokens/s, "
         f"peak {result['peak_gb']:.2f} GB ({result['before_gb']:.2f} before the first step), {result['trainable'] / 1e6:.2f} M trained, "
         f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}, {result['malloc']} malloc, load {result['load']:.1f}"
@@ -136,7 +136,7 @@ def describe(result: dict) -> str:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Medians over the rounds, beside the last contender's."""
+    """Medians over the rounds, compared with the last contender's."""
     last = list(results)[-1]
     titles = ("tokens/s", f"x {last}", "s/step", "peak GB", f"x {last}", *PHASES)
     lines = [f"{'':<16}" + "".join(f"{title:>12}" for title in titles)]
@@ -149,7 +149,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def save(out: Path, results: dict[str, list[dict]]) -> None:
-    """OUT.json: everything, with date, machine, versions, commit. OUT.png: tokens a second, peak memory, where a step's time goes."""
+    """OUT.json: everything, with date, machine, versions, commit. OUT.png: tokens per second, peak memory, where a step's time goes."""
     import torch
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def draw(png: Path, results: dict[str, list[dict]]) -> None:
         seconds = [statistics.median(one["split"][phase] for one in results[name]) for name in names]
         split.barh(names, seconds, left=left, label=phase)
         left = [a + b for a, b in zip(left, seconds, strict=True)]
-    split.set_title("seconds a step")
+    split.set_title("seconds per step")
     figure.legend(loc="outside lower right", fontsize="small", ncols=len(PHASES))
     figure.savefig(png, dpi=110)
 

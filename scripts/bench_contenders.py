@@ -1,4 +1,4 @@
-"""The contenders of bench.py, each a function that trains the packs it is given and tells a Watch of every step. Run bench.py."""
+"""The contenders of bench.py, each a function that trains the given packs and reports every step to a Watch. Run bench.py."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from xtuner_hydra.worker import build_engine
 
 
 def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[str]) -> dict:
-    """Train `steps` steps; the median step's seconds without the first, tokens a second, peak memory, losses, where the time went."""
+    """Train `steps` steps; returns the median step's seconds without the first, tokens per second, peak memory, losses, where the time went."""
     torch.set_num_threads(threads)
     config, batches = packs(steps, batch_size, [*overrides, *(["model.adapter=lora"] if "lora" in name else [])])
     if config.optimizer.name != "adamw" and name not in ("ours", "lora"):
-        raise SystemExit(f"optimizer={config.optimizer.name}: the others train with AdamW alone")
+        raise SystemExit(f"optimizer={config.optimizer.name}: the others train only with AdamW")
     watch = Watch()
     trainable = _trainer(name)(config, batches, watch)
     seconds, tokens = watch.steps[1:], watch.tokens[1:]
@@ -57,7 +57,7 @@ def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[st
 
 
 def _trainer(name: str) -> Callable[[Config, list[StepBatch], Watch], int]:
-    """What trains the packs and returns the number of trained parameters."""
+    """The function that trains the packs and returns the number of trained parameters."""
     if name == "trl":
         from bench_trl import trl
 
@@ -76,8 +76,8 @@ def packs(steps: int, batch_size: int, overrides: list[str]) -> tuple[Config, li
 
 
 class Watch:
-    """Seconds, CPU seconds, tokens and loss of each step; seconds of each phase in all steps but the first, what is measured inside another apart;
-    resident bytes before the first step and at most."""
+    """Seconds, CPU seconds, tokens and loss of each step; seconds of each phase in all steps but the first, without phases measured inside it;
+    resident bytes before the first step and at the peak."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -105,13 +105,13 @@ class Watch:
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
 
     def all_ranks(self) -> None:
-        """Add up what all ranks take; pages that they share count for each. Collective."""
+        """Add up the memory of all ranks; shared pages count once per rank. Collective."""
         taken = torch.tensor([self.before, self.peak, *self.cpu], dtype=torch.float64)
         dist.all_reduce(taken)
         self.before, self.peak, *self.cpu = taken.tolist()
 
     def timed(self, phase: str, function: Callable) -> Callable:
-        """`function`, its time counted to `phase`."""
+        """`function`, with its time counted towards `phase`."""
 
         @functools.wraps(function)
         def call(*args, **kwargs):
@@ -161,7 +161,7 @@ def count(model: torch.nn.Module) -> int:
 
 
 def plain(config: Config, batches: list[StepBatch], watch: Watch) -> int:
-    """The loop that one writes by hand."""
+    """The loop that one would write by hand."""
     torch.manual_seed(config.trainer.seed)
     model = plain_model(config.model)
     if config.model.adapter:
@@ -185,7 +185,7 @@ def plain(config: Config, batches: list[StepBatch], watch: Watch) -> int:
         watch.begin()
         total = 0.0
         for pack in batch.micro_batches:
-            # positions that start again at 0 are how transformers knows packed documents apart
+            # transformers recognises packed documents by positions that restart at 0
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.parallelism.param_dtype == "bfloat16"):
                 logits = forward(input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False).logits[0]
             loss = cross_entropy(logits, pack.labels) / batch.supervised_tokens

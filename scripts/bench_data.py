@@ -1,16 +1,16 @@
-"""The data's way to the model, measured on generated data in a temporary directory, beside what it is meant to reach.
+"""The data pipeline, measured on generated data in a temporary directory and compared with its targets.
 
     python scripts/bench_data.py [--of bytes,tokenizer,packing,start,waiting,balance] [--rounds 3] [--samples 1000000] [--out scripts/results/NAME]
 
-bytes      MB of a file that a second of one core makes into a token cache with the byte tokenizer, reading and writing included; texts, chats
-tokenizer  a BPE trained here: tokens a second of one core, from the file's bytes to ids and labels, as a share of the library's `encode_batch`
-           on the same texts (chats: of transformers' rendering and `encode_batch`, and of `encode_batch` on texts rendered before)
+bytes      MB of a file that one core turns into a token cache per second with the byte tokenizer, reading and writing included; texts, chats
+tokenizer  a BPE trained here: tokens per second on one core, from the file's bytes to ids and labels, relative to the library's `encode_batch`
+           on the same texts (chats: to transformers' rendering and `encode_batch`, and to `encode_batch` on texts rendered before)
 packing    best fit of `--samples` log-normal lengths into 4,096-token packs
 start      opening, checking and planning a cached set of `--samples` short chats; then what a worker does until it has its first batch
-waiting    share of a 0.1 s step that is spent waiting for its batch of 8 packs of 2,048 tokens
-balance    64 packs a step dealt to 8 ranks: the heaviest rank's work above the mean, over the steps of an epoch
+waiting    share of a 0.1 s step spent waiting for its batch of 8 packs of 2,048 tokens
+balance    64 packs per step dealt to 8 ranks: the heaviest rank's work above the mean, over the steps of an epoch
 
-Each is measured in a process of its own; of several rounds the best counts, as other load only ever makes it worse."""
+Each is measured in its own process; of several rounds the best counts, as other load can only make it worse."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Figures = dict[str, float]
 
 # what is measured: (unit, target, whether more is better)
 TARGETS: dict[str, tuple[str, float | None, bool]] = {
-    "byte tokenizer, texts": ("MB/s a core", 20, True),
-    "byte tokenizer, chats": ("MB/s a core", 20, True),
+    "byte tokenizer, texts": ("MB/s, 1 core", 20, True),
+    "byte tokenizer, chats": ("MB/s, 1 core", 20, True),
     "BPE, texts, of encode_batch": ("x", 1, True),
     "BPE, chats, of rendering and encode_batch": ("x", 1, True),
     "BPE, chats, of encode_batch alone": ("x", None, True),
@@ -46,7 +46,7 @@ TARGETS: dict[str, tuple[str, float | None, bool]] = {
     "worker's start to the first batch": ("s", None, False),
     "worker's start, peak memory": ("MB", None, False),
     "waiting for data": ("% of a step", 1, False),
-    "making a batch": ("ms a pack", None, False),
+    "making a batch": ("ms per pack", None, False),
     "imbalance of work, mean": ("%", 3, False),
     "imbalance of work, worst step": ("%", 3, False),
     "imbalance of tokens, worst step": ("%", 3, False),
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of", default=",".join(MEASURES), help="what to measure")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1_000_000, help="of packing and start")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="samples for packing and start")
     parser.add_argument("--out", type=Path, help="write OUT.json")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -124,7 +124,7 @@ def tokenizer(directory: Path, samples: int) -> Figures:
         else:
             rendering, texts = 0.0, [record["text"] for record in records]
         encoding, encoded = timed(lambda t=texts: theirs.backend_tokenizer.encode_batch(t, add_special_tokens=False))
-        extra = len(texts) if kind == "texts" else 0  # the EOS of each
+        extra = len(texts) if kind == "texts" else 0  # the EOS token of each
         assert len(made.ids) - extra == sum(map(len, encoded)), "ours and the library's tokens differ"
         if kind == "texts":
             figures["BPE, texts, of encode_batch"] = encoding / our_time
@@ -172,7 +172,7 @@ def start(directory: Path, samples: int) -> Figures:
 
 
 def waiting(directory: Path, samples: int) -> Figures:
-    """Steps of 0.1 s of matrix products, which is what the thread that makes batches has to share a core with."""
+    """Steps of 0.1 s of matrix products, with which the thread that makes batches has to share a core."""
     import torch
 
     from xtuner_hydra.data.loader import step_batch, train_batches
@@ -323,7 +323,7 @@ def plan_of(cache, pack_max_length: int, global_batch_size: int):
 
 
 def start_config(directory: Path):
-    """A config of the data alone."""
+    """A config with only the data set."""
     from xtuner_hydra.config.schema import Config, DataConfig, TrainerConfig
 
     data = DataConfig(path=str(directory / "many.jsonl"), cache_dir=str(directory / "many"))
@@ -354,7 +354,7 @@ def table(results: dict[str, list[float]]) -> str:
         value = best(what, values)
         reached = "" if target is None else "reached" if (value >= target if more else value <= target) else "MISSED"
         aim = "" if target is None else f"{'>=' if more else '<='} {target:g}"
-        lines.append(f"{what:<44}{value:>12.2f}{aim:>12}  {unit:<12}{reached}")
+        lines.append(f"{what:<44}{value:>12.2f}{aim:>12}  {unit:<13}{reached}")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
-"""How much memory and time a rank needs to read its part of a checkpoint: ours beside reading all of it on every rank.
+"""How much memory and time a rank needs to read its part of a checkpoint: ours compared with reading all of it on every rank.
 
     python scripts/bench_loading.py [--ranks 2] [--model qwen2_5_0p5b]
 
 Makes a bfloat16 checkpoint of random weights of that size in a temporary directory (several files), then loads it on gloo ranks, sharded and
-kept in fp32. Peak: growth of resident memory while loading, above what the empty model takes; pages of the files that were read count too,
-which the system can drop."""
+kept in fp32. Peak: growth of resident memory while loading, beyond the empty model; file pages that were read count too, though the
+system can drop them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_checkpoint(config, directory: Path) -> int:
 
 
 def on_ranks(ranks: int, config, contender: str) -> list[str]:
-    """What each rank says, by rank."""
+    """Each rank's report, by rank."""
     import torch.distributed as dist
     import torch.multiprocessing as mp
 
@@ -89,7 +89,7 @@ def load(rank: int, ranks: int, port: int, directory: str, config, contender: st
             model = CausalLM(config.model)
         parallelize(model, config.parallelism, place)
         model.to_empty(device=place.device)
-        initialise(model, 0)  # so that its pages are there before the measurement
+        initialise(model, 0)  # so that its pages are resident before the measurement
         kept = sum(parameter.to_local().nbytes for parameter in model.parameters())
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before, started = memory("VmRSS"), time.perf_counter()

@@ -2,9 +2,9 @@
 
     python scripts/bench_passes.py [--steps 12] [--dtype bfloat16] [OVERRIDE]...
 
-Trains a few packs of the main job with every product and attention replaced by zeros of the same shape and dtype. So bf16 can be looked at on a
-machine without instructions for it. Under the allocator that is preloaded (LD_PRELOAD), one process; oneDNN's and MKL's own memory is not there.
-Losses mean nothing."""
+Trains a few packs of the main job with every product and attention replaced by zeros of the same shape and dtype, so that bf16 can be studied on
+a machine without instructions for it. One process, under the preloaded allocator (LD_PRELOAD); oneDNN's and MKL's own memory is not included.
+Losses are meaningless."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 class WithoutProducts(TorchDispatchMode):
-    """Zeros in the place of products; `seconds` by operator of all else."""
+    """Zeros in place of products; `seconds` by operator for everything else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def _like(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train, and print a line a step, the peak and the costliest operators."""
+    """Train, and print a line per step, the peak and the costliest operators."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -81,7 +81,7 @@ def main() -> None:
             launch.create(launch.prepare(app.compose(app.overrides)))
         train(run_dir)
     after = seconds[1:]
-    print(f"{sum(after) / len(after):.2f} s a step (step 1 apart), peak {_peak_gb():.2f} GB; seconds a step by operator:")
+    print(f"{sum(after) / len(after):.2f} s per step (without step 1), peak {_peak_gb():.2f} GB; seconds per step by operator:")
     for name, total in mode.seconds.most_common(15):
         print(f"{total / len(seconds):8.3f}  {name}")
 

@@ -1,9 +1,10 @@
-"""What a checkpoint costs a run: none, one that training waits for, one behind training.
+"""What a checkpoint costs a run: none, one that training waits for, one in the background.
 
     python scripts/bench_save.py [--rounds 3] [--out scripts/results/NAME] [OVERRIDE...]
 
-Trains seven steps of the main job with the real command line, with a checkpoint after the fourth. What it costs is the time from the first step to
-the end of the seventh, less that of a run without. The first round's order is none, synchronous, asynchronous; every other one's is turned round."""
+Trains seven steps of the main job with the real command line, with a checkpoint after the fourth. Its cost is the time from the first step to
+the end of the seventh, less that of a run without one. The first round's order is none, synchronous, asynchronous; every second round's is
+reversed."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def train(kind: str, overrides: list[str]) -> list[dict[str, float]]:
-    """A row a step; `elapsed`: seconds from the start of step 1 to the step's end."""
+    """A row per step; `elapsed`: seconds from the start of step 1 to the step's end."""
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         words = ["tracking=none", "tracking.jsonl=true", "data.eval_path=null", f"trainer.total_steps={STEPS}", *KINDS[kind]]
@@ -59,7 +60,7 @@ def train(kind: str, overrides: list[str]) -> list[dict[str, float]]:
 def table(seconds: dict[str, list[float]], steps: dict[str, list[float]], memory: dict[str, list[float]]) -> str:
     """Seconds of steps 2 to 7, what the save adds to them, in seconds and in steps, and the peak."""
     step = statistics.median(steps["none"])
-    lines = [f"a step: {step:.2f} s (median without a save)", f"{'':<14}{'steps 2-7':>12}{'the save':>10}{'in steps':>10}{'peak GB':>9}"]
+    lines = [f"per step: {step:.2f} s (median without a save)", f"{'':<14}{'steps 2-7':>12}{'the save':>10}{'in steps':>10}{'peak GB':>9}"]
     for kind, values in seconds.items():
         cost = statistics.median(values) - statistics.median(seconds["none"])
         peak = max(memory[kind])

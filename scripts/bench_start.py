@@ -1,13 +1,13 @@
-"""How long one waits: before the first step and after the last, for help and refusals, between the jobs of a sweep.
+"""How long the user waits: before the first step and after the last, for help and errors, between the jobs of a sweep.
 
     python scripts/bench_start.py [--rounds 3] [--out scripts/results/NAME] [OVERRIDE...]
-    python scripts/bench_start.py model.num_hidden_layers=1 model.hidden_size=64 trainer.total_steps=2     (little but the fixed costs)
+    python scripts/bench_start.py model.num_hidden_layers=1 model.hidden_size=64 trainer.total_steps=2     (almost only the fixed costs)
 
-Runs the real command line in a directory of its own, with a token cache of its own: cold in the first round, warm in the others. Without
-overrides it trains the main job for one step. The start of step 1 is its end, as metrics.jsonl gets it, less the step's own time; what a run
-does before and after is split at the lines of its log, each named by what it says is done. The sweep has three jobs of `debug=fast`, one at a
-time: what a job costs beyond its training is the time from one job's start to the next's less its steps. The best of the rounds is shown, and
-the median."""
+Runs the real command line in its own directory with its own token cache: cold in the first round, warm in the others. Without overrides it
+trains the main job for one step. The start of step 1 is the time at which metrics.jsonl gets it, less the step's own time; what a run does
+before and after is split at the lines of its log, each part named by what its line reports as done. The sweep has three jobs of `debug=fast`,
+one at a time: a job's cost beyond its training is the time from its start to the next job's, less its steps. The best and the median of the
+rounds are shown."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MARKS = {
     "exported": "export",
     "completed": "trackers closed, report",
 }
-"""How a line of the log begins, and what has been done when it comes."""
+"""The beginning of a log line, and what has been done when it appears."""
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def measure(directory: Path, cache: Path, is_cold: bool, overrides: list[str], s
 
 
 def timed(words: list[str], directory: Path) -> tuple[float, list[tuple[float, str]]]:
-    """(seconds to the end, every line of output with the second at which it came) of `python -m xtuner_hydra WORDS`, as a user starts it."""
+    """(seconds to the end, every line of output with the second at which it appeared) of `python -m xtuner_hydra WORDS`, as a user starts it."""
     environment = {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *HUGE_PAGES}}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-u", "-m", "xtuner_hydra", *words]
@@ -133,7 +133,7 @@ def parts(lines: list[tuple[float, str]], took: float) -> dict[str, float]:
 
 
 def table(seconds: dict[str, list[float]], split: dict[str, list[float]]) -> str:
-    """What was waited for beside its target, then the parts of a warm run."""
+    """Each wait with its target, then the parts of a warm run."""
     lines = [f"{'':<36}{'best':>8}{'median':>8}{'target':>8}"]
     for name, values in seconds.items():
         target = f"{TARGETS[name]:>8.1f}" if name in TARGETS else ""

@@ -1,9 +1,9 @@
 """The contender `trl` of bench.py: TRL's SFTTrainer as its users run it, on the documents of the same packs. Run bench.py.
 
-TRL's defaults: gradient checkpointing, its AdamW, its loss. Best-fit packs of the same length, one a device and pass, no padding; bf16
-autocast where the config computes in it. Documents come tokenised with labels, which TRL takes as they are; it packs and shuffles them
-itself, so its steps differ from ours, and may be one more, while all of them together hold the same documents. The loss counts to the
-forward phase, what gradient checkpointing computes again to the backward phase."""
+TRL's defaults: gradient checkpointing, its AdamW, its loss. Best-fit packs of the same length, one per device and pass, no padding; bf16
+autocast if the config computes in it. Documents are given tokenised with labels, which TRL uses as they are; it packs and shuffles them
+itself, so its steps differ from ours, and there may be one more, but together they hold the same documents. The loss counts towards the
+forward phase, what gradient checkpointing recomputes towards the backward phase."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def trl(config: Config, batches: list[StepBatch], watch: Watch) -> int:
 
 
 def documents(pack: PackedBatch) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of each document, the label of a token at that token, as TRL has them."""
-    ids = torch.cat([pack.ids, pack.labels[-1:].clamp(min=0)])  # the pack's last token, if it is learnt, is a label only
+    """`input_ids` and `labels` of each document, the label of a token at that token, as TRL expects them."""
+    ids = torch.cat([pack.ids, pack.labels[-1:].clamp(min=0)])  # the pack's last token, if it is learnt, is only a label
     labels = torch.cat([torch.tensor([IGNORE]), pack.labels])
     ends = pack.cu_seqlens.tolist()
     ends[-1] += int(labels[-1] != IGNORE)
@@ -75,12 +75,12 @@ def _settings(config: Config, directory: str) -> SFTConfig:
 
 
 def _no_tokenizer() -> PreTrainedTokenizerFast:
-    """TRL wants one for its padding; there is none, nor any text."""
+    """TRL requires one for padding; there is no padding here, nor any text."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<end>": 0}, "<end>")), eos_token="<end>", pad_token="<end>")
 
 
 def _observe(trainer: SFTTrainer, watch: Watch) -> None:
-    """Have `trainer` tell `watch` of its steps: tokens are counted where a batch is put together, which is ahead of its step."""
+    """Have `trainer` report its steps to `watch`: tokens are counted when a batch is assembled, which is before its step."""
     collate, compute_loss = trainer.data_collator, watch.timed("forward", trainer.compute_loss)
     tokens: deque[int] = deque()
     losses: list[float] = []

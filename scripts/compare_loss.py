@@ -1,19 +1,18 @@
-"""Is a change neutral? The same packs from the same weights under two settings, step by step: loss and gradient norm of both, how far they are
-apart, and a verdict. Exit code 0: neutral; 1: not; 2: a side could not be trained.
+"""Is a change neutral? The same packs from the same weights under two settings, step by step: loss and gradient norm of both, how far apart they
+are, and a verdict. Exit code 0: neutral; 1: not; 2: a side could not be trained.
 
     python scripts/compare_loss.py [--steps 8] [--threads 1] [OVERRIDE...]       (against the same in float32)
     python scripts/compare_loss.py --against CHECKOUT [OVERRIDE...]              (against the package of another tree)
-    python scripts/compare_loss.py --reference KEY=VALUE [OVERRIDE...]           (against the same with that changed)
+    python scripts/compare_loss.py --reference KEY=VALUE [OVERRIDE...]           (against the same with this change)
 
-Each side trains through the engine of its tree, one pack a step (or trainer.global_batch_size=N), on one rank, in a process of its own, at the
-constant rate optimizer.lr. Other tokens or labels are no neutral change. A deviation is |value - reference| / |reference|; allowed are
+Each side trains with the engine of its tree, one pack per step (or trainer.global_batch_size=N), on one rank, in its own process, at the
+constant rate optimizer.lr. Different tokens or labels are never neutral. A deviation is |value - reference| / |reference|; allowed are
 
-- where both compute in float32, 1e-5 in every step: sums in another order (the instruction sets of other CPUs under the same code) came to
-  3e-7 over 12 steps, and wider models have longer sums; a rate that is wrong by a hundredth shows more than that in the third step. Equal
-  bits are reported as such.
-- where one of them computes in bfloat16, 2^-9 for the loss and 2^-6 for the gradient norm. bfloat16 rounds by up to 2^-9 of a value; a loss
+- if both compute in float32, 1e-5 in every step: sums in another order (the same code with other CPUs' instruction sets) gave 3e-7 over 12
+  steps, and wider models have longer sums; a learning rate that is off by 1 % exceeds it by the third step. Equal bits are reported as such.
+- if one of them computes in bfloat16, 2^-9 for the loss and 2^-6 for the gradient norm. bfloat16 rounds by up to 2^-9 of a value; a loss
   averages many such errors (2e-4 measured over 12 steps), a norm less so (4e-3 measured).
-- where both do, three times what the reference itself deviates at most, over the steps, from the reference in float32, which is trained
+- if both do, three times the largest deviation of the reference itself, over the steps, from the reference in float32, which is trained
   too: each side rounds in its own way, but neither may be much farther from the truth."""
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main() -> int:
         print(json.dumps(train(args.steps, args.threads, args.overrides)))
         return 0
     if args.steps < 2:
-        parser.error("--steps must be at least 2: what an update does shows in the step after it")
+        parser.error("--steps must be at least 2: the effect of an update shows only in the step after it")
     if not (tree := (args.against or ROOT).resolve()).joinpath("xtuner_hydra", "__init__.py").is_file():
         parser.error(f"--against {tree}: there is no xtuner_hydra")
     sys.path.insert(0, str(ROOT))
@@ -73,7 +72,7 @@ def main() -> int:
 
 
 def in_own_process(tree: Path, argv: list[str]) -> dict:
-    """What `train` returns with the package of `tree`, under the malloc that training would have."""
+    """What `train` returns with the package of `tree`, under the malloc that training would use."""
     from bench import environment
 
     command = [sys.executable, __file__, "--side", *argv]
@@ -86,8 +85,8 @@ def in_own_process(tree: Path, argv: list[str]) -> dict:
 
 
 def train(steps: int, threads: int, overrides: list[str]) -> dict:
-    """Train with the package that this process finds: which that is, what it computes in, and of each step its data's digest, loss and
-    gradient norm."""
+    """Train with the package that this process finds; returns its path, its compute dtype, and each step's data digest, loss and gradient
+    norm."""
     import torch
     from bench_contenders import our_engine, packs
 
@@ -110,13 +109,13 @@ def train(steps: int, threads: int, overrides: list[str]) -> dict:
 
 
 def deviations(side: dict, reference: dict, name: str) -> list[float]:
-    """Of `name` in each step; nan where one is not finite."""
+    """The deviation of `name` in each step; nan if one value is not finite."""
     pairs = zip(side["steps"], reference["steps"], strict=True)
     return [0.0 if one[name] == other[name] else abs(one[name] - other[name]) / abs(other[name] or float("nan")) for one, other in pairs]
 
 
 def table(side: dict, reference: dict, truth: dict) -> str:
-    """A line a step: both values and how far they are from `truth`, which may be the reference itself."""
+    """A line per step: both values and how far they are from `truth`, which may be the reference itself."""
     titles = [
         title for name in IN_FLOAT32 for title in (name, "reference", "off by", *(["reference off by"] if truth is not reference else []))
     ]
@@ -134,14 +133,14 @@ def verdict(side: dict, reference: dict, truth: dict, allowed: dict[str, float])
     """(a sentence, whether the change is neutral): `side` is no farther from `truth` than `allowed` in any step."""
     for number, (one, other) in enumerate(zip(side["steps"], reference["steps"], strict=True)):
         if one["data"] != other["data"]:
-            return f"NOT neutral: step {number + 1} has other tokens or labels", False
+            return f"NOT neutral: step {number + 1} has different tokens or labels", False
     if side["steps"] == reference["steps"]:
         return f"neutral: the same bits in all {len(side['steps'])} steps", True
     greatest = {name: deviations(side, truth, name) for name in allowed}
     for number in range(len(side["steps"])):
         for name, limit in allowed.items():
-            if not greatest[name][number] <= limit:  # a nan is not
-                return f"NOT neutral: step {number + 1}: {name} is off by {greatest[name][number]:.1e}, allowed is {limit:.1e}", False
+            if not greatest[name][number] <= limit:  # also true for nan
+                return f"NOT neutral: step {number + 1}: {name} is off by {greatest[name][number]:.1e} (allowed {limit:.1e})", False
     found = ", ".join(f"{name} is off by {max(greatest[name]):.1e} at most (allowed {limit:.1e})" for name, limit in allowed.items())
     return f"neutral: {found}", True
 

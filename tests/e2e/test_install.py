@@ -45,7 +45,8 @@ def test_a_wheel_works_from_any_directory(source, tmp_path):
     subprocess.run([*PIP, "wheel", *OFFLINE, "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("conf/config.yaml", "conf/model/qwen3_tiny.yaml", "examples/openai_sft.jsonl", "examples/openai_sft_heldout.jsonl"):
+    examples = ("examples/openai_sft.jsonl", "examples/openai_sft_heldout.jsonl")
+    for name in ("conf/config.yaml", "conf/model/qwen3_tiny.yaml", "data/qwen3.jinja", *examples):
         assert f"xtuner_hydra/{name}" in names
     assert not [name for name in names if name.startswith(("tests/", "conf/"))]
     site = tmp_path / "site"

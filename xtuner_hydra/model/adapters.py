@@ -2,8 +2,8 @@
 
 An adapted linear layer gives x W^T + alpha / rank * dropout(x) A^T B^T, W frozen. W keeps its name, NAME.weight; the adapter is
 NAME.lora_A.weight (rank, in) and NAME.lora_B.weight (out, rank), which are peft's names without its prefix. B starts at zero, so that
-training begins at the base. In a model with experts only the attention can have adapters: router and experts are no linear layers here, and
-peft takes the names of an MLP's layers for the experts'."""
+training begins at the base. In a model with experts only the attention can have adapters: router and experts are not linear layers here, and
+peft takes the names of an MLP's layers to be those of the experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter, in the place of `base`, whose weight and bias it takes over: x (T, in) -> (T, out)."""
+    """A linear layer with an adapter, in place of `base`, whose weight and bias it takes over: x (T, in) -> (T, out)."""
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -36,19 +36,19 @@ class LoRALinear(nn.Linear):
         self.scale = config.alpha / config.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        # scaled while it is narrow, and added inside the product
+        # scaled while it is narrow, and added within the product
         narrow = self.lora_A(self.lora_dropout(x)) * self.scale
         return torch.addmm(super().forward(x), narrow, self.lora_B.weight.T)
 
     def delta(self) -> Tensor:
-        """What the adapter adds to the weight, (out, in) fp32, whole on every rank. Collective where it is sharded."""
+        """What the adapter adds to the weight, (out, in) fp32, whole on every rank. Collective if it is sharded."""
         return whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float() * self.scale
 
 
 def blueprint(config: Config) -> CausalLM:
-    """The model on the meta device, with the adapter that `config` asks for, and what is not to be trained frozen.
+    """The model on the meta device, with the adapter that `config` asks for, and frozen parameters marked as such.
 
-    Raises ConfigError for a target or a pattern that fits nothing, and where nothing is left to train."""
+    Raises ConfigError for a target or a pattern that matches nothing, and if nothing is left to train."""
     with torch.device("meta"):
         model = CausalLM(config.model)
     set_trainable(model, config)
@@ -68,7 +68,7 @@ def is_adapter(name: str) -> bool:
 
 
 def fits(layer: str, target: str) -> bool:
-    """Whether the layer of this full name is meant by a target: its name or the end of it, whole words (as in peft)."""
+    """Whether a target means the layer of this full name: it is the name or the end of it, in whole words (as in peft)."""
     return layer == target or layer.endswith(f".{target}")
 
 
@@ -83,7 +83,7 @@ def adapted_names(model: nn.Module) -> list[str]:
 
 
 def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole value) of every parameter once but the adapter's, which is added to its layers' weights in fp32. Collective."""
+    """(name, full value) of every parameter, once, with the adapter added to its layers' weights in fp32. Collective."""
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             continue
@@ -93,7 +93,7 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter's full value, gathered where it is sharded. Collective then."""
+    """A parameter's full value, gathered if it is sharded (collective then)."""
     value = parameter.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -112,7 +112,7 @@ def _add_lora(model: nn.Module, config: LoRAConfig) -> None:
 def _layers(modules: dict[str, nn.Module], target: str) -> list[str]:
     """Names of the layers that a target means, or ConfigError."""
     experts = any(isinstance(module, Experts) for module in modules.values())
-    # the head is a class of its own
+    # the head has its own class
     linear = [name for name, module in modules.items() if type(module) is nn.Linear and not (experts and ".mlp." in name)]
     words = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     if target == ALL:
@@ -132,12 +132,12 @@ def _refusal(target: str, why: str) -> ConfigError:
 
 
 def _freeze(model: nn.Module, patterns: list[str]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head goes by both its names
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head has both its names here
     for pattern in patterns:
         names = [name for name in parameters if fnmatchcase(name, pattern)]
         if not names:
-            raise ConfigError("trainer.freeze", pattern, f"no parameter's name is like this; names are like {', '.join([*parameters][:3])}")
+            raise ConfigError("trainer.freeze", pattern, f"matches no parameter; names look like {', '.join([*parameters][:3])}")
         for name in names:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ConfigError("trainer.freeze", " ".join(patterns), "nothing is left to train; take a pattern away")
+        raise ConfigError("trainer.freeze", " ".join(patterns), "nothing is left to train; remove a pattern")

@@ -1,10 +1,10 @@
 """Attention over packed documents: every token sees itself and what precedes it in its own document (with a sliding window, the last tokens
 of it), nothing else.
 
-With `experts.py` the one place in `model/` whose computation depends on the kind of device. CUDA in half precision: one variable-length
-flash-attention call. Elsewhere, SDPA once a document (on a CPU its flash kernel): the work is the sum of squared document lengths, not the square
-of the pack's length, and no mask is made. A document longer than the window is taken in blocks of queries, so that the work grows with its
-length, not its square."""
+With `experts.py` the only place in `model/` whose computation depends on the kind of device. CUDA in half precision: one variable-length
+flash-attention call. Otherwise, SDPA once per document (on a CPU its flash kernel): the work is the sum of squared document lengths, not the
+square of the pack's length, and no mask is made. A document longer than the window is processed in blocks of queries, so that the work grows
+with its length, not its square."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, causal within each document.
 
-    q: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim), where kv_heads divides heads; all of one dtype.
+    q: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim), where kv_heads divides heads; all of the same dtype.
     cu_seqlens: (documents + 1,) int32, 0, then the end of each document, the last one `tokens`; max_seqlen: length of the longest.
     window: tokens that a token sees, itself among them; None: no limit. Returns (tokens, heads, head_dim)."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -38,13 +38,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 
 class Cache:
-    """Keys and values of one document, as far as one layer has seen it, for at most `capacity` tokens. No gradient passes through it."""
+    """Keys and values of the tokens of one document that one layer has seen, at most `capacity`. No gradient passes through it."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None) -> Tensor:
-        """`attention` of the document's first tokens, all at once, or of the one that follows those in the cache, which sees them too."""
+        """`attention` of the document's first tokens, all at once, or of the next one, which also sees those in the cache."""
         if self.length == 0:
             self._append(k, v)
             return attention(q, k, v, cu_seqlens, max_seqlen, window)
@@ -77,7 +77,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **visible: Any) -> Tensor:
-    if q.is_cuda and q.dtype == torch.float32:  # a GPU's kernels for fp32 know no groups, and SDPA would hold all scores
+    if q.is_cuda and q.dtype == torch.float32:  # a GPU's fp32 kernels do not support groups, and SDPA would store all scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **visible).squeeze(0).transpose(0, 1)

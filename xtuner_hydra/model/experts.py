@@ -1,14 +1,14 @@
 """Mixture of experts: a router sends every token to its k likeliest experts; nothing is dropped, whatever the load.
 
-Tokens are sorted by expert, so that each expert works on rows that lie together: one grouped product on CUDA in bfloat16, elsewhere a loop
+Tokens are sorted by expert, so that each expert works on adjacent rows: one grouped product on CUDA in bfloat16, elsewhere a loop
 over the experts that have rows. A layer's experts are two tensors, as in transformers' memory; the files hold them one by one
 (families/qwen3_moe.py).
 
 The load-balancing loss is that of transformers (Switch Transformer, Fedus et al. 2021, equations 4 to 6, with the tokens of all layers in
-one pool): E * sum over experts of (tokens sent there, a token) * (mean probability of being sent there). It is no sum over tokens, so it
-depends on which tokens are pooled: here those that all ranks work on at the same time, one micro-batch each. That makes it the same for any
-number of ranks and any packing of these tokens; a step of several micro-batches takes the mean of theirs, weighted by their tokens, as the
-counts of a later one are not known when an earlier one's gradient is computed. transformers pools one micro-batch of one rank."""
+one pool): E * sum over experts of (tokens sent there, per token) * (mean probability of being sent there). It is not a sum over tokens, so
+it depends on which tokens are pooled: here those that all ranks work on at the same time, one micro-batch each. That makes it the same for
+any number of ranks and any packing of these tokens; a step of several micro-batches takes their mean, weighted by their tokens, as the counts
+of a later one are not known when an earlier one's gradient is computed. transformers pools one micro-batch of one rank."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from xtuner_hydra.model.layers import swiglu
 
 
 class Routing(NamedTuple):
-    """What a router did with T tokens; of several layers, with a leading dimension. All fp32, the second with a gradient."""
+    """What a router did with T tokens; for several layers, with a leading dimension. All fp32, the second with a gradient."""
 
     counts: Tensor
     """(experts,) tokens sent to each."""
     probabilities: Tensor
     """(experts,) the router's probabilities, summed over the tokens."""
     entropy: Tensor
-    """() of the router's probabilities, in nats, summed over the tokens."""
+    """() entropy of the router's probabilities, in nats, summed over the tokens."""
 
 
 class MoE(nn.Module):
@@ -45,7 +45,7 @@ class MoE(nn.Module):
         weights, chosen, routing = self.gate(x)
         each = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        # the copies of a token stand together before sorting: the gradient of x is one sum over them, not a scattered addition
+        # the copies of a token are adjacent before sorting: the gradient of x is one sum over them, not a scattered addition
         copies = x.unsqueeze(1).expand(-1, each, -1).reshape(-1, x.shape[1])
         out = self.experts(copies.index_select(0, order), routing.counts)
         back = torch.empty_like(order)
@@ -79,7 +79,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Rows sorted by expert, (rows, hidden), and how many each has -> their SwiGLU MLPs' outputs, (rows, hidden)."""
+    """Rows sorted by expert, (rows, hidden), and each expert's number of rows -> the outputs of their SwiGLU MLPs, (rows, hidden)."""
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Experts(nn.Module):
 
 
 def grouped(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """rows (n, in), sorted by expert; weights (experts, out, in); counts (experts,) -> (n, out), in one kernel that no host waits for."""
+    """rows (n, in), sorted by expert; weights (experts, out, in); counts (experts,) -> (n, out), in one kernel that the host does not wait for."""
     return F.grouped_mm(rows, weights.transpose(1, 2), offs=counts.to(torch.int32).cumsum(0, dtype=torch.int32))
 
 
@@ -110,9 +110,9 @@ def one_by_one(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 
 
 def load_balancing_loss(counts: Tensor, probabilities: Tensor, each: int) -> Tensor:
-    """This rank's part of the load-balancing loss; the parts of all ranks sum to it, which is `each` where the load is even.
+    """This rank's part of the load-balancing loss; the parts of all ranks sum to it, which is `each` if the load is even.
 
     counts: (layers, experts), tokens sent to each expert on all ranks; probabilities: the same shape, summed over this rank's tokens;
-    each: experts a token. The gradient goes through the probabilities."""
-    tokens = counts.sum() / each  # counted once a layer
+    each: experts per token. The gradient goes through the probabilities."""
+    tokens = counts.sum() / each  # counted once per layer
     return counts.shape[1] * (counts.sum(0) / tokens * probabilities.sum(0) / tokens).sum()

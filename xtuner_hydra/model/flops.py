@@ -13,27 +13,28 @@ from xtuner_hydra.model.adapters import ALL, LORA_A, LORA_B, fits, target_names
 class TrainingFlops:
     """FLOPs of the forward and backward pass over packed documents, recomputation not counted.
 
-    Matrix products only: 2 a weight and token in the layers, of experts those that a token goes to; 2 a weight at supervised positions in
-    the head and the last layer's MLP, the only ones that they work for; in attention 4 a head dimension and pair of positions that see each
-    other (Kaplan et al. 2020, section 2.1, with causal pairs). The backward pass takes as many again for a weight that is trained, and as many
-    for an input that has a gradient: where anything before it is trained.
+    Matrix products only: 2 per weight and token in the layers, for experts only those that a token goes to; 2 per weight and supervised token in
+    the head and the last layer's MLP, which are computed at these only; in attention 4 per head dimension and pair of positions that see each
+    other (Kaplan et al. 2020, section 2.1, with causal pairs). The backward pass takes as many again for a trained weight, and as many for an
+    input that has a gradient, that is if anything before it is trained.
 
-    a_token, a_label, a_pair: of each token, supervised token, and pair of positions that see each other. window: of the attention, in tokens."""
+    per_token, per_label, per_pair: for each token, supervised token, and pair of positions that see each other. window: of the attention, in
+    tokens."""
 
-    a_token: int
-    a_label: int
-    a_pair: int
+    per_token: int
+    per_label: int
+    per_pair: int
     window: int | None
 
     def of(self, document_lengths: Iterable[int], supervised_tokens: int) -> float:
-        """Of one micro-batch."""
+        """FLOPs of one micro-batch."""
         lengths = list(document_lengths)
         pairs = sum(_pairs(length, self.window) for length in lengths)
-        return float(self.a_token * sum(lengths) + self.a_label * supervised_tokens + self.a_pair * pairs)
+        return float(self.per_token * sum(lengths) + self.per_label * supervised_tokens + self.per_pair * pairs)
 
 
 def training_flops(model: ModelConfig, trained: Collection[str]) -> TrainingFlops:
-    """Count them for a model of which the parameters of the names `trained` are trained."""
+    """Count them for a model whose parameters named in `trained` are trained."""
     token = label = pair = 0
     queries = model.num_attention_heads * model.head_dim
     has_gradient = "model.embed_tokens.weight" in trained
@@ -58,14 +59,14 @@ def training_flops(model: ModelConfig, trained: Collection[str]) -> TrainingFlop
 
 
 def _projections(model: ModelConfig, name: str) -> Iterator[tuple[str, int, int]]:
-    """(name, in, out) of the three that attention begins with."""
+    """(name, in, out) of attention's three input projections."""
     yield f"{name}.q_proj", model.hidden_size, model.num_attention_heads * model.head_dim
     for part in ("k_proj", "v_proj"):
         yield f"{name}.{part}", model.hidden_size, model.num_key_value_heads * model.head_dim
 
 
 def _mlp(model: ModelConfig, trained: Collection[str], name: str, layer: int, has_gradient: bool) -> int:
-    """Products a token of a layer's MLP, or of its router and those of its experts that a token goes to."""
+    """Products per token of a layer's MLP, or of its router and the experts that a token goes to."""
     hidden = model.hidden_size
     if model.moe is None or not model.has_experts(layer):
         inner = model.intermediate_size
@@ -80,7 +81,7 @@ def _mlp(model: ModelConfig, trained: Collection[str], name: str, layer: int, ha
 
 
 def _linear(model: ModelConfig, trained: Collection[str], name: str, inner: int, outer: int, has_gradient: bool) -> int:
-    """Products a token of a linear layer and its adapter. has_gradient: its input."""
+    """Products per token of a linear layer and its adapter. has_gradient: whether its input has one."""
     products = inner * outer * (1 + has_gradient + (f"{name}.weight" in trained))
     if model.adapter is None or not any(target == ALL or fits(name, target) for target in target_names(model.lora)):
         return products
@@ -94,6 +95,6 @@ def _holds(trained: Collection[str], *beginnings: str) -> bool:
 
 
 def _pairs(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, in a document."""
+    """Pairs of a token and one that it sees, within a document."""
     unseen = max(0, length - window) if window else 0
     return length * (length + 1) // 2 - unseen * (unseen + 1) // 2

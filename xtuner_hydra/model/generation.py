@@ -1,7 +1,7 @@
-"""Generation: a prompt -> the tokens that the model goes on with, one at a time.
+"""Generation: a prompt -> the tokens with which the model continues it, one at a time.
 
-The prompt goes through the decoder once, by the same attention as in training; its keys and values stay in a cache a layer, so that every
-further token costs one row. Memory of the cache: 2 x layers x kv_heads x head_dim numbers a token."""
+The prompt goes through the decoder once, with the same attention as in training; its keys and values stay in one cache per layer, so that every
+further token costs one row. Memory of the cache: 2 x layers x kv_heads x head_dim numbers per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Choose = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def generate(model: CausalLM, prompt: Sequence[int], *, most: int, stop: Container[int], choose: Choose) -> Iterator[int]:
-    """Up to `most` ids that follow `prompt` (at least one id), each as soon as it is known; one that is in `stop` ends them and is left out.
+    """Up to `most` ids that follow `prompt` (at least one id), each as soon as it is known; one in `stop` ends them and is left out.
 
     Under FSDP it is collective: `choose` must give the same on all ranks."""
     device = next(model.parameters()).device
@@ -35,14 +35,14 @@ def generate(model: CausalLM, prompt: Sequence[int], *, most: int, stop: Contain
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token; of equals the first."""
+    """The likeliest token, the first of equals."""
     return logits.argmax()
 
 
 def sampler(temperature: float, top_p: float, seed: int | None) -> Choose:
     """Draws from softmax(logits / temperature), cut to the fewest tokens whose probabilities sum to `top_p` or more (Holtzman et al. 2020).
 
-    temperature: above 0; top_p: above 0, 1 = all tokens. The generator is its own, on the CPU; seed None: another one each time."""
+    temperature: above 0; top_p: above 0, 1 = all tokens. It has its own generator, on the CPU; seed None: a different one each time."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -51,7 +51,7 @@ def sampler(temperature: float, top_p: float, seed: int | None) -> Choose:
 
     def choose(logits: Tensor) -> Tensor:
         logits = logits.double().cpu()
-        # the largest becomes 0, which no temperature makes infinite
+        # the largest becomes 0, which no temperature can make infinite
         probabilities, ids = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True, stable=True)
         before = probabilities.cumsum(0) - probabilities
         kept = probabilities.where(before < top_p, 0.0)
@@ -61,7 +61,7 @@ def sampler(temperature: float, top_p: float, seed: int | None) -> Choose:
 
 
 def _next_logits(model: CausalLM, ids: Tensor, start: int, caches: Sequence[Cache]) -> Tensor:
-    """Logits after `ids`, of which the first has the position `start`, (vocab,)."""
+    """Logits after `ids`, the first of which has position `start`, (vocab,)."""
     count = len(ids)
     positions = torch.arange(start, start + count, device=ids.device)
     bounds = torch.tensor([0, count], dtype=torch.int32, device=ids.device)

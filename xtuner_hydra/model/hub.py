@@ -8,13 +8,13 @@ from pathlib import Path
 from xtuner_hydra.errors import ConfigError
 
 _ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-# no pickles, no code; the rest are a tokenizer's files
+# no pickles, no code; the rest are tokenizer files
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def local_directory(pretrained: str, *, config_only: bool = False, revision: str | None = None) -> Path:
-    """The directory of `pretrained`. A Hub id (ORG/NAME) is downloaded (its newest `revision` where none is named), `config_only`: its
-    config.json alone; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN count as they do for huggingface_hub. Raises ConfigError where it cannot be had."""
+    """The directory of `pretrained`. A Hub id (ORG/NAME) is downloaded (its newest `revision` if none is named), with `config_only`
+    only its config.json; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as in huggingface_hub. Raises ConfigError if it is not available."""
     path = Path(pretrained).expanduser()
     if path.exists() or not _ID.fullmatch(pretrained):
         return path
@@ -35,7 +35,7 @@ def local_directory(pretrained: str, *, config_only: bool = False, revision: str
 
 
 def published_name(directory: str) -> tuple[str, str | None]:
-    """(Hub id, revision) of a directory in the Hugging Face cache, so that others find it too; (the directory, None) of any other."""
+    """(Hub id, revision) of a directory in the Hugging Face cache, so that others can find it too; (the directory, None) of any other."""
     path = Path(directory)
     kind, *parts = path.parent.parent.name.split("--")
     if path.parent.name == "snapshots" and kind == "models" and len(parts) == 2:

@@ -1,8 +1,8 @@
 """Initial weights: a function of the seed and the parameter's name, so the same bits on any number of ranks, mesh or sharding.
 
-A parameter's full value is made on the CPU in blocks, each from a random generator of its own (seed, name, number of the block), so that
-threads can share the work; then every rank keeps its part. Memory: one full parameter at a time. An adapter leaves the weights of its base
-what they are without it."""
+A parameter's full value is made on the CPU in blocks, each from its own random generator (seed, name, number of the block), so that threads
+can share the work; then every rank keeps its part. Memory: one full parameter at a time. An adapter does not change the initial weights of
+its base."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _BLOCK = 2**20
 
 
 def initialise(model: nn.Module, seed: int, *, only: Container[str] | None = None) -> None:
-    """Fill every parameter (`only`: those of these names): matrices and embedding N(0, 0.02), biases 0, norms 1; of an adapter A is normal with
-    the standard deviation of peft's default, 1 / sqrt(3 in), B is 0.
+    """Fill every parameter (`only`: those with these names): matrices and embedding N(0, 0.02), biases 0, norms 1; an adapter's A is normal with
+    the standard deviation of peft's default, 1 / sqrt(3 in), its B is 0.
 
     Plain tensors or DTensors, not on the meta device."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

@@ -1,6 +1,6 @@
 """The parts of the decoder: embedding, RMSNorm, rotary positions, grouped-query attention, SwiGLU. No batch dimension: T tokens are packed.
 
-Norm, rotation and SwiGLU have hand-written backward passes: they keep their inputs only, where autograd would keep an intermediate of each
+Norm, rotation and SwiGLU have hand-written backward passes: they keep only their inputs, whereas autograd would keep an intermediate of each
 operation, several of them in fp32. The embedding has one that sums in fp32."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape  # of the weight no more is needed: sharding.py frees it
+        ctx.shape = weight.shape  # nothing else of the weight is needed: sharding.py frees it
         return weight[ids]
 
     @staticmethod
@@ -37,7 +37,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids,) = ctx.saved_tensors
         ordered, order = ids.sort(stable=True)
-        # equal ids share a row of a small fp32 table; no shape depends on values, so that a GPU need not be waited for
+        # equal ids share a row of a small fp32 table; no shape depends on values, so that the host need not wait for a GPU
         table_row = torch.cat([ordered.new_zeros(1), (ordered.diff() != 0).long()]).cumsum(0)
         table = torch.ops.aten.embedding_dense_backward(grad[order].float(), table_row, len(ids), -1, False)
         grad_weight = grad.new_zeros(ctx.shape)
@@ -95,7 +95,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, for_w
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles (Su et al. 2021), (T, 1, head_dim / 2) in `dtype`.
 
-    positions: (T,) int64. Computed anew from the config: nothing that a model built on the meta device could lose."""
+    positions: (T,) int64. Computed from the config every time: a model built on the meta device has nothing to lose."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.float()[:, None, None] * _stretched(1.0 / theta**exponents, scaling)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -103,7 +103,7 @@ def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, s
 
 def _stretched(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     """`linear`: every frequency divided by the factor. `llama3`: those that turn less than low_freq_factor times in the original context are;
-    those above high_freq_factor stay; in between, a mixture that changes evenly with the number of turns (Llama 3.1's model code)."""
+    those above high_freq_factor stay; in between, an interpolation linear in the number of turns (Llama 3.1's model code)."""
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
@@ -142,7 +142,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, and RMSNorm on every head's queries and keys where the config has `qk_norm`."""
+    """Grouped-query attention with rotary positions, and RMSNorm on every head's queries and keys if the config has `qk_norm`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class MLP(nn.Module):
 
 
 class _SwiGLUDown(torch.autograd.Function):
-    """down(silu(gate) * up), the product computed again in the backward pass: a third less to keep of what is widest in a model."""
+    """down(silu(gate) * up), the product recomputed in the backward pass: a third less to keep of a model's widest tensors."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -223,5 +223,5 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @pointwise
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `gate` and `up`; `activated`, which is silu(gate), is overwritten."""
+    """The gradients of `gate` and `up`; overwrites `activated`, which is silu(gate)."""
     return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)

@@ -1,7 +1,7 @@
-"""An adapter in a directory of its own, as peft and our export save it: adapter_config.json -> its shape and its base,
+"""An adapter in its own directory, as peft and our export save it: adapter_config.json -> its shape and its base,
 adapter_model.safetensors -> into the model that has it.
 
-What is not LoRA as adapters.py adds it (DoRA, rank-stabilised scaling, other ranks for some layers, ...) is refused by name: it would
+What is not LoRA as adapters.py adds it (DoRA, rank-stabilised scaling, other ranks for some layers, ...) is rejected by name: it would
 give other numbers."""
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _READ = {
     "bias",
     "init_lora_weights",
 }
-# what says nothing of the numbers, or only together with another key
+# keys that do not affect the numbers, or only together with another key
 _IDLE = {"task_type", "inference_mode", "peft_version", "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size"}
-_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # first values of an adapter; others change the base's weights as well
+_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # initial values of an adapter; others change the base's weights as well
 
 
 def read_adapter(directory: Path) -> tuple[Path, LoRAConfig]:
     """(the directory of its base, the adapter) of a directory with an adapter_config.json; a base on the Hub is downloaded.
 
-    Raises ConfigError for an adapter that is not supported, and where the base is not to be had."""
+    Raises ConfigError for an adapter that is not supported, and if the base is not available."""
     values = read_json(directory, CONFIG)
     _refuse_other_kinds(directory, values)
     try:
@@ -53,12 +53,12 @@ def read_adapter(directory: Path) -> tuple[Path, LoRAConfig]:
         raise _fault(directory, "there is no base_model_name_or_path, the model that the adapter belongs to")
     found = local_directory(base, revision=values.get("revision")).resolve()
     if not found.is_dir():
-        raise _fault(directory, f"its base, base_model_name_or_path={base}, is not there; put it back, or write where it is now")
+        raise _fault(directory, f"its base, base_model_name_or_path={base}, does not exist; put it back, or enter its present path")
     return found, lora
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:
-    """Fill the parameters of an adapter (plain or DTensor) from a directory. ConfigError where names or shapes do not fit."""
+    """Fill the parameters of an adapter (plain or DTensor) from a directory. ConfigError if names or shapes do not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

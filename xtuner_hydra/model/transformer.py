@@ -1,6 +1,6 @@
-"""The decoder: embedding, layers, final norm, head. Its modules carry Hugging Face's names (experts apart: families/qwen3_moe.py).
+"""The decoder: embedding, layers, final norm, head. Its modules have Hugging Face's names (except experts: families/qwen3_moe.py).
 
-Knows nothing of devices, sharding or files. New parameters hold nothing of worth: `initialise` or `load_pretrained` fills them."""
+Knows nothing of devices, sharding or files. New parameters hold no useful values: `initialise` or `load_pretrained` fills them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CausalLM(nn.Module):
 
         ids, positions: (T,) int64, T at least 1; positions count from 0 in every document. cu_seqlens: (documents + 1,) int32;
         max_seqlen: length of the longest document. rows: (N,) int64, the tokens with a label; targets: (N,) int64, their labels.
-        caches: one a layer, to generate from (model/generation.py): the tokens are those of one document that follow what these hold.
+        caches: one per layer, for generation (model/generation.py): the tokens are those of one document that follow the cached ones.
         With N = 0 the loss is 0 and every gradient zero, not missing: under FSDP all ranks must run the same collectives."""
         hidden, routing = self.model(ids, positions, cu_seqlens, max_seqlen, rows, caches)
         result = self.lm_head(hidden, targets)
@@ -57,7 +57,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        # `to_empty` replaces parameters module by module, which would give a tied head a weight of its own
+        # `to_empty` replaces parameters module by module, which would give a tied head its own weight
         super()._apply(fn, recurse)
         self._tie()
         return self
@@ -94,8 +94,8 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP or experts, each added to the residual stream: x (T, hidden) -> (the same, or `rows` (N,) of it, for which alone
-    an MLP works then; Routing of experts, who work for all tokens, or None)."""
+    """Pre-norm attention and MLP or experts, each added to the residual stream: x (T, hidden) -> (the same, or only `rows` (N,) of it, an MLP being
+    computed for these only; Routing of experts, which are computed for all tokens, or None)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen, cache)
         if isinstance(self.mlp, MoE):
-            # returned, not kept in the module: so recomputation and FSDP's hooks see it
+            # returned, not kept in the module, so that recomputation and FSDP's hooks see it
             out, routing = self.mlp(self.post_attention_layernorm(x))
             return _select(x + out, rows), routing
         x = _select(x, rows)

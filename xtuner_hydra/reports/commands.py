@@ -1,4 +1,4 @@
-"""The commands that a sweep's reader wants next: go on with what is left, repeat the best job, and look closer around it."""
+"""The commands that a sweep's reader wants next: continue the sweep, repeat the best job, and look closer around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xtuner_hydra.results.sweep import SEED, JobResult, SweepPlan, SweepResult
 
 PROGRAM = "python -m xtuner_hydra"
 MOST_JOBS = 27
-"""A refinement of more jobs varies fewer keys."""
+"""A refinement that would exceed this number varies fewer keys."""
 NEAR = 1.3
 
 
@@ -28,14 +28,14 @@ def alone(plan: SweepPlan, overrides: Sequence[str]) -> str:
 
 
 def resume(result: SweepResult) -> str | None:
-    """The command that goes on with the sweep; None where nothing is left to do, or where runs were only put side by side."""
+    """The command that continues the sweep; None if nothing is left to do, or if runs were only put side by side."""
     left = result.plan.total - result.count("completed", "pruned")
     return " ".join([PROGRAM, as_typed("sweep.resume", result.directory)]) if result.plan.state and left > 0 else None
 
 
 def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[str, int] | None:
-    """A grid closer around `best` with the seeds of the sweep, and its number of jobs; None where no swept key is a number. keys: the swept ones, the
-    most telling first; where the grid would exceed MOST_JOBS, the last of them stay at their best value, and then the last seeds are left out."""
+    """A finer grid around `best` with the seeds of the sweep, and its number of jobs; None if no swept key is a number. keys: the swept ones, the
+    most influential first; if the grid would exceed MOST_JOBS, the last keys stay at their best value, and then the last seeds are left out."""
     values = {key: around(best.swept[key], _seen(result, key)) for key in keys if key in best.swept}
     values = {key: near for key, near in values.items() if len(near) > 1}
     seeds = sorted({job.swept[SEED] for job in result.jobs if SEED in job.swept})
@@ -52,10 +52,10 @@ def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[s
 
 
 def around(best: Any, seen: Sequence[Any]) -> list[Any]:
-    """Values of a key between the best one and its neighbours among those `seen`; [best] where it is no number.
+    """Values of a key between the best one and its neighbours among those `seen`; [best] if it is not a number.
 
-    Whole numbers: the midpoints. Others: half-way by ratio (by difference where one is not positive). At an edge of what was seen, half or
-    twice the best, as the optimum may lie beyond. Those within a factor of NEAR are no neighbours: what lies between would tell nothing."""
+    Whole numbers: the midpoints. Others: half-way by ratio (by difference if one is not positive). At an edge of what was seen, half or
+    twice the best, as the optimum may be beyond. Values within a factor of NEAR are not neighbours: one in between would add nothing."""
     if isinstance(best, bool) or not isinstance(best, int | float) or best == 0:
         return [best]
     others = {value for value in seen if isinstance(value, int | float) and not isinstance(value, bool)} - {best}
@@ -63,7 +63,7 @@ def around(best: Any, seen: Sequence[Any]) -> list[Any]:
         return [best]
     numbers = sorted({value for value in others if not _is_near(value, best)} | {best})
     place = numbers.index(best)
-    apart = max(1, len(numbers) // 6)  # of values drawn at random the nearest are too near to tell anything
+    apart = max(1, len(numbers) // 6)  # of values drawn at random the nearest are too near to be informative
     low = _between(numbers[max(0, place - apart)], best) if place else _round(best, best * 0.5)
     high = _between(best, numbers[min(place + apart, len(numbers) - 1)]) if place + 1 < len(numbers) else _round(best, best * 2)
     return sorted({low, best, high})
@@ -79,12 +79,12 @@ def _between(low: float, high: float) -> float:
 
 
 def _round(like: float, number: float) -> float:
-    """To a whole number for one, else to two digits."""
+    """To a whole number if `best` is one, else to two digits."""
     return round(number) if isinstance(like, int) else float(f"{number:.2g}")
 
 
 def _seen(result: SweepResult, key: str) -> list[Any]:
-    """Values of the jobs that trained at all; a rate at which training fails is no neighbour to look near."""
+    """Values of the jobs that trained at all; a rate at which training fails is not a useful neighbour."""
     return [job.swept[key] for job in result.jobs if key in job.swept and job.state != "failed"]
 
 
@@ -93,7 +93,7 @@ def _overrides(job: JobResult) -> list[str]:
 
 
 def _is_of_sweep(override: str) -> bool:
-    """Whether an override speaks to the sweep or to Hydra, not to the job."""
+    """Whether an override concerns the sweep or Hydra, not the job."""
     return split_override(override)[0].partition(".")[0].partition("/")[0] in ("sweep", "hydra")
 
 

@@ -1,4 +1,4 @@
-"""Any runs side by side: they are taken for the jobs of a sweep over the keys in which their configs differ, and get a sweep's page."""
+"""Any runs side by side: they are treated as the jobs of a sweep over the keys in which their configs differ, and get a sweep's page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xtuner_hydra.results.run import Run
 from xtuner_hydra.results.sweep import Job, JobResult, SweepPlan, SweepResult
 
 APART = ("tracking.", "sweep.", "checkpoint.", "data.cache_dir", "data.num_workers")
-"""Keys that change what a run leaves behind, not what it learns: no reason to call two runs different."""
+"""Keys that change what a run leaves behind, not what it learns; they do not make two runs different."""
 
 
 def write_comparison(runs: Sequence[Run], path: Path) -> SweepResult:
@@ -25,7 +25,7 @@ def write_comparison(runs: Sequence[Run], path: Path) -> SweepResult:
 
 
 def compare(runs: Sequence[Run], directory: Path) -> SweepResult:
-    """The runs as a sweep whose page stands in `directory`. Runs with the same config are repeats of one setting."""
+    """The runs as a sweep whose page is in `directory`. Runs with the same config are repeats of one setting."""
     keys = differing(runs)
     evaluated = any("eval/loss" in run.final for run in runs)
     jobs = [_job(run, number, keys, directory) for number, run in enumerate(runs)]

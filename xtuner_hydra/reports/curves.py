@@ -14,13 +14,13 @@ from xtuner_hydra.results.run import Run
 
 TOKENS = "train/total_tokens"
 SMOOTH_FROM = 60
-"""Points; fewer are read better as they are."""
+"""Points; a curve with fewer is clearer as it is."""
 _SHORTEST = 6
 """Letters of a name on an axis."""
 _ALIKE = 1e-6
-"""A range that is a smaller share of its values is none."""
+"""A range that is a smaller share of its values counts as none."""
 POINTS = 160
-"""A curve is drawn with about so many."""
+"""A curve is drawn with about this many points."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Curve:
 
 
 def curve(run: Run, metric: str) -> Curve:
-    """`metric` of a run over the tokens trained on; empty where the run has none. Values that are not finite are left out."""
+    """`metric` of a run over the tokens trained on; empty if the run has none. Values that are not finite are left out."""
     columns = run.eval if metric.startswith("eval/") else run.train
     if metric not in columns or TOKENS not in columns:
         return Curve(np.empty(0), np.empty(0))
@@ -54,13 +54,13 @@ def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
 
 
 def smoothed(line: Curve, share: float = 0.02) -> Curve:
-    """The curve without its noise, where it is long enough to have a trend apart from it."""
+    """The curve without its noise, if it is long enough to show a trend."""
     return Curve(line.x, smooth(line.y, share)) if len(line) >= SMOOTH_FROM else line
 
 
 def thinned(line: Curve, points: int = POINTS) -> Curve:
-    """At most about `points` of the curve, its first and last among them. In each stretch its lowest and its highest point are kept, so that a spike
-    in one step of ten thousand is still seen."""
+    """About `points` points of the curve at most, including the first and last. In each stretch the lowest and the highest point are kept, so that
+    a spike in one step of ten thousand is still visible."""
     if len(line) <= points:
         return line
     edges = np.linspace(0, len(line), points // 2 + 1).astype(int)
@@ -73,7 +73,7 @@ def thinned(line: Curve, points: int = POINTS) -> Curve:
 
 
 def inside(line: Curve, low: float, high: float) -> list[Curve]:
-    """The parts of the curve with y from `low` to `high`, each up to where it crosses the bound: drawn along it, it would look like a plateau."""
+    """The parts of the curve with y from `low` to `high`, each cut where it crosses the bound: clipped to it, it would look like a plateau."""
     parts: list[list[tuple[float, float]]] = []
     points = list(zip(line.x.tolist(), line.y.tolist(), strict=True))
     if len(points) == 1:
@@ -92,13 +92,13 @@ def inside(line: Curve, low: float, high: float) -> list[Curve]:
 
 
 def _towards(start: tuple[float, float], stop: tuple[float, float], low: float, high: float) -> tuple[float, float]:
-    """How far the way from `start`, which is inside or on the other side, comes to `stop`."""
+    """Where the line from `start`, which is inside or on the other side, to `stop` meets the bound; `stop` if it is inside."""
     bound = min(max(stop[1], low), high)
     return stop if bound == stop[1] else (stop[0] + (bound - stop[1]) / (start[1] - stop[1]) * (start[0] - stop[0]), bound)
 
 
 def limits(lines: Iterable[Curve]) -> tuple[float, float]:
-    """The y range that shows `lines`: all of it, unless few points stand far above the rest (a loss that exploded), which are cut off."""
+    """The y range that shows `lines`: all of it, unless a few points are far above the rest (a loss that exploded), which are cut off."""
     values = [line.y for line in lines if len(line)]
     if not values:
         return 0.0, 1.0
@@ -111,7 +111,7 @@ def limits(lines: Iterable[Curve]) -> tuple[float, float]:
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
-    """The range with a margin of 5 %; values that are alike but for rounding are not blown up."""
+    """The range with a margin of 5 %; differences that are only rounding are not magnified."""
     if high - low <= _ALIKE * abs(high):
         low = high = (low + high) / 2
     margin = 0.05 * (high - low) or abs(low) * 0.05 or 0.5
@@ -119,7 +119,7 @@ def padded(low: float, high: float) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from `low` to `high`, at most `most` of them and at least two where that can be."""
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from `low` to `high`, at most `most` of them and at least two if possible."""
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
@@ -139,7 +139,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Iterable[object]) -> Scale:
-        """The scale for a swept key: by ratio where its numbers span a factor of 8 or more, in equal steps where they are no numbers."""
+        """The scale for a swept key: by ratio if its numbers span a factor of 8 or more, in equal steps if they are not numbers."""
         distinct = list(dict.fromkeys(values))
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
             return cls(sorted(distinct, key=str), "places")
@@ -147,7 +147,7 @@ class Scale:
         return cls(numbers, "log" if numbers[0] > 0 and numbers[-1] >= 8 * numbers[0] else "linear")  # type: ignore[operator]
 
     def __call__(self, value: object) -> float:
-        """Where `value` stands, 0 to 1; 0.5 where there is but one."""
+        """The place of `value`, 0 to 1; 0.5 if it is the only one."""
         if self.kind == "places":
             place, last = self.values.index(value), len(self.values) - 1
             return place / last if last else 0.5
@@ -155,8 +155,8 @@ class Scale:
         return (number - low) / (high - low) if high > low else 0.5
 
     def marks(self, apart: float) -> tuple[list[float], list[str]]:
-        """Where an axis has marks, and their texts: the values themselves, those nearer to the one before than `apart`, or than their texts are
-        long, left out. Names are shortened rather, where that leaves enough of them."""
+        """Places and texts of an axis's marks: the values themselves, without those nearer to the one before than `apart` or than the width of their
+        texts. Names are shortened instead, if enough of them remains."""
         at: list[float] = []
         texts: list[str] = []
         told = words.apart(self.values, 2)

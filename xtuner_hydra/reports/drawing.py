@@ -1,4 +1,4 @@
-"""How a sweep is drawn, on its page and in its picture alike: which chart suits it, and the colours and places of its settings."""
+"""How a sweep is drawn, both on its page and in its picture: which chart suits it, and the colours and places of its settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MetricScale:
 
     @classmethod
     def of(cls, findings: Findings) -> MetricScale:
-        """Over all jobs, without those that are far on the wrong side: they must not squeeze the others together."""
+        """Over all jobs, without those that are far on the bad side, which would squeeze the others together."""
         lower_is_better = findings.result.plan.direction == "minimize"
         values = [value for setting in findings.ranked for value in setting.values]
         values += [setting.stopped for setting in findings.stopped if setting.stopped is not None]
@@ -40,7 +40,7 @@ class MetricScale:
         return cls(low, high, lower_is_better)
 
     def place(self, setting: Setting) -> float:
-        """Where the setting's mean (or where it was stopped) stands, 0 (low) to 1."""
+        """The place of the setting's mean (or last value, if it was stopped), 0 (low) to 1."""
         value = setting.stopped if setting.mean is None else setting.mean
         return 0.5 if value is None or self.high == self.low else min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
@@ -50,7 +50,7 @@ class MetricScale:
 
 
 def grid(findings: Findings) -> tuple[list[Any], list[Any]] | None:
-    """(values of the first key, values of the second) where two keys were swept and make a grid that is mostly filled."""
+    """(values of the first key, values of the second) if two keys were swept and make a grid that is mostly filled."""
     if len(findings.keys) != 2:
         return None
     first, second = (list(Scale.of(findings.at(setting, key) for setting in findings.settings).values) for key in findings.keys)
@@ -58,13 +58,13 @@ def grid(findings: Findings) -> tuple[list[Any], list[Any]] | None:
 
 
 def is_parallel(findings: Findings) -> bool:
-    """Whether the swept keys need parallel coordinates to be seen together."""
+    """Whether the swept keys need parallel coordinates to be shown together."""
     return len(findings.keys) > 1 and not grid(findings)
 
 
 def colours(findings: Findings, most: int) -> tuple[dict[int, int | None], list[tuple[int | None, str]]]:
-    """(job number -> number of its colour, the legend): a colour for each value of the key that matters most. Where these are more than `most`,
-    or parallel coordinates stand above: BEST for the best setting, as there, and None for the others."""
+    """(job number -> number of its colour, the legend): a colour for each value of the key that matters most. If there are more than `most`
+    values, or if parallel coordinates are shown above: BEST for the best setting, as there, and None for the others."""
     key = findings.telling_keys[0] if findings.keys else None
     values = list(Scale.of(findings.at(setting, key) for setting in findings.settings).values) if key else []
     if key and 1 < len(values) <= most and not is_parallel(findings):

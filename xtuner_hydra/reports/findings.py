@@ -1,4 +1,4 @@
-"""What a sweep says, in words and numbers that all its reports share: who won, by how much, whether that is more than chance, what mattered."""
+"""The findings of a sweep, as the words and numbers that all its reports share: what won, by how much, whether by more than chance, what mattered."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult
 STATES = ("completed", "running", "waiting", "pruned", "failed", "killed", "interrupted", "damaged")
 TGS, TOKENS = "throughput/e2e_tgs", "train/total_tokens"
 NOTABLY_FASTER = 1.1
-"""Times as fast; the same work on a machine that others use scatters by less."""
+"""How many times as fast; the same work varies by less on a shared machine."""
 
 
 def changes_speed(key: str) -> bool:
-    """Whether steps can take longer for another value of `key`: they do not for another learning rate, schedule or seed."""
+    """Whether another value of `key` can change the time of a step: another learning rate, schedule or seed does not."""
     return key in ("optimizer", "optimizer.name") or not (key.startswith(("optimizer.", "scheduler")) or key == SEED)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """How much a swept key moves the metric: the range of its values' means (of thirds, where nearly all values differ)."""
+    """How much a swept key moves the metric: the range of its values' means (of thirds, if nearly all values differ)."""
 
     key: str
     size: float
@@ -35,14 +35,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Findings:
-    """A SweepResult with what can be read from it. title: of the report; else the name of the sweep's directory."""
+    """A SweepResult and what follows from it. title: of the report; else the name of the sweep's directory."""
 
     result: SweepResult
     title: str = ""
 
     @property
     def heading(self) -> str:
-        """What the report is of."""
+        """The title, or the name of the sweep's directory."""
         return self.title or self.result.directory.name
 
     @property
@@ -51,7 +51,7 @@ class Findings:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The swept keys that tell settings apart; all of them where there is but one setting. The seed is none."""
+        """The swept keys that distinguish settings, without the seed; all of them if there is only one setting."""
         seen = dict.fromkeys([*self.result.plan.swept, *(key for setting in self.settings for key in setting.swept)])
         keys = [key for key in seen if any(key in setting.swept for setting in self.settings)]
         varied = [key for key in keys if len({self.at(setting, key) for setting in self.settings}) > 1]
@@ -59,7 +59,7 @@ class Findings:
 
     @cached_property
     def short(self) -> dict[str, str]:
-        """Swept key -> its name for tight places."""
+        """Swept key -> its short name."""
         return words.short(self.keys)
 
     @property
@@ -78,7 +78,7 @@ class Findings:
 
     @property
     def shown(self) -> list[Setting]:
-        """Those that charts show."""
+        """The settings that charts show."""
         return [*self.ranked, *self.stopped]
 
     @property
@@ -87,7 +87,7 @@ class Findings:
 
     @cached_property
     def digits(self) -> int:
-        """Decimals of the metric that tell settings apart, and show two digits of their noise."""
+        """Decimals of the metric that distinguish settings and show two digits of their noise."""
         apart = words.decimals(setting.mean for setting in self.ranked)
         return max(apart, min(5, 1 - math.floor(math.log10(self.noise) + 1e-6))) if self.noise else apart
 
@@ -96,18 +96,18 @@ class Findings:
         return words.fixed(value, self.digits)
 
     def difference(self, value: float, digits: int | None = None) -> str:
-        """A difference of the metric, with as many digits as the metric or `digits`; so small a one that it would be 0.00 keeps one."""
+        """A difference of the metric, with as many digits as the metric or `digits`; one so small that it would be 0.00 keeps one digit."""
         text = words.fixed(value, self.digits if digits is None else digits)
         return text if float(text.replace(",", "")) or not value else words.value(value, 1)
 
     def score(self, setting: Setting) -> str:
-        """`8.441 ± 0.021`; of a setting that was stopped early where it stood then."""
+        """`8.441 ± 0.021`; for a setting that was stopped early, its last value."""
         if setting.stopped is not None:
             return self.number(setting.stopped)
         return self.number(setting.mean) + (f" ± {self.difference(setting.spread)}" if setting.spread is not None else "")
 
     def name(self, setting: Setting) -> str:
-        """`lr 6e-5, pack_max_length 2048`; where nothing was swept, the only setting there is."""
+        """`lr 6e-5, pack_max_length 2048`; if nothing was swept, the only setting."""
         return (
             ", ".join(f"{self.short[key]} {self.text(key, setting.swept[key], 3)}" for key in self.keys if key in setting.swept)
             or "the setting"
@@ -119,11 +119,11 @@ class Findings:
         return ", ".join(parts) or job.name
 
     def at(self, setting: Setting, key: str) -> Any:
-        """The setting's value of `key`, such that it can be looked up."""
+        """The setting's value of `key`, made hashable."""
         return _hashable(setting.swept.get(key))
 
     def text(self, key: str, value: Any, digits: int = 4) -> str:
-        """A value of a swept key in words, told apart from the key's other ones."""
+        """A value of a swept key as text, distinct from the key's other values."""
         if (key, digits) not in self._texts:
             self._texts[key, digits] = words.apart({self.at(setting, key): None for setting in self.settings}, digits)
         return self._texts[key, digits].get(_hashable(value)) or words.value(value, digits)
@@ -133,7 +133,7 @@ class Findings:
         return {}
 
     def rank(self, setting: Setting) -> int | None:
-        """1 for the best; None without a value."""
+        """1 for the best; None for a setting without a value."""
         return self._ranks.get(id(setting))
 
     @cached_property
@@ -166,7 +166,7 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """Of the lead (Lead.verdict); `alone` where there is nothing to compare with."""
+        """Lead.verdict of the lead; `alone` if there is nothing to compare with."""
         return self.lead.verdict if self.lead else "alone"
 
     @property
@@ -178,7 +178,7 @@ class Findings:
             return "First and second have the same value."
         if self.verdict == "unknown":
             ahead = f"{self.difference(self.lead.size)} between first and second"
-            return f"{ahead}. One seed a setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
+            return f"{ahead}. One seed per setting, so chance is not ruled out: run the best ones again with trainer.seed=0,1,2."
         end = {
             "clear": "not chance.",
             "unsure": "likely, not certain. More seeds would tell.",
@@ -246,14 +246,14 @@ class Findings:
         return text + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
 
     def _stopped_better_than(self, setting: Setting) -> bool:
-        """Whether a setting that was stopped early had come further by then."""
+        """Whether a setting that was stopped early was already better by then."""
         if not self.stopped or self.stopped[0].stopped is None or setting.mean is None:
             return False
         early = self.stopped[0].stopped
         return early < setting.mean if self.result.plan.direction == "minimize" else early > setting.mean
 
     def _tied(self) -> str:
-        """Those that share the first place."""
+        """The settings that share first place."""
         tied = [setting for setting in self.ranked if setting is self.best or self._against(setting).verdict == "tie"]
         if len(tied) > 3:
             return f"{len(tied)} settings"
@@ -269,7 +269,7 @@ class Findings:
 
     @cached_property
     def effects(self) -> list[Effect]:
-        """Of each swept key, largest first; keys with one value among the ranked settings are left out."""
+        """One per swept key, largest first; keys with one value among the ranked settings are left out."""
         found = [Effect(key, size) for key in self.keys if (size := self._effect(key)) is not None]
         return sorted(found, key=lambda effect: -effect.size)
 
@@ -307,8 +307,8 @@ class Findings:
     # --- speed
 
     def faster(self) -> tuple[Setting, float] | None:
-        """(the setting with the most tokens a second, how many times as fast as the best one it is), where it differs from that in a key that can
-        change speed, and by more than such measurements scatter."""
+        """(the setting with the most tokens per second, how many times as fast as the best one it is), if the two differ in a key that can change
+        speed, and by more than such measurements vary."""
         if self.best is None or not (own := self.average(self.best, TGS)):
             return None
         others = [(speed / own, setting) for setting in self.comparable_speeds if (speed := self.average(setting, TGS)) is not None]
@@ -327,7 +327,7 @@ class Findings:
 
     @property
     def unfair(self) -> str | None:
-        """Why settings that are ranked do not compare, in half a sentence; None where they do."""
+        """Why ranked settings do not compare, in half a sentence; None if they do."""
         reasons = self.result.unfair if len(self.ranked) > 1 else []
         return reasons[0].partition(", so")[0].rstrip(".") if reasons else None
 
@@ -357,7 +357,7 @@ class Findings:
                 ("held-out tokens", self.span(self.eval_tokens) + " supervised" + (" in every job" if len(self.eval_tokens) == 1 else ""))
             )
         if self.tokens:
-            rows.append(("training tokens", self.span(self.tokens) + " a job"))
+            rows.append(("training tokens", self.span(self.tokens) + " per job"))
         if self.noise is not None:
             rows.append(
                 ("spread", f"standard deviation over the jobs of a setting; {self.difference(self.noise)} pooled over all settings")
@@ -408,7 +408,7 @@ class Findings:
         return [job for job in self.result.jobs if job.state in ("failed", "killed", "interrupted", "damaged")]
 
     def average(self, setting: Setting, metric: str) -> float | None:
-        """Mean of the last `metric` over the setting's jobs, the completed ones where there are any; None where none has it."""
+        """Mean of the last `metric` over the setting's jobs, the completed ones if there are any; None if none has it."""
         jobs = [job for job in setting.jobs if job.state == "completed"] or setting.jobs
         values = [value for job in jobs if (value := job.last(metric)) is not None and math.isfinite(value)]
         return mean(values) if values else None
@@ -422,11 +422,11 @@ class Findings:
 
     @property
     def next(self) -> list[tuple[str, str]]:
-        """What to run next, (what it does, command) each, the most pressing first."""
+        """What to run next, as (what it does, command), the most urgent first."""
         steps = []
         if command := commands.resume(self.result):
             running = self.result.plan.state == "running"
-            steps.append(("If the sweep is stopped, go on with it" if running else "Run what is missing, failed or interrupted", command))
+            steps.append(("If the sweep is stopped, continue it" if running else "Run what is missing, failed or interrupted", command))
         if self.repeat and self.result.best_job:
             steps.append((f"Repeat the best single job ({self.job_name(self.result.best_job)})", self.repeat))
         if self.refine:

@@ -1,4 +1,4 @@
-"""HTML and SVG as nested calls. Whatever is not markup already is text and is escaped, so no override and no error message can become a tag."""
+"""HTML and SVG as nested calls. Anything that is not yet markup is text and is escaped, so no override or error message can become a tag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts that all pages are made of."""
+"""The parts of all pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xtuner_hydra.reports.markup import Content, Markup, join, tag
 from xtuner_hydra.reports.style import CSS, SCRIPT
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-"""The browser itself refuses to load anything from elsewhere."""
+"""Makes the browser refuse to load anything from elsewhere."""
 
 
 def document(title: str, *body: Content) -> str:
@@ -31,7 +31,7 @@ def document(title: str, *body: Content) -> str:
 
 
 def card(title: str, *content: Content, sub: str = "") -> Markup:
-    """A box with a heading and, below it, a line that says how to read it."""
+    """A box with a heading and, below it, a line on how to read it."""
     return tag("section", tag("h2", title), tag("p", sub, class_="sub") if sub else None, *content, class_="card")
 
 
@@ -41,13 +41,13 @@ def folded(title: str, *content: Content) -> Markup:
 
 
 def group(cards: Sequence[Markup], kind: str = "pair") -> Markup:
-    """Boxes side by side where there is room."""
+    """Boxes side by side if there is room."""
     return tag("div", cards, class_=kind) if len(cards) > 1 else join(*cards)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table. value: what it is sorted by."""
+    """A cell of a table. value: the key to sort by."""
 
     content: Content
     value: Any = None
@@ -61,7 +61,7 @@ def number(value: float | None, digits: int) -> Cell:
 
 
 def swept(value: Any, text: str) -> Cell:
-    """A config value as `text`, right-aligned where it is a number."""
+    """A config value as `text`, right-aligned if it is a number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return Cell(text, value if is_number else text, number=is_number)
 
@@ -72,7 +72,7 @@ def state(name: str) -> Cell:
 
 
 def bar(value: float | None, most: float, digits: int) -> Cell:
-    """A number as a bar of its share of `most`."""
+    """A number with a bar that shows its share of `most`."""
     share = 100 * value / most if value is not None and most > 0 else 0
     return Cell(tag("div", tag("i", style=f"width:{share:.1f}%"), tag("span", words.fixed(value, digits)), class_="bar"), value)
 
@@ -87,8 +87,8 @@ def table(
     kind: str = "",
     most: int | None = None,
 ) -> Markup:
-    """A table that scrolls inside its own box. kinds: a CSS class a row. jobs: the numbers of a row's jobs, which light up with it.
-    most: rows that are seen at first, where there are many."""
+    """A table that scrolls inside its own box. kinds: a CSS class per row. jobs: the numbers of each row's jobs, which light up with it.
+    most: how many rows are shown at first, if there are many."""
     columns = [any(row[column].number for row in rows) for column in range(len(heads))]
     head = [
         tag("th", tag("button", text, type="button") if sortable and text else text, class_="n" if right else None, scope="col")
@@ -118,12 +118,12 @@ def command(text: str) -> Markup:
 
 
 def link(target: Path, start: Path, text: str) -> Markup:
-    """A link to a file that works wherever the two are moved together. start: the directory of the page."""
+    """A relative link to a file, which still works if both are moved together. start: the directory of the page."""
     return tag("a", text, href=quote(Path(os.path.relpath(target, start)).as_posix()))
 
 
 def note(title: str, items: Sequence[str]) -> Markup | None:
-    """Sentences that must not be overlooked; nothing where there are none."""
+    """Sentences that must not be overlooked; nothing if there are none."""
     if not items:
         return None
     body = tag("ul", [tag("li", item) for item in items]) if len(items) > 1 else tag("p", items[0])
@@ -131,12 +131,12 @@ def note(title: str, items: Sequence[str]) -> Markup | None:
 
 
 def fact(title: str, text: str, kind: str = "") -> Markup:
-    """One of the things that a reader wants first."""
+    """One of the facts that a reader wants first."""
     return tag("div", tag("b", title), tag("span", text), class_=f"fact {kind}".strip())
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> Markup:
-    """What colours and signs mean: (CSS classes of a line, or a sign, text)."""
+    """The meaning of colours and signs: (CSS classes of a line, or a sign, text)."""
     return tag(
         "div", [tag("span", tag("b", sign) if len(sign) == 1 else tag("i", class_=sign), text) for sign, text in entries], class_="legend"
     )

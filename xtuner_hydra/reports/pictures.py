@@ -1,4 +1,4 @@
-"""Pictures for where HTML does not go: loss.png of a run, sweep.png of a sweep. matplotlib without pyplot, so that nothing global is left behind."""
+"""Pictures for places that cannot show HTML: loss.png of a run, sweep.png of a sweep. matplotlib without pyplot, so that no global state remains."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ GREY, GRID, TEXT = "#8a939b", "#e5e7eb", "#16191d"
 DPI = 130
 FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
              "Hiragino Sans GB", "Microsoft YaHei")  # fmt: skip
-"""Fonts for letters that matplotlib's own does not have, in the names of runs and values."""
+"""Fonts for letters in names of runs and values that matplotlib's own font lacks."""
 
 
 def loss_png(run_dir: Path) -> Path | None:
-    """Draw loss, evaluations and learning rate over tokens to loss.png; None where there is no finite loss to draw."""
+    """Draw loss, evaluations and learning rate over tokens to loss.png; None if there is no finite loss to draw."""
     run = load_run(run_dir)
     train = curve(run, "train/loss")
     if not len(train):
@@ -89,7 +89,7 @@ def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
                       fontweight="bold", bbox=box)  # fmt: skip
     low, high = limits([train, evaluations])  # a few losses that exploded must not flatten the others
     axes.set_ylim(low - 0.05 * (high - low), high)  # room for the number below the last evaluation
-    axes.set_ylabel("cross-entropy a token")
+    axes.set_ylabel("cross-entropy per token")
     axes.legend(frameon=False)
 
 
@@ -244,7 +244,7 @@ def _draw_losses(axes: Axes, findings: Findings) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure as Drawing  # it takes half a second, which only a picture is worth
+    from matplotlib.figure import Figure as Drawing  # takes half a second, so it is imported only for a picture
 
     return Drawing(figsize=(width, height), dpi=DPI, layout="constrained")
 
@@ -256,7 +256,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _families() -> list[str]:
-    """matplotlib's own font, then those that know more letters, where there are any."""
+    """matplotlib's own font, then any installed ones with more letters."""
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}
@@ -265,7 +265,7 @@ def _families() -> list[str]:
 
 @contextmanager
 def _fonts_unmentioned() -> Iterator[None]:
-    """A letter that no font has is drawn as a box, and a font without a bold face as it is: no news for a terminal."""
+    """Hide warnings: a letter that no font has is drawn as a box, and a font without a bold face as it is."""
     finder = logging.getLogger("matplotlib.font_manager")
     level = finder.level
     finder.setLevel(logging.ERROR)
@@ -278,12 +278,12 @@ def _fonts_unmentioned() -> Iterator[None]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """Write the picture, whole or not at all."""
+    """Write the picture, completely or not at all."""
     from matplotlib.text import Text
 
     families = _families()
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a `$` in a name or a value begins no formula
+        text.set_parse_math(False)  # a `$` in a name or a value does not start a formula
         text.set_fontfamily(families)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
     try:

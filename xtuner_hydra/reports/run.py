@@ -19,21 +19,21 @@ from xtuner_hydra.results.sweep import SWEEP_FILE, SweepPlan
 from xtuner_hydra.tracking.base import Sample
 
 REPORT, CHANGED = "report.html", "changed.json"
-SMALL = (("learning rate", "train/lr"), ("gradient norm", "train/grad_norm"), ("tokens a second a device", "throughput/tgs"),
+SMALL = (("learning rate", "train/lr"), ("gradient norm", "train/grad_norm"), ("tokens per second per device", "throughput/tgs"),
          ("memory, peak so far, GB", "memory/max_gb"), ("pack utilisation", "throughput/pack_utilization"),
          ("model FLOPs utilisation", "throughput/mfu"))  # fmt: skip
 NOTES = {
     "config.yaml": "the resolved config",
     "overrides.yaml": "what was typed",
     CHANGED: "what differs from the defaults",
-    "status.json": "how the run stands",
+    "status.json": "the state of the run",
     "environment.json": "versions, hardware, git",
     "bad_lines.jsonl": "lines that were left out",
     "data.json": "the prepared data",
-    "metrics.jsonl": "a row a step",
+    "metrics.jsonl": "one row per step",
     "samples.jsonl": "answers to the sample prompts",
     "loss.png": "the loss as a picture",
-    "logs": "a text log a rank",
+    "logs": "one text log per rank",
     "checkpoints": "to resume from",
     "hf": "Hugging Face exports",
     "tensorboard": "tensorboard --logdir",
@@ -43,7 +43,7 @@ NOTES = {
 
 
 def write_run(directory: Path) -> Path:
-    """Write report.html into the run directory, and return its path. Raises RefusedError where it holds no run."""
+    """Write report.html into the run directory, and return its path. Raises RefusedError if it holds no run."""
     path = directory / REPORT
     write_text(path, run_page(load_run(directory)))
     return path
@@ -70,7 +70,7 @@ def run_page(run: Run) -> str:
 
 
 def _answer(run: Run) -> str:
-    """How it stands, in a sentence."""
+    """The state of the run, in a sentence."""
     words_of = {"completed": "Completed", "running": "Running", "failed": "Failed", "interrupted": "Interrupted", "killed": "Killed"}
     steps = words.counted(run.step, "step")
     if run.total_steps and run.total_steps != run.step:
@@ -90,7 +90,7 @@ def _when(run: Run) -> str:
 
 
 def _error(run: Run) -> Markup | None:
-    """Why a run did not end well."""
+    """Why a run failed or was stopped."""
     text = str(run.status.get("error") or run.status.get("pruned") or "")
     if not text:
         return None
@@ -107,7 +107,7 @@ def _error(run: Run) -> Markup | None:
 
 
 def _changed(run: Run) -> Markup:
-    """What differs from the defaults; where that was not recorded, what was typed."""
+    """What differs from the defaults; if that was not recorded, what was typed."""
     try:
         changed: dict[str, list[Any]] = json.loads((run.directory / CHANGED).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -129,9 +129,9 @@ def _changed(run: Run) -> Markup:
 def _facts(run: Run) -> list[Markup]:
     facts = []
     if speed := run.final.get("throughput/e2e_tgs"):
-        facts.append(page.fact(f"{words.fixed(speed, 0)} tokens/s", "a device, from start to end"))
+        facts.append(page.fact(f"{words.fixed(speed, 0)} tokens/s", "per device, from start to end"))
     if memory := run.final.get("memory/max_gb"):
-        facts.append(page.fact(f"{words.fixed(memory, 2)} GB", "peak memory a device"))
+        facts.append(page.fact(f"{words.fixed(memory, 2)} GB", "peak memory per device"))
     filled = curve(run, "throughput/pack_utilization").y
     if len(filled):
         facts.append(page.fact(f"{filled.mean():.1%} full", "packs, on average"))
@@ -158,7 +158,7 @@ def _loss(run: Run) -> Markup | None:
         tag("div", svg.lines(lines, label="loss over tokens", x_label="tokens", size=size), class_=kind)
         for size, kind in (((1140, 340), "only-wide"), ((svg.WIDTH, svg.HEIGHT), "only-narrow"))
     ]
-    return page.card("Loss over tokens", charts, page.legend(entries), sub="Cross-entropy a supervised token.")
+    return page.card("Loss over tokens", charts, page.legend(entries), sub="Cross-entropy per supervised token.")
 
 
 def _chart(run: Run, title: str, metric: str) -> Markup | None:
@@ -174,7 +174,7 @@ def _chart(run: Run, title: str, metric: str) -> Markup | None:
 
 
 def _range(metric: str, line: Curve) -> tuple[float, float]:
-    """From zero where zero means something; a share goes up to one."""
+    """From zero if zero is meaningful; a share goes up to one."""
     low, high = limits([line])
     if metric == "throughput/pack_utilization":
         return min(0.9, low), 1.0
@@ -193,11 +193,11 @@ def _evaluations(run: Run) -> Markup | None:
         for row in rows
     ]
     kinds = ["best" if losses and row["eval/loss"] == min(losses) else "" for row in rows]
-    return page.card("Evaluation", page.table(heads, cells, kinds=kinds, most=20), sub="On the held-out data; the lowest loss is set off.")
+    return page.card("Evaluation", page.table(heads, cells, kinds=kinds, most=20), sub="On the held-out data; the lowest loss is highlighted.")
 
 
 def _samples(run: Run) -> Markup | None:
-    """What was answered to each prompt: the last answer in full, the earlier ones behind a click."""
+    """The answers to each prompt: the last one in full, earlier ones behind a click."""
     answers: dict[str, list[Sample]] = {}
     for sample in run.samples:
         answers.setdefault(sample["prompt"], []).append(sample)
@@ -246,9 +246,9 @@ def _environment(run: Run) -> Markup:
 
 
 def _command(run: Run) -> str | None:
-    """The command that makes this run; that of a sweep would make all its jobs."""
+    """The command that repeats this run; that of its sweep would run all jobs."""
     if (run.directory.parent / SWEEP_FILE).is_file():
-        with suppress(RefusedError):  # what lies beside a run must not cost it its report
+        with suppress(RefusedError):  # files beside a run must not cost it its report
             return commands.alone(SweepPlan.load(run.directory.parent), run.overrides)
     return run.environment.get("command")
 
@@ -260,11 +260,11 @@ def _count(hardware: dict[str, Any]) -> str:
 def _code(git: dict[str, Any]) -> Content:
     if not git:
         return "not in a git repository"
-    return [tag("code", str(git.get("commit", "?"))[:12]), " with changes that are not committed" if git.get("dirty") else ", no changes"]
+    return [tag("code", str(git.get("commit", "?"))[:12]), " with uncommitted changes" if git.get("dirty") else ", no changes"]
 
 
 def _files(run: Run) -> Markup:
-    """What the run directory holds, with sizes; this page is left out, as it is not written yet."""
+    """The contents of the run directory, with sizes; without this page, as it is not written yet."""
     entries = sorted(path for path in run.directory.iterdir() if not path.name.startswith(".") and path.name != REPORT)
     rows = []
     for path in entries:

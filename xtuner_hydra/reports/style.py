@@ -1,6 +1,6 @@
-"""The look of every report: one style sheet and one short script, put into each page, so that a page is one file that needs no network.
+"""The look of every report: one style sheet and one short script, included in each page, so that a page is one file that needs no network.
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart, darker on white and lighter on black."""
+Colours are those of Okabe and Ito (2008), which colour-blind readers can distinguish, darker on white and lighter on black."""
 
 CSS = """
 :root{color-scheme:light dark;--page:#f6f7f8;--card:#fff;--text:#16191d;--muted:#5d656d;--line:#dfe3e7;--grid:#e9ecef;--soft:#f1f4f6;

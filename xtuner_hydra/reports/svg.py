@@ -1,5 +1,5 @@
-"""Charts as inline SVG, drawn by hand: their colours are the page's own, so they follow light and dark, and their text stays readable when the page
-is narrow (the style sheet enlarges it, the margins leave room). A `<title>` says what a mark is; the script in style.py shows it at the pointer."""
+"""Charts as inline SVG, drawn by hand: their colours are the page's, so they follow light and dark mode, and their text stays readable on a narrow
+page (the style sheet enlarges it, the margins leave room). A `<title>` says what a mark is; the script in style.py shows it at the pointer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from xtuner_hydra.reports.markup import Markup, tag
 
 WIDTH, HEIGHT = 560, 320
 SMALL = (360, 240)
-"""Of a chart that stands beside two others."""
+"""Size of a chart beside two others."""
 LARGEST = 1.3
-"""Times its own size; drawn larger, its letters would be larger than the text around it."""
+"""Largest scale of a chart; drawn larger, its letters would exceed the text around it."""
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 14, 46
 _LINE = 0.05
 """Height of a line of text, as a share of an upright axis."""
@@ -24,8 +24,8 @@ _LINE = 0.05
 
 @dataclass(frozen=True)
 class Line:
-    """A curve to draw. kind: CSS classes. job: marks with the same one light up together. end: what stands at its last point (`x`, `o`, `|`, none).
-    dots: points of its own to mark."""
+    """A curve to draw. kind: CSS classes. job: marks with the same one light up together. end: the mark at its last point (`x`, `o`, `|`, none).
+    dots: points to mark."""
 
     curve: Curve
     title: str
@@ -99,7 +99,7 @@ def _line(frame: Frame, line: Line) -> Markup:
 
 
 def _at_edge(frame: Frame, curve: Curve) -> Curve:
-    """What is left of a curve that is beyond the frame from end to end: a mark that it was there."""
+    """A mark for a curve that is completely outside the frame."""
     return Curve(curve.x[-1:], np.clip(curve.y[-1:], *frame.y))
 
 
@@ -109,7 +109,7 @@ def _path(frame: Frame, parts: Sequence[Curve]) -> str:
 
 
 def _clipped(frame: Frame, y: float) -> float:
-    """A setting beyond the range stands at its edge."""
+    """A setting beyond the range is drawn at its edge."""
     return min(max(y, frame.y[0]), frame.y[1])
 
 
@@ -133,7 +133,7 @@ def _y_axis(frame: Frame) -> list[Markup]:
 
 
 def _labels(values: Sequence[float]) -> Callable[[float], str]:
-    """How the marks of an axis are written: all alike, with as many decimals as their distance asks for."""
+    """How the marks of an axis are written: all alike, with as many decimals as their distance needs."""
     apart = values[1] - values[0] if len(values) > 1 else 1.0
     largest = max(map(abs, values), default=1.0)
     if 0 < largest < 0.001:
@@ -168,7 +168,7 @@ class Point:
 
 
 def curve(points: Sequence[Point], *, label: str, x_label: str, connect: bool = True, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Markup:
-    """The metric over one swept key: means with their spread, each job a small dot; a line where the values are numbers and `connect`."""
+    """The metric over one swept key: means with their spread, each job a small dot; a line if the values are numbers and `connect`."""
     scale = Scale.of(point.x for point in points)
     values = np.array([value for point in points for value in (*point.values, point.mean)])
     low, high = limits([Curve(values, values)])
@@ -201,8 +201,8 @@ def _point(frame: Frame, place: float, point: Point) -> Markup:
 
 @dataclass(frozen=True)
 class Track:
-    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None where it has no value. goodness: 0 (worst) to 1 (best).
-    kind: as of a Point."""
+    """A setting in parallel coordinates. places: 0 (low) to 1 on each axis; None if it has no value. goodness: 0 (worst) to 1 (best).
+    kind: as for a Point."""
 
     places: Sequence[float | None]
     goodness: float
@@ -220,7 +220,7 @@ class Axis:
 
     @classmethod
     def of(cls, name: str, scale: Scale) -> Axis:
-        """The axis of a swept key: every value where they are few, else the lowest, the middle and the highest; none on top of another."""
+        """The axis of a swept key: every value if there are few, else the lowest, the middle and the highest; none overlaps another."""
         values = list(scale.values)
         if len(values) > 6 and scale.kind != "places":
             values = [values[0], values[len(values) // 2], values[-1]]
@@ -233,7 +233,7 @@ class Axis:
 
 
 def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Markup:
-    """Parallel coordinates: an upright axis a key, the metric last; a line a setting, the better the stronger, the best on top."""
+    """Parallel coordinates: a vertical axis per key, the metric last; a line per setting, stronger the better it is, the best on top."""
     width, height, side, top, bottom = 1140, 340, 80, 44, 26
     x = [round(side + (width - 2 * side) * number / max(1, len(axes) - 1)) for number in range(len(axes))]
 
@@ -264,7 +264,7 @@ def parallel(axes: Sequence[Axis], tracks: Sequence[Track], *, label: str) -> Ma
 
 
 def strip(values: Sequence[float], mean: float, spread: float | None, span: tuple[float, float]) -> Markup:
-    """A setting's place among the others, for a cell of the ranking: its mean, a bar for the spread, a dot a job. span: the range of all."""
+    """A setting's place among the others, for a cell of the ranking: its mean, a bar for the spread, a dot per job. span: the range of all."""
     frame = padded(*span)
 
     def x(value: float) -> float:

@@ -1,4 +1,4 @@
-"""The report of a sweep: sweep.csv, sweep.md, sweep.html, sweep.png, each replaced at once, so that it can be read while jobs run."""
+"""The report of a sweep: sweep.csv, sweep.md, sweep.html, sweep.png, each replaced atomically, so that it can be read while jobs run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = ("sweep.csv", "sweep.md", "sweep.html", "sweep.png")
 
 
 def write_sweep(directory: Path) -> SweepResult:
-    """Write the four FILES anew from what the jobs of the sweep in `directory` have left so far. Raises RefusedError where there is no sweep."""
+    """Rewrite the four FILES from what the jobs of the sweep in `directory` have written so far. Raises RefusedError if there is no sweep."""
     result = read_sweep(directory)
     findings = Findings(result)
     write_text(directory / "sweep.csv", tables.as_csv(findings))

@@ -1,4 +1,4 @@
-"""sweep.html: the answer first, then what it rests on."""
+"""sweep.html: the answer first, then the evidence."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sweep_page(findings: Findings) -> str:
 
 
 def _charts(findings: Findings) -> list[Content]:
-    """What was swept against the metric, then what the jobs did over time, two side by side; parallel coordinates need the whole width."""
+    """The metric over what was swept, then the jobs over time, two charts side by side; parallel coordinates need the whole width."""
     main, over_time = _main_chart(findings), [_losses(findings), _evaluations(findings), _speed(findings)]
     if drawing.is_parallel(findings):
         return [main, _effects(findings), *_in_pairs(over_time)]
@@ -88,13 +88,13 @@ def _sentence(text: str) -> str:
 
 
 def _fastest(findings: Findings) -> Markup | None:
-    """Speed of the winner against the fastest."""
+    """Speed of the winner compared with the fastest."""
     if findings.best is None or (own := findings.average(findings.best, TGS)) is None:
         return None
-    text = f"{words.fixed(own, 0)} tokens/s a device"
+    text = f"{words.fixed(own, 0)} tokens/s per device"
     if (found := findings.faster()) is None:
         compared, others = len(findings.comparable_speeds), len(findings.ranked) - 1
-        of = "none" if compared == others else f"none of the {words.counted(compared, 'setting')} with other work a step"
+        of = "none" if compared == others else f"none of the {words.counted(compared, 'setting')} with different work per step"
         return page.fact("No setting is faster" if compared else "Speed", text + (f"; {of} is over 10 % faster." if compared else "."))
     fastest, times = found
     cost = (fastest.mean or 0.0) - (findings.best.mean or 0.0)
@@ -110,7 +110,7 @@ def _fastest(findings: Findings) -> Markup | None:
 
 def _ranking(findings: Findings) -> Markup:
     metric = MetricScale.of(findings)
-    # the metric before the keys: on a narrow page the rest has to be scrolled to
+    # the metric before the keys: on a narrow page the rest needs scrolling
     heads = ["", findings.metric, *["± spread"] * findings.has_repeats, *(findings.short[key] for key in findings.keys)]
     heads += ["", *["seeds"] * findings.has_repeats, "tokens", "tokens/s", "memory GB", "state"]
     rows = [_ranking_row(findings, setting, metric) for setting in findings.settings]
@@ -192,7 +192,7 @@ def _heat_map(findings: Findings) -> Markup:
     return page.card(
         f"{findings.metric} by {findings.short[first]} and {findings.short[second]}",
         tag("div", tag("table", tag("thead", over, head), tag("tbody", body), class_="heat"), class_="scroll"),
-        sub="The stronger the colour the better; the frame marks the best."
+        sub="The stronger the colour, the better; the frame marks the best."
         + (f" {findings.effects_text}" if findings.effects_text else ""),
     )
 
@@ -275,13 +275,13 @@ def _parallel(findings: Findings) -> Markup:
     return page.card(
         "All swept values",
         tag("div", svg.parallel(axes, tracks, label="parallel coordinates of all swept values"), class_="scroll"),
-        sub="A line a setting, stronger the better it is, the best in orange; keys that move the metric most come first."
+        sub="One line per setting, stronger the better it is, the best in orange; keys that move the metric most come first."
         + STOPPED * bool(findings.stopped),
     )
 
 
 def _effects(findings: Findings) -> Markup | None:
-    """The metric against each key on its own, where there are too many keys for one picture."""
+    """The metric over each key separately, if there are too many keys for one picture."""
     if len(findings.keys) < 2 or drawing.grid(findings) or len(findings.ranked) < 3:
         return None
     keys = [effect.key for effect in findings.effects[:6]]
@@ -343,7 +343,7 @@ def _title(findings: Findings, job: JobResult) -> str:
 
 
 def _evaluations(findings: Findings) -> Markup | None:
-    """Evaluation loss over tokens, where any job was evaluated more than once."""
+    """Evaluation loss over tokens, if any job was evaluated more than once."""
     colours, entries = _colours(findings)
     found = [(job, curve(job.run, "eval/loss")) for job in _best_last(findings) if job.run]
     if not any(len(line) > 1 for _, line in found):
@@ -380,7 +380,7 @@ def _speed(findings: Findings) -> Markup | None:
     return page.card(
         "Speed and memory",
         page.table(["setting", "tokens/s", "peak GB"], rows, kinds=kinds, jobs=jobs, kind="bars", most=8),
-        sub="Tokens a second a device from start to end; peak memory. In the order of the ranking." + more,
+        sub="Tokens per second per device from start to end; peak memory. In the order of the ranking." + more,
     )
 
 
@@ -404,7 +404,7 @@ def _failure(findings: Findings, job: JobResult) -> Markup:
 
 
 def _report_link(findings: Findings, job: JobResult) -> Content:
-    """The job's number, with a link to its report where it has one."""
+    """The job's number, with a link to its report if it has one."""
     report = job.run.directory / "report.html" if job.run else None
     return page.link(report, findings.result.directory, str(job.number)) if report and report.is_file() else str(job.number)
 
@@ -439,7 +439,7 @@ def _jobs(findings: Findings) -> Markup:
     return page.card(
         "Jobs",
         page.table(heads, rows, kinds=kinds, jobs=jobs, most=24),
-        sub="A job's number leads to its own report, once it has one; the best single job is set off.",
+        sub="A job's number links to its own report, once it has one; the best single job is highlighted.",
     )
 
 

@@ -1,4 +1,4 @@
-"""A sweep as tables: sweep.csv (every job, full precision), sweep.md (the ranking, for people), and plain text for the terminal."""
+"""A sweep as tables: sweep.csv (every job, full precision), sweep.md (the ranking, to read), and plain text for the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST = (TOKENS, "seconds", MEMORY, "signature", "attempts")
 
 
 def as_csv(findings: Findings) -> str:
-    """A row a job in the order of the jobs, numbers as metrics.jsonl has them. rank: of the job's setting."""
+    """One row per job, in their order, numbers as in metrics.jsonl. rank: of the job's setting."""
     buffer = io.StringIO()
     swept = list(dict.fromkeys(key for job in findings.result.jobs for key in job.swept))
     metric = [findings.metric] if findings.metric not in FIRST else []
@@ -35,7 +35,7 @@ def as_csv(findings: Findings) -> str:
 
 
 def text(findings: Findings) -> str:
-    """The ranking in columns for the terminal, the best one marked; then what failed, the answer, and why that may mislead."""
+    """The ranking in columns for the terminal, the best one marked; then failures, the answer, and why it may mislead."""
     lines = ranking(findings)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -98,12 +98,12 @@ def _markdown_table(lines: list[list[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """An indented block, which no text can end."""
+    """An indented block, which no text can break out of."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
 def _plain(cell: str) -> str:
-    """Text that does not break a table, nor is taken for HTML."""
+    """Text that neither breaks a table nor is read as HTML."""
     return cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 

@@ -1,4 +1,4 @@
-"""Numbers, names and durations as people read them."""
+"""Numbers, names and durations in readable form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def value(thing: Any, digits: int = 4) -> str:
 
 
 def apart(values: Iterable[Any], digits: int = 4) -> dict[Any, str]:
-    """`value` of each of `values`. Those that would read alike get more digits, or of their texts the part in which they differ."""
+    """`value` of each of `values`. Those that would look the same get more digits or, for texts, the part in which they differ."""
     texts = {one: value(one, digits) for one in values}
     count = Counter(texts.values())
     alike = [one for one, text in texts.items() if count[text] > 1]
@@ -39,7 +39,7 @@ def _whole(thing: Any) -> str:
 
 
 def _differences(texts: Sequence[str]) -> list[str]:
-    """`texts` without the words or names of directories with which all begin, and those with which all end."""
+    """`texts` without the words or directory names with which all begin, and those with which all end."""
     parts = [re.split(r"(?<=[/ ])", text) for text in texts]
     start = _alike(parts)
     rests = [one[start:] for one in parts]
@@ -48,7 +48,7 @@ def _differences(texts: Sequence[str]) -> list[str]:
 
 
 def _alike(lists: Sequence[Sequence[str]]) -> int:
-    """How many first items `lists` share."""
+    """The number of leading items that `lists` share."""
     return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
 
 
@@ -72,7 +72,7 @@ def _float(number: float, digits: int) -> str:
 
 
 def short(keys: Sequence[str]) -> dict[str, str]:
-    """Full key -> the shortest end of it that no other of `keys` has: optimizer.lr -> lr; scheduler.name stays, as `name` alone says nothing."""
+    """Full key -> the shortest end of it that no other of `keys` has: optimizer.lr -> lr; scheduler.name stays, as `name` alone says too little."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -82,18 +82,18 @@ def short(keys: Sequence[str]) -> dict[str, str]:
 
 
 def decimals(numbers: Iterable[float | None]) -> int:
-    """Decimals that tell `numbers` apart: three digits of their range; 3 where there is no range; from 2 to 6."""
+    """Decimals that distinguish `numbers`: three digits of their range; 3 if there is no range; from 2 to 6."""
     finite = [number for number in numbers if number is not None and math.isfinite(number)]
     span = max(finite) - min(finite) if finite else 0.0
     return min(6, max(2, 2 - math.floor(math.log10(span) + 1e-6))) if span > 0 else 3
 
 
 HUGE = 1e15
-"""Numbers from here on are told by their powers of ten."""
+"""Numbers from here on are written with powers of ten."""
 
 
 def fixed(number: float | None, digits: int) -> str:
-    """`number` with `digits` decimals and thousands set apart; nothing for None. A huge one, such as a diverged perplexity, as 1.23e+45."""
+    """`number` with `digits` decimals and thousands separated; empty for None. A huge one, such as a diverged perplexity, as 1.23e+45."""
     if number is None or not math.isfinite(number):
         return ""
     return f"{number:,.{digits}f}" if abs(number) < HUGE else f"{number:.3g}"
@@ -106,7 +106,7 @@ def compact(number: float) -> str:
 
 
 def unit(number: float) -> tuple[float, str]:
-    """What `compact` divides a number by, and how it says so: (1000, `k`); 999,700 is a million by then."""
+    """What `compact` divides a number by, and its suffix: (1000, `k`); 999,700 already counts as a million."""
     for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) < HUGE and float(f"{abs(number) / size:.3g}") >= 1:
             return size, name

@@ -29,11 +29,11 @@ def build_trackers(
     sampled: bool = True,
     samples: bool = False,
 ) -> Trackers:
-    """The trackers of a run, for its first rank only.
+    """The trackers of a run, only for its first rank.
 
-    resolved: the whole config, for W&B and TensorBoard's hyper-parameters. start_step: the step that a resumed run goes on from, 0 for a new
-    one; later rows are dropped. evaluated, sampled: whether that step was when it was saved; if not, it will be again, and rows of it are
-    dropped too. samples: whether there will be any."""
+    resolved: the whole config, for W&B and TensorBoard's hyper-parameters. start_step: the step that a resumed run continues from, 0 for a
+    new one; later rows are dropped. evaluated, sampled: whether that had been done at that step when it was saved; if not, it will be redone,
+    and the step's rows of that kind are dropped too. samples: whether there will be any."""
     experts = resolved["model"]["moe"] or {"router_aux_loss_coef": 0.0}
     trackers: list[Tracker] = [ConsoleTracker(total_steps, start_step, experts["router_aux_loss_coef"])]
     if config.jsonl:
@@ -52,7 +52,7 @@ def build_trackers(
 
 
 def _opened(name: str, make: Callable[[], Tracker]) -> list[Tracker]:
-    """The tracker that `make` makes; none, with a warning, where it cannot be opened: a dashboard is not worth a run."""
+    """The tracker that `make` makes; none, with a warning, if it cannot be opened: a dashboard must not fail a run."""
     try:
         return [make()]
     except RefusedError:

@@ -44,13 +44,13 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run. One that fails is left out from then on with a warning, as a dashboard is not worth a run."""
+    """All trackers of a run. One that fails is left out from then on with a warning, as a dashboard must not fail a run."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self.trackers = list(trackers)
 
     def log(self, row: Row) -> None:
-        """Hand `row` to every tracker. Raises what a required one raises."""
+        """Hand `row` to every tracker. Raises only the errors of required ones."""
         self._each(lambda tracker: tracker.log(row))
 
     def show(self, samples: list[Sample]) -> None:

@@ -1,5 +1,5 @@
-"""environment.json: what a run was made with. Environment variables are left out, because they hold secrets; where the command line or the
-diff holds one of their values, it is hidden."""
+"""environment.json: what a run was made with. Environment variables are left out, because they hold secrets; if the command line or the
+diff contains one of their values, it is hidden."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xtuner_hydra.safe_text import redact
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "safetensors", "numpy", "transformers", "tensorboard", "wandb", "matplotlib")
 DIFF_BYTES = 1 << 20
-"""A longer diff is cut here: a generated file must not swell every run directory."""
+"""A longer diff is cut here: a generated file must not bloat every run directory."""
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The command line as a person types it."""
+    """The command line as one would type it."""
     program, *arguments = argv or [""]
     module = Path(program).parent.name if Path(program).name == "__main__.py" else None
     return f"python -m {module} {shlex.join(arguments)}".rstrip() if module else shlex.join([Path(program).name, *arguments])
@@ -76,7 +76,7 @@ def _gpus() -> list[str]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where it is missing, fails or hangs."""
+    """The output of a command; None if it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

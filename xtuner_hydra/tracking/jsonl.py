@@ -1,4 +1,4 @@
-"""metrics.jsonl, and samples.jsonl beside it: one JSON object a line, flushed as it comes. The truth that every other view is made from."""
+"""metrics.jsonl, and samples.jsonl beside it: one JSON object per line, flushed at once. Every other view is made from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("xtuner_hydra")
 
 
 class _Lines:
-    """A file that grows by a line at a time; a resumed run goes on after `start_step`. finished: whether what follows that step has been done."""
+    """A file that grows by a line at a time; a resumed run continues after `start_step`. finished: whether what follows that step has been done."""
 
     required = True
 
@@ -26,12 +26,12 @@ class _Lines:
         self.file = path.open("a", encoding="utf-8")
 
     def append(self, value: dict[str, Any]) -> None:
-        """Append `value`. Raises TrainingError where the disk does not take it."""
+        """Append `value`. Raises TrainingError if it cannot be written."""
         try:
             self.file.write(json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n")
             self.file.flush()
         except OSError as error:
-            raise TrainingError(f"{self.file.name}: {error.strerror}; a run without its metrics is of no use, so it stops") from None
+            raise TrainingError(f"{self.file.name}: {error.strerror}; metrics cannot be written; stopping") from None
 
     def finish(self, state: str, exit_code: int) -> None:
         """Close the file."""
@@ -46,23 +46,23 @@ class JsonlTracker(_Lines):
         self.append(row)
 
     def show(self, samples: list[Sample]) -> None:
-        """Samples have a file of their own."""
+        """Nothing: samples have their own file."""
 
 
 class SampleTracker(_Lines):
     """Appends samples."""
 
     def log(self, row: Row) -> None:
-        """Rows have a file of their own."""
+        """Nothing: rows have their own file."""
 
     def show(self, samples: list[Sample]) -> None:
-        """Append every one."""
+        """Append every sample."""
         for sample in samples:
             self.append(sample)
 
 
 def read(path: Path) -> list[Any]:
-    """The rows of a metrics.jsonl, or samples of a samples.jsonl; none where there is no such file. A last line that a crash cut short is
+    """The rows of a metrics.jsonl, or samples of a samples.jsonl; none if there is no such file. A last line that a crash cut short is
     left out."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -80,7 +80,7 @@ class Tail:
         self.inode: int | None = None
 
     def read(self) -> list[Row]:
-        """The rows that have been added since the last call; all of them where a resumed run has put a shorter file in the place of the old one."""
+        """The rows added since the last call; all of them if a resumed run has replaced the file by a shorter one."""
         try:
             with self.path.open("rb") as file:
                 if self.inode != (inode := os.fstat(file.fileno()).st_ino):
@@ -91,7 +91,7 @@ class Tail:
             return []
         self.offset += len(whole) + bool(whole)
         rows = (_row(line + b"\n") for line in whole.split(b"\n"))
-        return [row for row in rows if row is not None]  # a job that is resumed warns of damaged ones and leaves them out
+        return [row for row in rows if row is not None]  # a resumed job warns of damaged ones and leaves them out
 
 
 def _undamaged(path: Path) -> Iterator[Row]:
@@ -104,7 +104,7 @@ def _undamaged(path: Path) -> Iterator[Row]:
 
 
 def _row(line: bytes) -> Row | None:
-    """The row that a line holds; None for one that is damaged or cut short."""
+    """The row in a line; None for a line that is damaged or cut short."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -113,8 +113,8 @@ def _row(line: bytes) -> Row | None:
 
 
 def truncate_after(path: Path, step: int, *, finished: bool = True) -> None:
-    """Drop the rows after `step`, which a resumed run will write again, and a line cut short; where the step is not `finished`, what follows its
-    own row too: its evaluation or samples. Damaged lines, as a loss of power leaves them, are left out with a warning. Atomic."""
+    """Drop the rows after `step`, which a resumed run will write again, and a line cut short; if the step is not `finished`, also what follows its
+    own row: its evaluation or samples. Damaged lines, as after a power failure, are left out with a warning. Atomic."""
 
     def stays(row: Row) -> bool:
         place = row["train/step"] or 0

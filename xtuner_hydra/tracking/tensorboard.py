@@ -14,8 +14,8 @@ from xtuner_hydra.tracking.base import Row, Sample
 
 COMPARED = ("model", "data", "optimizer", "scheduler", "trainer", "parallelism")
 """Groups whose values are hyper-parameters."""
-METRICS = ("eval/loss", "train/loss", "throughput/e2e_tgs")
-"""What runs are compared by: the last values of these scalars."""
+HPARAM_METRICS = ("eval/loss", "train/loss", "throughput/e2e_tgs")
+"""The scalars whose last values the HParams tab compares."""
 
 
 class TensorBoardTracker:
@@ -26,7 +26,7 @@ class TensorBoardTracker:
     def __init__(self, directory: Path, start_step: int, resolved: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard hides what an earlier process wrote after the step that this one goes on from
+        # TensorBoard hides what an earlier process wrote after the step that this one continues from
         self.writer = SummaryWriter(directory, purge_step=start_step + 1 if directory.exists() else None)
         self._write("experiment", experiment=_experiment())
         self._write("session_start_info", session_start_info=_session_start(resolved))
@@ -44,7 +44,7 @@ class TensorBoardTracker:
             self.writer.add_text(f"samples/{number}", text, sample["train/step"])
 
     def finish(self, state: str, exit_code: int) -> None:
-        """Flush and close. Only a completed run says how it ended: TensorBoard keeps what it reads first, and a failed one may be resumed."""
+        """Flush and close. Only a completed run records its end: TensorBoard keeps the first record it reads, and a failed run may be resumed."""
         if state == "completed":
             from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
@@ -63,7 +63,7 @@ class TensorBoardTracker:
 
 
 def hyperparameters() -> dict[str, type]:
-    """Every key of the COMPARED groups by its kind: float (also for whole numbers), bool, or str (also for paths and lists)."""
+    """Every key of the COMPARED groups by its type: float (also for whole numbers), bool, or str (also for paths and lists)."""
     return dict(_kinds())
 
 
@@ -73,7 +73,7 @@ def _kinds() -> Iterator[tuple[str, type]]:
         hints = get_type_hints(groups[group])
         for field in fields(groups[group]):
             hint = hints[field.name]
-            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)  # of `int | None` both
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)  # both of `int | None`
             yield f"{group}.{field.name}", bool if bool in kinds else float if {int, float} & set(kinds) else str
 
 
@@ -84,7 +84,7 @@ def _experiment() -> Any:
     types = {float: api_pb2.DATA_TYPE_FLOAT64, bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
     return api_pb2.Experiment(
         hparam_infos=[api_pb2.HParamInfo(name=name, type=types[kind]) for name, kind in hyperparameters().items()],
-        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=name)) for name in METRICS],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=name)) for name in HPARAM_METRICS],
     )
 
 

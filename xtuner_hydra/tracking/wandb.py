@@ -1,10 +1,10 @@
 """Weights & Biases. Online only with an API key, else offline; the step is `train/step`; finished with the run's exit code.
 
 What a W&B run holds besides the rows of metrics:
-    samples   a table of prompts and answers in the history, at each evaluation, where trainer.sample_prompts asks for it
-    config    the resolved config, nested; `overrides` as typed (`overrides.optimizer.lr`), `options` chosen of each group, `run_dir`, `code`
+    samples   a table of prompts and answers in the history, at each evaluation, if trainer.sample_prompts is set
+    config    the resolved config, nested; `overrides` as typed (`overrides.optimizer.lr`), `options` chosen in each group, `run_dir`, `code`
     summary   the last value of every metric; `eval/best_loss` with `eval/best_step`, `throughput/best_tgs`; `state`
-    artifacts export and checkpoint of a completed run, where tracking.wandb.artifacts asks for them"""
+    artifacts export and checkpoint of a completed run, if tracking.wandb.artifacts asks for them"""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("xtuner_hydra")
 
 ONLINE_SECONDS = 30
-"""How long to wait for the server before the run goes on offline."""
+"""How long to wait for the server before the run continues offline."""
 
-_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's service, by its name since wandb 0.31 and by the one before
-_TAGGED = ("model", "data", "experiment", "debug")  # groups whose options tell runs apart at a glance
-_TIME = re.compile(r"\d\d-\d\d-\d\d(-\d+)?_")  # how the name of a run directory begins
+_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's service, by its name since wandb 0.31 and by the earlier one
+_TAGGED = ("model", "data", "experiment", "debug")  # groups whose options distinguish runs at a glance
+_TIME = re.compile(r"\d\d-\d\d-\d\d(-\d+)?_")  # the start of a run directory's name
 
 
 class WandbTracker:
     """One W&B run under run_dir/wandb. Its id is kept there, so that a resumed run continues the same one.
 
-    A W&B agent names the run and its project in the environment (WANDB_SWEEP_ID, WANDB_RUN_ID), and these are kept to."""
+    A W&B agent names the run and its project in the environment (WANDB_SWEEP_ID, WANDB_RUN_ID), and these are used."""
 
     required = False
 
@@ -71,14 +71,14 @@ class WandbTracker:
             "reinit": "finish_previous",
         }
         before = [row for row in jsonl.read(run_dir / "metrics.jsonl") if (row["train/step"] or 0) <= start_step]
-        # rows wait for their turn behind training: to find out that the server is not there takes ONLINE_SECONDS
+        # rows are sent in the background: finding out that the server cannot be reached takes ONLINE_SECONDS
         self._thread, self._waiting = ThreadPoolExecutor(1, "wandb"), deque[Future[None]]()
         self._opened = self._thread.submit(self._open, resolve_mode(config), arguments, before)
-        if config.mode == "online":  # a run that insists on the server does not start without it
+        if config.mode == "online":  # a run that requires the server does not start without it
             self._opened.result()
 
     def _open(self, mode: Literal["online", "offline"], arguments: dict[str, Any], before: list[Row]) -> Run:
-        """Start the W&B run. Takes a second or two: the first steps are computed meanwhile."""
+        """Start the W&B run. Takes a second or two, during which the first steps are computed."""
         import wandb
 
         # git, code: W&B would take the diff, the remote's address and the program as they are; environment.json has them redacted
@@ -92,9 +92,9 @@ class WandbTracker:
                 log.warning(
                     f"W&B cannot be reached ({error}); writing an offline run, `xtuner-hydra wandb sync {self.run_dir}` uploads it later"
                 )
-                wandb.teardown()  # W&B's service still holds the run id of the attempt, and would refuse it
+                wandb.teardown()  # W&B's service still holds the run id of the attempt, and would reject it
                 run = wandb.init(mode="offline", settings=settings, **arguments)
-        self.known_step = int(run.summary.get("_step") or 0)  # the server's; a run that is new or offline starts from none
+        self.known_step = int(run.summary.get("_step") or 0)  # the server's; 0 for a run that is new or offline
         run.define_metric("train/step")
         run.define_metric("*", step_metric="train/step")
         self._continue_from(run, before)
@@ -103,18 +103,18 @@ class WandbTracker:
 
     @property
     def run(self) -> Run:
-        """W&B's own object, once it is there. Raises what opening it raised."""
+        """W&B's own object, once it is open. Raises what opening it raised."""
         return self._opened.result()
 
     def log(self, row: Row) -> None:
-        """Send the row, behind training. A step and its evaluation are one row of W&B's history, numbered by `train/step`. Raises what an earlier
+        """Send the row in the background. A step and its evaluation are one row of W&B's history, numbered by `train/step`. Raises what an earlier
         row did.
 
-        A resumed run repeats the steps after its checkpoint. W&B takes none twice, so those it has already go into the summary alone."""
+        A resumed run repeats the steps after its checkpoint. W&B accepts no step twice, so those it has already only update the summary."""
         self._later(self._log, row)
 
     def show(self, samples: list[Sample]) -> None:
-        """Log the answers as the table `samples`, in the step's row of the history. A resumed run's repeated steps have theirs already."""
+        """Log the answers as the table `samples`, in the step's row of the history. Steps that a resumed run repeats have theirs already."""
         self._later(self._show, samples)
 
     def finish(self, state: str, exit_code: int) -> None:
@@ -151,7 +151,7 @@ class WandbTracker:
             run.log({"train/step": step, "samples": table}, step=step)
 
     def _continue_from(self, run: Run, rows: list[Row]) -> None:
-        """A resumed run goes on from the summary that its earlier part had reached."""
+        """Continue a resumed run from the summary of its earlier part."""
         last: Row = {}
         for row in rows:
             self.summary.improve(row)
@@ -160,7 +160,7 @@ class WandbTracker:
             run.summary.update({**last, **self.summary.best})
 
     def _upload(self) -> None:
-        """Log export and checkpoint as artifacts. One that cannot be logged costs a warning, not the run."""
+        """Log export and checkpoint as artifacts. One that cannot be logged causes a warning and does not fail the run."""
         import wandb
 
         wanted = {"none": (), "all": ("export", "checkpoint")}.get(self.config.artifacts, (self.config.artifacts,))
@@ -191,11 +191,11 @@ class Summary:
         self.last: Row = {}
 
     def improve(self, row: Row) -> Row:
-        """Take a row; the best values that it changes."""
+        """Take a row; returns the best values that it changes."""
         self.last |= row
         better: Row = {}
         loss, tgs, best = row.get("eval/loss"), row.get("throughput/tgs"), self.best.get("eval/best_loss")
-        if loss is not None and loss < (math.inf if best is None else best):  # a NaN is below nothing
+        if loss is not None and loss < (math.inf if best is None else best):  # a NaN is never below
             better |= {"eval/best_loss": loss, "eval/best_step": row["train/step"]}
         if tgs is not None and tgs > (self.best.get("throughput/best_tgs") or 0):
             better["throughput/best_tgs"] = tgs
@@ -204,7 +204,7 @@ class Summary:
 
 
 def resolve_mode(config: WandbConfig) -> Literal["online", "offline"]:
-    """`online` or `offline`. Raises ConfigError for an online run without an API key, rather than ask for one."""
+    """`online` or `offline`. Raises ConfigError for an online run without an API key instead of asking for one."""
     if config.mode == "online" and not has_api_key():
         raise ConfigError("tracking.wandb.mode", "online", "there is no API key; set WANDB_API_KEY, run `wandb login`, or use offline")
     if config.mode == "auto":
@@ -213,7 +213,7 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline"]:
 
 
 def has_api_key() -> bool:
-    """True where W&B would find a key without asking: in the environment, or in netrc for its host."""
+    """True if W&B would find a key without asking: in the environment, or in netrc for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     own = os.environ.get("WANDB_BASE_URL")
@@ -244,7 +244,7 @@ def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def _redacted_command() -> Iterator[None]:
-    """W&B keeps the command line as it finds it in sys.argv."""
+    """W&B stores the command line as it finds it in sys.argv."""
     before = sys.argv
     sys.argv = [redact(word) for word in before]
     try:
@@ -254,7 +254,7 @@ def _redacted_command() -> Iterator[None]:
 
 
 def _origin(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    """How the run came about, for W&B's config. It stands beside the config's own groups, none of which has such a name."""
+    """How the run came about, for W&B's config. It is stored beside the config's own groups, none of which has such a name."""
     environment = _environment(run_dir)
     git = environment.get("git") or {}
     return {
@@ -268,7 +268,7 @@ def _origin(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
 def _tags(own: Sequence[str], run_dir: Path) -> list[str]:
     options = _options(_environment(run_dir))
     tags = [*own, *(options[group] for group in _TAGGED if group in options), *(["sweep"] if _sweep_of(run_dir) else [])]
-    return [tag[:64] for tag in dict.fromkeys(tags)]  # W&B takes no longer ones
+    return [tag[:64] for tag in dict.fromkeys(tags)]  # W&B accepts no longer ones
 
 
 def _options(environment: dict[str, Any]) -> dict[str, str]:
@@ -283,13 +283,13 @@ def _environment(run_dir: Path) -> dict[str, Any]:
 
 
 def _sweep_of(run_dir: Path) -> Path | None:
-    """The sweep's directory where this run is a job of one."""
+    """The sweep's directory if this run is a job of one."""
     return run_dir.parent if (run_dir.parent / "sweep.json").exists() else None
 
 
 def _is_kept(run_dir: Path, summary: Summary) -> bool:
-    """Whether a job's files stay, as its sweep.json says: with `best` those of the best among the jobs that have completed. A run of its own
-    always does."""
+    """Whether a job's files are kept, as its sweep.json says: with `best` those of the best completed job. Those of a standalone run always
+    are."""
     directory = _sweep_of(run_dir)
     if directory is None:
         return True
@@ -305,7 +305,7 @@ def _is_kept(run_dir: Path, summary: Summary) -> bool:
 
 
 def _others(sweep_dir: Path, run_dir: Path, metric: str) -> Iterator[float]:
-    """What the other jobs of a sweep that have completed came to."""
+    """The final `metric` of the other completed jobs of a sweep."""
     for path in sweep_dir.glob("*/status.json"):
         try:
             status = json.loads(path.read_text(encoding="utf-8"))
@@ -317,13 +317,13 @@ def _others(sweep_dir: Path, run_dir: Path, metric: str) -> Iterator[float]:
 
 
 def _best_directory(parent: Path, best_step: float | int | None) -> Path | None:
-    """The committed step-N with the lowest evaluation loss if it still stands, else the newest."""
+    """The committed step-N with the lowest evaluation loss if it still exists, else the newest."""
     steps = {int(path.parent.name.removeprefix("step-")): path.parent for path in parent.glob("step-*/manifest.json")}
     return steps.get(int(best_step)) if best_step in steps else steps[max(steps)] if steps else None
 
 
 def _is_id(text: str) -> bool:
-    """W&B makes it part of the name of a directory."""
+    """W&B uses it in the name of a directory."""
     return re.fullmatch(r"[\w.-]{1,128}", text) is not None and is_plain(text)
 
 
@@ -331,11 +331,11 @@ def _run_id(path: Path) -> tuple[str, bool]:
     """(id of the W&B run, whether this run directory has had it before): an agent's, else the one kept in `path`, else a new one, kept there."""
     kept = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     if kept is not None and not _is_id(kept):  # a loss of power leaves such files
-        log.warning(f"{path} holds no id of a W&B run; this run goes on under a new one")
+        log.warning(f"{path} holds no W&B run id; this run continues under a new one")
         kept = None
     wanted = os.environ.get("WANDB_RUN_ID") or kept or uuid.uuid4().hex[:12]
     if not _is_id(wanted):
-        raise RefusedError(f"WANDB_RUN_ID={wanted!r} is no id of a W&B run")
+        raise RefusedError(f"WANDB_RUN_ID={wanted!r} is not a valid W&B run id")
     if wanted != kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, wanted)

@@ -63,7 +63,7 @@ def products_that_run(model, rows):
 def test_products_with_weights_are_those_that_run(case, freeze, supervised):
     config, model, trained = model_of(CASES[case], FREEZES[freeze])
     flops = training_flops(config, trained)
-    without_pairs = flops.of([1] * TOKENS, supervised) - TOKENS * flops.a_pair
+    without_pairs = flops.of([1] * TOKENS, supervised) - TOKENS * flops.per_pair
     assert products_that_run(model, torch.arange(3, supervised + 3)) == without_pairs
 
 
@@ -75,9 +75,9 @@ def test_pairs_in_attention_are_those_of_the_mask(window):
     distances = [torch.arange(length)[:, None] - torch.arange(length) for length in lengths]
     pairs = sum(int(((distance >= 0) & (distance < (window or 1000))).sum()) for distance in distances)
     flops = training_flops(config, trained)
-    assert flops.of(lengths, 0) - 20 * flops.a_token == 3 * 4 * 3 * 60 * pairs
+    assert flops.of(lengths, 0) - 20 * flops.per_token == 3 * 4 * 3 * 60 * pairs
 
 
 def test_attention_has_no_backward_pass_where_nothing_before_it_is_trained():
     config, _, trained = model_of({}, FREEZES["all but the last MLP"])
-    assert training_flops(config, trained).a_pair == 4 * 3 * 60
+    assert training_flops(config, trained).per_pair == 4 * 3 * 60

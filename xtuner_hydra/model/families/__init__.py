@@ -1,4 +1,4 @@
-"""The families of models that the decoder is: which config.json each writes, and what each asks of the decoder.
+"""The families of models that the decoder implements: the config.json of each, and what it requires of the decoder.
 
 A family is one file here with a FAMILY in it, listed below. Everything that families share is in `family.py`; reading weights is
 `model/pretrained.py`'s."""
@@ -20,7 +20,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family that `model` names. Raises ConfigError for one that is not here, or that cannot be what the config says."""
+    """The family that `model` names. Raises ConfigError for one that is not here, or that contradicts the config."""
     if model.family not in FAMILIES:
         raise ConfigError("model.family", model.family, f"there is no such family; there are {', '.join(FAMILIES)}")
     family = FAMILIES[model.family]
@@ -29,9 +29,9 @@ def family_of(model: ModelConfig) -> Family:
 
 
 def read_hf_config(directory: Path | str) -> dict[str, Any]:
-    """Values for ModelConfig's fields (`family` and every shape) from `directory`/config.json, in its old and new spellings.
+    """Values for ModelConfig's fields (`family` and every shape) from `directory`/config.json, in its old or new spelling.
 
-    Raises ConfigError for a directory without one, and by name for a model or a feature that this decoder does not have."""
+    Raises ConfigError for a directory without one, and names any model type or feature that this decoder lacks."""
     config = HFConfig.read(Path(directory))
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

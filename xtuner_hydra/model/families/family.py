@@ -1,7 +1,7 @@
 """What families have in common: config.json read into ModelConfig's fields and written back, nothing taken on trust.
 
-A config.json that asks for something the decoder does not do is refused by name: a model that loads must give the numbers it was trained
-to give. What transformers' class of the family ignores in a config.json (`pretraining_tp`, ...) is ignored here too."""
+A config.json that asks for something the decoder does not do is rejected by name: a model that loads must give the numbers it was trained
+to give. Keys that transformers' class of the family ignores (`pretraining_tp`, ...) are ignored here too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Piece = tuple[str, tuple[int | slice, ...]]
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """The usual case: our modules carry Hugging Face's names, and a parameter is a tensor."""
+    """The usual case: our modules have Hugging Face's names, and a parameter is one tensor."""
     yield name, ()
 
 
@@ -52,7 +52,7 @@ class HFConfig:
         return cls(directory, read_json(directory, "config.json"))
 
     def error(self, what: str) -> ConfigError:
-        """`config.json`'s fault, as an exception to raise."""
+        """A fault in config.json, as an exception to raise."""
         return ConfigError(KEY, self.directory, f"config.json: {what}")
 
     def unsupported(self, what: str) -> ConfigError:
@@ -73,14 +73,14 @@ class HFConfig:
         return float(self._number(name, default, float))
 
     def switch(self, name: str) -> bool:
-        """true or false; false where there is none."""
+        """true or false; false if it is absent."""
         value = self.get(name, False)
         if not isinstance(value, bool):
             raise self.error(f"{name}={value!r} is neither true nor false")
         return value
 
     def names(self, name: str) -> list[str]:
-        """A list of words; empty where there is none."""
+        """A list of words; empty if it is absent."""
         value = self.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise self.error(f"{name}={value!r} is not a list of words")
@@ -107,22 +107,22 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """What is particular about a family. `name` is config.json's model_type, `architecture` transformers' class."""
+    """What is specific to a family. `name` is config.json's model_type, `architecture` transformers' class."""
 
     name: str
     architecture: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Switches of ModelConfig that all its models have so; those that its config.json decides are in `open`, the others off."""
+    """Switches of ModelConfig with one value for all its models; those that its config.json decides are in `open`, the others are off."""
     open: Mapping[str, Callable[[HFConfig], Any]] = field(default_factory=dict)
     """Switches that config.json decides, and how each is read from it."""
     refused: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json that this decoder can follow at one value only."""
+    """Keys of config.json for which this decoder supports only one value."""
     head_dim: int | None = None
-    """Width of a head where config.json gives none; None: hidden_size / num_attention_heads."""
+    """Width of a head if config.json gives none; None: hidden_size / num_attention_heads."""
     key_value_heads: int | None = None
-    """Key-value heads where config.json does not name them; None: as many as query heads."""
+    """Key-value heads if config.json does not give them; None: as many as query heads."""
     write_switches: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
-    """What config.json needs beside the common keys."""
+    """The keys of config.json beyond the common ones."""
     pieces: Callable[[str, tuple[int, ...]], Iterator[Piece]] = whole
     """(name of a parameter, its shape) -> the tensors in the files that it is made of."""
 
@@ -168,7 +168,7 @@ class Family:
         }
 
     def check(self, model: ModelConfig) -> None:
-        """ConfigError where a switch of `model` is not what models of this family have."""
+        """ConfigError if a switch of `model` differs from this family's."""
         for name, value in (dict(_SWITCHES) | dict(self.fixed)).items():
             found = getattr(model, name)
             if name not in self.open and found != value:
@@ -196,7 +196,7 @@ class Family:
 
 
 def _read_rope(config: HFConfig) -> dict[str, Any]:
-    """rope_theta and rope_scaling, wherever this version of transformers put them."""
+    """rope_theta and rope_scaling, wherever transformers' version put them."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise config.error(f"rope_scaling={rope!r} is not an object")
@@ -233,7 +233,7 @@ def biased(config: HFConfig) -> bool:
 
 
 def window(config: HFConfig) -> int | None:
-    """Qwen's `sliding_window`: only where `use_sliding_window` is on, and only if every layer has it."""
+    """Qwen's `sliding_window`: only if `use_sliding_window` is on, and only if every layer has it."""
     layers, used = config.size("num_hidden_layers"), config.switch("use_sliding_window")
     first = config.get("max_window_layers", 28)
     if not isinstance(first, int):
@@ -252,7 +252,7 @@ def window(config: HFConfig) -> int | None:
 
 
 def window_size(config: HFConfig) -> int | None:
-    """`sliding_window` of a model that uses it: null is none, and left out it is 4,096."""
+    """`sliding_window` of a model that uses it: null means none, and if absent it is 4,096."""
     return config.size("sliding_window", 4096) if config.values.get("sliding_window", 4096) is not None else None
 
 

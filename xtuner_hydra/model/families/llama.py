@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and what is built like them (SmolLM2): nothing but the decoder; biases and rotary scaling where config.json says so."""
+"""Llama 2, 3, 3.1, 3.2 and models built like them (SmolLM2): the plain decoder; biases and rotary scaling if config.json says so."""
 
 from xtuner_hydra.model.families.family import Family, biased
 

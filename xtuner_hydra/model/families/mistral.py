@@ -4,7 +4,7 @@ from xtuner_hydra.model.families.family import Family, HFConfig, window_size
 
 
 def _window(config: HFConfig) -> int | None:
-    """Absent is not null: transformers then takes 4096. With layer_types it takes the model for a Ministral, whose full layers have no window."""
+    """Absent is not null: transformers then uses 4096. With layer_types it treats the model as a Ministral, whose full layers have no window."""
     kinds = set(config.names("layer_types"))
     if len(kinds) > 1:
         raise config.unsupported(f"a mixture of attentions over the layers (layer_types {', '.join(sorted(kinds))})")

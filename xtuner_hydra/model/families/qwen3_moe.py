@@ -42,7 +42,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 
 
 def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """experts.gate_up_proj (experts, 2 x inner, hidden) holds of every expert the gate, then the up projection; experts.down_proj the rest."""
+    """experts.gate_up_proj (experts, 2 x inner, hidden) holds every expert's gate projection, then its up projection; experts.down_proj the rest."""
     prefix, dot, tail = name.rpartition(".experts.")
     if not dot:
         yield from whole(name, shape)
