@@ -230,7 +230,7 @@ def test_what_changed_on_the_way_is_told_and_a_rerun_says_that_it_is_not_repeate
     done = whole(*JOB, *longer)
     assert done.code == 0, done.text
     changes = [
-        "optimizer.lr was 0.001 until step-6, and is 0.002 from there on",
+        "optimizer.lr was 6e-05 until step-6, and is 0.002 from there on",
         "the end was step 6 until step-6, and is step 7 from there on",
     ]
     assert f"checkpoint.resume: {changes[0]}" in done.text

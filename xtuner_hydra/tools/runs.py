@@ -154,7 +154,7 @@ def _short(override: str) -> str:
     """`lr=6e-5` for `optimizer.lr=6e-5`, and a path by its last part; the whole key where another ends alike."""
     key, value = split_override(override)
     tail = key.rpartition(".")[2]
-    return f"{tail if _TAILS[tail] == 1 else key}={os.path.basename(value.rstrip('/')) if '/' in value else value}"
+    return f"{tail if _TAILS[tail] == 1 else key}={os.path.basename(value.rstrip('/')) if '/' in value and value[0] not in '[{' else value}"
 
 
 _TAILS = Counter(key.rpartition(".")[2] for key in known_keys())
