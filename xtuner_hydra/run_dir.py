@@ -151,7 +151,9 @@ def read_config(directory: Path) -> Config:
 
 def read_overrides(directory: Path) -> list[str]:
     """What the user typed to start the run."""
-    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")  # splitlines also splits at line breaks that JSON does not escape
+    lines = (
+        (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")
+    )  # splitlines also splits at line breaks that JSON does not escape
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 

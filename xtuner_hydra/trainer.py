@@ -108,9 +108,7 @@ class Trainer:
                 f"the run continues to step {now}, its schedule was made for {before}: the learning rate stays at its final value, {rate:.3g}"
             )
         elif now < before:
-            log.warning(
-                f"the run now ends at step {now}, its schedule was made for {before}: the learning rate decays sooner"
-            )
+            log.warning(f"the run now ends at step {now}, its schedule was made for {before}: the learning rate decays sooner")
             self.state.schedule_steps = now
 
     def fit(self) -> Row:

@@ -35,9 +35,7 @@ def choose_compile(config: Config, device: str, world_size: int, total_tokens: i
         return Choice(False, "off (parallelism.compile=false)")
     lacking = _lacking() if device == "cpu" else None
     if wish == "true" and lacking:
-        raise ConfigError(
-            "parallelism.compile", wish, f"there is no {lacking}; install it (apt install g++ python3-dev), or use auto"
-        )
+        raise ConfigError("parallelism.compile", wish, f"there is no {lacking}; install it (apt install g++ python3-dev), or use auto")
     devices = 1 if device == "cpu" else world_size  # ranks on a CPU share its cores
     saved = SAVED[device] * _elements(config.model) * total_tokens / devices
     estimate = f"it would save about {saved:.0f} s of this run and cost up to {COST:.0f} s at its start"

@@ -272,7 +272,9 @@ class Driver:
                 else f"exited with code {code}"
             )
             error = (
-                f"the job was {cause}" if code < 0 else f"the job {cause} without an error message; see {followed.directory / 'logs' / 'console.log'}"
+                f"the job was {cause}"
+                if code < 0
+                else f"the job {cause} without an error message; see {followed.directory / 'logs' / 'console.log'}"
             )
             run_dir.write_status(followed.directory, "failed", **fields, exit_code=EXIT_FAILED, error=error)
         elif followed.hopeless and status.get("state") == "interrupted":
