@@ -197,7 +197,7 @@ def test_another_trajectory_is_accepted_where_it_is_named(whole):
     assert "data.shuffle: True -> False" in refused.err
     done = whole(*JOB, *change, "checkpoint.allow_change=[data]")
     assert done.code == 0, done.text
-    assert "checkpoint.allow_change: data.shuffle was True until step-4, and is False from there" in done.text
+    assert "checkpoint.allow_change: data.shuffle was True until step-4, and is False from there on" in done.text
     assert [row["train/step"] for row in read_rows(whole.directory / "changed")] == [5, 6]
 
 
