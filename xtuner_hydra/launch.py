@@ -101,9 +101,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     data = prepare_data(config, tokenizer, progress=progress)
     refuse_ids_without_a_row((data.train, data.eval), config.model.vocab_size, tokenizer)
     if config.parallelism.compile == "true" and not elsewhere:
-        choose_compile(
-            config, device_type(config.trainer.device), ranks, data.plan.expected_tokens
-        )  # rejects the run if there is no compiler
+        choose_compile(config, device_type(config.trainer.device), ranks, data.plan.expected_tokens)  # rejects a run without a compiler
     if checkpoint is not None:
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)

@@ -143,9 +143,7 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
     else:
         rank, code = min(codes.items())
         text, details = f"rank {rank} exited with code {code}", ""
-    text = (
-        f"rank {rank}: {text}" if details and not text.startswith("rank ") else text
-    )  # an error without a traceback says enough by itself
+    text = f"rank {rank}: {text}" if details and not text.startswith("rank ") else text  # a message without a traceback is complete
     print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
     is_crash = bool(struck or details or not causes)  # an expected error has no traceback

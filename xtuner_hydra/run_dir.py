@@ -112,7 +112,7 @@ def _running_here(directory: Path) -> dict[str, Any] | None:
     """The other process on this host that trains in `directory`, by its status; None if there is none."""
     status = read_status(directory)
     process = status.get("process") or {}
-    is_copy = status.get("directory", str(directory.resolve())) != str(directory.resolve())  # of a run that continues in its own place
+    is_copy = status.get("directory", str(directory.resolve())) != str(directory.resolve())  # of a run that continues in its original place
     if status.get("state") != "running" or process.get("host") != socket.gethostname() or process.get("pid") == os.getpid() or is_copy:
         return None
     return process if is_alive(process, directory) else None
@@ -187,9 +187,7 @@ def read_config(directory: Path) -> Config:
 
 def read_overrides(directory: Path) -> list[str]:
     """What the user typed to start the run."""
-    lines = (
-        (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")
-    )  # splitlines also splits at line breaks that JSON does not escape
+    lines = (directory / "overrides.yaml").read_text(encoding="utf-8").split("\n")  # splitlines splits at more breaks than JSON escapes
     return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 

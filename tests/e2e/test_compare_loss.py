@@ -75,7 +75,7 @@ def test_another_rate_is_found_after_the_first_update(compare):
 def test_other_data_is_found(compare):
     done = compare("--reference", "trainer.seed=2", *FLOAT32)
     assert done.code == 1, done.text
-    assert "NOT neutral: step 1 has other tokens or labels" in done.out
+    assert "NOT neutral: step 1 has different tokens or labels" in done.out
 
 
 def test_no_verdict_without_the_other_package(compare, tmp_path):

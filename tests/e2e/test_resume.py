@@ -50,7 +50,7 @@ def test_a_half_written_checkpoint_is_passed_over(whole):
     shard.write_bytes(shard.read_bytes()[:-1])
     done = whole(*JOB, "hydra.run.dir=damaged", "checkpoint.resume=auto")
     assert done.code == 0, done.text
-    assert "step-4 is passed over: rank-0.safetensors has " in done.text
+    assert "step-4 is skipped: rank-0.safetensors has " in done.text
     assert "step 2/6" in done.out
     assert_same(run, whole.directory / "whole", 6)
 
@@ -67,7 +67,7 @@ def test_a_new_directory_has_a_checkpoint_of_its_own_from_the_start(whole):
     one = ("hydra.run.dir=apart", "checkpoint.interval=-1", "trainer.max_seconds=0.1")
     done = whole(*JOB, "checkpoint.resume=whole/checkpoints/step-4", *one)
     assert done.code == 75, done.text
-    assert "go on with checkpoint.resume=auto" in done.text
+    assert "continue with checkpoint.resume=auto" in done.text
     assert [path.name for path in (whole.directory / "apart" / "checkpoints").iterdir()] == ["step-4"]
     done = whole(*JOB, "hydra.run.dir=apart", "checkpoint.resume=auto")
     assert done.code == 0, done.text
@@ -121,7 +121,7 @@ def test_a_longer_run_goes_on_at_the_last_learning_rate_and_says_so(whole):
     shutil.copytree(whole.directory / "whole", run)
     done = whole(*JOB, "trainer.total_steps=8", "hydra.run.dir=longer", "checkpoint.resume=auto")
     assert done.code == 0, done.text
-    assert "the run goes on to step 8, its schedule was made for 6: the learning rate stays at its end, 1e-06" in done.text
+    assert "the run continues to step 8, its schedule was made for 6: the learning rate stays at its final value, 1e-06" in done.text
     assert trajectory(run)[:6] == trajectory(whole.directory / "whole")
     assert [row["train/lr"] for row in read_rows(run)][6:] == [1e-6, 1e-6]
 
@@ -218,7 +218,7 @@ def test_changes_that_leave_the_trajectory_alone_pass(whole):
 def test_another_trajectory_is_refused(whole, change):
     done = whole(*JOB, change, "hydra.run.dir=other", "checkpoint.resume=whole")
     assert done.code == 2, done.text
-    assert "belongs to a run with another" in done.err
+    assert "belongs to a run with different settings" in done.err
     assert not (whole.directory / "other").exists()
 
 

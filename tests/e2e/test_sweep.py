@@ -196,10 +196,10 @@ def test_a_sweep_is_resumed_from_anywhere_but_not_on_other_data(tmp_path):
     planned = cli("plan", "sweep.resume=../sweep")
     assert (planned.code, planned.out.count("done")) == (0, 1), planned.text
     done = cli("sweep.resume=../sweep")
-    assert (done.code, "job 1 (optimizer.lr=1e+30): started" in done.out, "go on with: " in done.out) == (1, True, True), done.text
+    assert (done.code, "job 1 (optimizer.lr=1e+30): started" in done.out, "continue with: " in done.out) == (1, True, True), done.text
     (tmp_path / "chats.jsonl").write_text("".join(chats[20:40]))
     refused = cli("sweep.resume=../sweep")
-    assert (refused.code, "not what the sweep was started with" in refused.err) == (2, True), refused.text
+    assert (refused.code, "have changed since the sweep was started" in refused.err) == (2, True), refused.text
 
 
 def test_submitit_runs_the_jobs_on_this_machine(tmp_path):

@@ -230,7 +230,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_refused_by_its_step(j
     assert "step-4 is not a whole checkpoint" in capsys.readouterr().err
     assert main(["export", "run", "--to", "new"]) == 0
     assert "exported step 2" in capsys.readouterr().out
-    assert "step-4 is passed over: " in caplog.text
+    assert "step-4 is skipped: " in caplog.text
 
 
 def test_an_export_follows_an_evaluation_also_where_no_checkpoint_is_saved_between(job):

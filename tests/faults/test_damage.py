@@ -64,10 +64,10 @@ def half_write(checkpoint, other):
     ("hurt", "words"),
     [
         (truncate, "rank-1.safetensors has "),
-        (flip, "rank-0.safetensors has another content"),
+        (flip, "rank-0.safetensors differs from what was saved"),
         (forget, "rng-1.json is missing"),
         (swap_manifest, "rank-0.safetensors has "),
-        (swap_step, "manifest.json is that of step-2"),
+        (swap_step, "manifest.json belongs to step-2"),
         (cut_manifest, "manifest.json is missing or cannot be read"),
         (half_write, None),
     ],
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole, other, tmp_path, hurt, words
     codes, text = train_on(run, 2)
     assert codes == [0, 0], text
     if words:
-        assert f"step-3 is passed over: {words}" in text
+        assert f"step-3 is skipped: {words}" in text
     assert f"resumed from {run}/checkpoints/step-2" in text
     assert_same(run, whole, 4)
     assert not list((run / "checkpoints").glob(".*"))
@@ -90,6 +90,6 @@ def test_without_a_whole_one_nothing_is_overwritten(whole, tmp_path):
     flip(run / "checkpoints" / "step-1", None)
     codes, text = train_on(run, 2)
     assert codes[0] == 2, text  # the other rank, which waits for it, cannot know why it ends
-    assert "none of its checkpoints is whole" in text
+    assert "all its checkpoints are damaged" in text
     assert "Traceback" not in text
     assert (run / "checkpoints" / "step-1").is_dir()

@@ -72,7 +72,7 @@ def test_ranks_are_started_again_from_the_last_commit(faulty, reference, tmp_pat
     done, run = fails(faulty, fault, "parallelism.max_restarts=1", FAULT_ONCE=str(tmp_path / "struck"))
     assert done.code == 0, done.text
     assert words in done.err
-    assert "starting the ranks again from the last checkpoint (restart 1 of 1)" in done.err
+    assert "restarting the ranks from the last checkpoint (restart 1 of 1)" in done.err
     assert f"step 2/{STEPS}" in done.out
     assert read_status(run)["state"] == "completed"
     assert_same(run, reference, STEPS)
@@ -139,7 +139,7 @@ def test_nonfinite_skip_counts_and_gives_up(faulty):
     endless = ("optimizer.lr=1e30", "optimizer.nonfinite=skip", "optimizer.max_nonfinite=3", "hydra.run.dir=endless")
     done = faulty(*JOB, *endless, "trainer.total_steps=50")
     assert done.code == 1, done.text
-    assert "3 updates in a row had a loss or gradient that is not finite" in done.err
+    assert "3 updates in a row had a non-finite loss or gradient" in done.err
     assert "the weights are those of step 1" in done.err
     assert "Traceback" not in done.text
     assert [step_of(path) for path in numbered(faulty.directory / "endless" / "checkpoints")][-1] == 4

@@ -112,7 +112,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_parameters(eng
 def test_of_many_parameters_the_first_are_named(engine):
     with torch.no_grad():
         local(engine.model.get_parameter("model.norm.weight"))[0] = float("nan")
-    with pytest.raises(TrainingError, match=r"norm is nan, the loss nan; not finite: the gradients of (\S+, ){4}\S+ and \d+ more;"):
+    with pytest.raises(TrainingError, match=r"gradient norm nan, loss nan; not finite: the gradients of (\S+, ){4}\S+ and \d+ more;"):
         take_step(engine, [3])
 
 

@@ -57,7 +57,7 @@ run_dir.refuse_unusable(Path({str(tmp_path / "copy")!r}), resuming=True)
 """
     shutil.copytree(run, tmp_path / "copy")
     other = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
-    assert f"{run}: this run is still going on (process {os.getpid()})" in other.stdout, other.stderr
+    assert f"{run}: this run is still running (process {os.getpid()})" in other.stdout, other.stderr
     assert other.returncode == 0, other.stderr  # the copy of a run that goes on is free
     run_dir.write_status(run, "interrupted")
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True).stdout == ""

@@ -298,7 +298,7 @@ def test_a_job_of_a_sweep_cannot_be_elsewhere(tmp_path, capsys, outside, name):
     sweep = sweep_with(tmp_path, name)
     for verb in (["report", str(sweep)], ["wandb", "sync", "--dry-run", str(sweep)]):
         assert main(verb) == 2
-        assert "a job's directory stands in the sweep's" in capsys.readouterr().err
+        assert "a job's directory is in the sweep's" in capsys.readouterr().err
 
 
 def test_a_job_behind_a_link_is_told_not_read(tmp_path, outside):

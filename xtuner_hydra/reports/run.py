@@ -193,9 +193,7 @@ def _evaluations(run: Run) -> Markup | None:
         for row in rows
     ]
     kinds = ["best" if losses and row["eval/loss"] == min(losses) else "" for row in rows]
-    return page.card(
-        "Evaluation", page.table(heads, cells, kinds=kinds, most=20), sub="On the held-out data; the lowest loss is highlighted."
-    )
+    return page.card("Evaluation", page.table(heads, cells, kinds=kinds, most=20), sub="On the held-out data; lowest loss highlighted.")
 
 
 def _samples(run: Run) -> Markup | None:

@@ -45,7 +45,7 @@ def sweep(app: App) -> int:
         raise RefusedError("-m: a sweep starts its own workers; run it without torchrun, with parallelism.nproc_per_node=N")
     options = app.sweep_config()
     if secret := [override for override in app.overrides if redact(override) != override]:
-        raise RefusedError(f"{redact(secret[0])}: contains a secret, and sweep.json stores the command; keep it in the environment")
+        raise RefusedError(f"{redact(secret[0])}: holds a secret, and sweep.json stores the command; keep it in the environment")
     if app.sweeper != "basic":
         return _under_plugin(app, options)
     if options.resume is None:

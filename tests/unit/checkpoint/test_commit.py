@@ -191,10 +191,10 @@ def dying(function, left):
         (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json"),
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json"),
         (lambda path: (path / "manifest.json").write_text('{"name": "step-2", "files": {"state": 12}}'), "manifest.json"),
-        (lambda path: shutil.copy(path.parent / "step-1" / "manifest.json", path), "manifest.json is that of step-1"),
-        (lambda path: in_manifest(path, "/etc/hostname"), "/etc/hostname, which lies outside"),
-        (lambda path: in_manifest(path, "../step-1/state"), "../step-1/state, which lies outside"),
-        (lambda path: in_manifest(path, "part/../../step-1/state"), "which lies outside"),
+        (lambda path: shutil.copy(path.parent / "step-1" / "manifest.json", path), "manifest.json belongs to step-1"),
+        (lambda path: in_manifest(path, "/etc/hostname"), "/etc/hostname, which is outside the directory"),
+        (lambda path: in_manifest(path, "../step-1/state"), "../step-1/state, which is outside the directory"),
+        (lambda path: in_manifest(path, "part/../../step-1/state"), "which is outside the directory"),
     ],
 )
 def test_a_damaged_directory_is_not_committed(tmp_path, harm, words):
@@ -219,7 +219,7 @@ def test_a_flipped_bit_is_found_where_the_content_is_read(tmp_path, file):
     content[3] ^= 1
     (path / file).write_bytes(content)
     assert damage(path) is None
-    assert damage(path, content=True) == f"{file} has another content than was saved"
+    assert damage(path, content=True) == f"{file} differs from what was saved"
 
 
 def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def stored(tmp_path):
 def test_an_index_that_names_a_file_elsewhere_is_refused(stored, file):
     directory, change = stored
     change(lambda index: index["b"]["shards"][0].update(file=file))
-    with pytest.raises(ValueError, match="lies elsewhere"):
+    with pytest.raises(ValueError, match="is elsewhere"):
         SafetensorsReader(directory).read_metadata()
 
 
@@ -131,7 +131,7 @@ def test_another_shape_is_refused(stored):
 
 def test_what_is_no_tensor_is_not_stored(stored, tmp_path):
     """DCP would pickle it."""
-    with pytest.raises(dcp.CheckpointException, match="a is no tensor"):
+    with pytest.raises(dcp.CheckpointException, match="a is not a tensor"):
         dcp.save({"a": {1, 2}}, storage_writer=SafetensorsWriter(tmp_path))
 
 

@@ -69,9 +69,12 @@ def test_wsd_at_its_limits(decay_ratio, expected):
     [
         ({"warmup_ratio": 0.03}, []),
         ({"name": "wsd", "warmup_steps": 2, "decay_ratio": 0.8}, []),
-        ({"name": "wsd", "warmup_steps": 5, "decay_ratio": 0.8}, ["scheduler.decay_ratio=0.8: 5 steps and not 8, as the others warm up"]),
+        (
+            {"name": "wsd", "warmup_steps": 5, "decay_ratio": 0.8},
+            ["scheduler.decay_ratio=0.8: 5 steps instead of 8, as the others warm up"],
+        ),
         ({"name": "wsd", "decay_ratio": 0.1}, ["scheduler.decay_ratio=0.1: 1 of 10 steps, too few for the rate to fall"]),
-        ({"warmup_steps": 11}, ["scheduler.warmup_steps=11: cut to the run's 10 steps, which all warm up"]),
+        ({"warmup_steps": 11}, ["scheduler.warmup_steps=11: cut to the run's 10 steps, all of which warm up"]),
     ],
 )
 def test_what_a_run_is_too_short_for_is_told(config, words):

@@ -58,7 +58,7 @@ def test_advice_is_how_to_get_one_or_who_leaves_it_out(tmp_path, monkeypatch):
     assert "apt install" in allocator.advice()
     monkeypatch.setattr(allocator, "find", lambda: ("tcmalloc", tmp_path))
     assert "apt install" not in allocator.advice()
-    assert "tcmalloc is on this machine, but LD_PRELOAD= leaves it out" in allocator.advice()
+    assert "tcmalloc is on this machine, but LD_PRELOAD= excludes it" in allocator.advice()
 
 
 TRAIN = """

@@ -38,7 +38,7 @@ def test_a_run_that_ends_sooner_leaves_what_was_seen(tmp_path, caplog, broken_of
     else:
         steps(profiler, WARM_UP + 1)
     assert "aten::mm" in (tmp_path / FOLDER / "operators.txt").read_text()
-    assert "the run ended 4 steps too soon" in caplog.text
+    assert "the run ended 4 steps too early" in caplog.text
 
 
 def test_a_run_without_a_step_after_the_warm_up_says_so(tmp_path, caplog):

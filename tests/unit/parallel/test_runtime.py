@@ -12,5 +12,5 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refuse_missing_gpus("auto", 2)
-    with pytest.raises(ConfigError, match=r"parallelism\.nproc_per_node=3: a rank needs a GPU of its own, and torch sees 2 here"):
+    with pytest.raises(ConfigError, match=r"parallelism\.nproc_per_node=3: each rank needs its own GPU, and torch sees 2 here"):
         refuse_missing_gpus("auto", 3)

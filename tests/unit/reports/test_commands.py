@@ -104,7 +104,7 @@ def test_what_is_left_comes_first(tmp_path, state):
 
 def test_a_running_sweep_is_gone_on_with_only_if_it_stops(tmp_path):
     found = Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-5}, None)], state="running")))
-    assert [what for what, _ in found.next] == ["If the sweep is stopped, go on with it"]
+    assert [what for what, _ in found.next] == ["If the sweep is stopped, continue it"]
 
 
 def test_a_whole_sweep_is_not_gone_on_with(tmp_path):

@@ -39,7 +39,7 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path):
     assert "Completed after 8 steps and 800 tokens: eval/loss 0.750, train/loss 0.375." in words
     assert "8 800 0.7500 2 500" in words
     assert "95.0% full" in words
-    assert f"{ENVIRONMENT['git']['commit'][:12]} with changes that are not committed" in words
+    assert f"{ENVIRONMENT['git']['commit'][:12]} with uncommitted changes" in words
     assert "-<old> +<new>" in words
 
 

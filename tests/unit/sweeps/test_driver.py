@@ -249,7 +249,7 @@ def test_a_search_that_repeats_itself_trains_each_job_once_and_ends(tmp_path, ca
     code, result = run(tmp_path / "sweep", FakeLauncher(2.0, 1.0), "sweep.search=random", "sweep.trials=5", search=search)
     assert (code, [job.value for job in result.jobs], result.plan.total) == (0, [2.0, 1.0], 2)
     assert search.told[2] == 2.0, "the result of a repeated draw is known"
-    assert "draws what it has drawn before" in capsys.readouterr().out
+    assert "the search only repeats earlier jobs" in capsys.readouterr().out
 
 
 def test_a_full_disk_stops_the_jobs_and_is_said_in_a_sentence(tmp_path, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_signature_ignores_what_does_not_change_a_job(tmp_path):
 @pytest.mark.parametrize("swept", ["optimizer.lr=1e-3,1e-4", "trainer.seed=interval(0,9)"])
 def test_jobs_that_would_share_a_directory_are_refused(tmp_path, swept):
     search = ("sweep.search=random", "sweep.trials=3") if "interval" in swept else ()
-    with pytest.raises(RefusedError, match=r"hydra\.sweep\.subdir: x is the directory of job 0 too; let it hold \$\{hydra\.job\.num\}"):
+    with pytest.raises(RefusedError, match=r"hydra\.sweep\.subdir: x is also the directory of job 0; include \$\{hydra\.job\.num\} in it"):
         run(tmp_path / "sweep", FakeLauncher(), "hydra.sweep.subdir=x", *search, swept=swept)
 
 
@@ -352,7 +352,7 @@ def test_one_process_drives_a_sweep(tmp_path):
     with pytest.raises(RefusedError, match="holds a sweep already"):
         multirun._refuse_overtaken(tmp_path / "sweep", None)
     multirun._refuse_overtaken(tmp_path / "sweep", result.plan)
-    with pytest.raises(RefusedError, match="has continued it meanwhile"):
+    with pytest.raises(RefusedError, match="has continued it in the meantime"):
         multirun._refuse_overtaken(tmp_path / "sweep", replace(result.plan, time=1.0))
 
 

@@ -56,7 +56,7 @@ def test_threads_of_the_caller_are_kept(monkeypatch):
     [
         ({"gpus": 2, "ranks": 4}, "has parallelism.nproc_per_node=4"),
         ({"gpus": 2, "slots": 3}, "hold 2 jobs"),
-        ({"gpus": 2, "devices": [1, 2]}, "devices: 2 is no GPU that a job can use; there are 2, counted from 0"),
+        ({"gpus": 2, "devices": [1, 2]}, "devices: 2 is not a GPU that a job can use; there are 2, counted from 0"),
         ({"devices": [0]}, "there are 0"),
         ({"slots": 0}, "at least 1"),
         ({"threads": "many"}, "whole number"),

@@ -86,7 +86,7 @@ def test_an_interval_of_a_whole_number_key_draws_whole_numbers(interval):
         (["optimizer.lr=interval(1e-6,1e-3)"], "sweep.search=random"),
         (["sweep.search=bayes", "optimizer.lr=interval(1e-3,1e-6)"], "from a lower to a higher"),
         (["sweep.search=bayes", "optimizer.lr=tag(log,interval(0,1))"], "above 0 for log"),
-        (["sweep.keep=best,all"], "only what a job is made of"),
+        (["sweep.keep=best,all"], "only the config of a job"),
         (["trainer.seed=range(1,1)"], "holds no value"),
         (["optimizer.lr=1,2", "optimizer.lr=3"], "given twice"),
         (["optimizer.lrr=1,2"], r"optimizer\.lr"),

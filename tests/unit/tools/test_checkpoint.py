@@ -112,7 +112,7 @@ def test_verify_finds_a_flipped_bit_and_says_what_to_do(run, said):
     assert said("list", "run/checkpoints")[1][-1].endswith("whole")
     code, lines, _ = said("verify", "run")
     assert code == 1
-    assert lines[4] == "checkpoints/step-6: DAMAGED: rank-0.safetensors has another content than was saved"
+    assert lines[4] == "checkpoints/step-6: DAMAGED: rank-0.safetensors differs from what was saved"
     assert "resume=auto passes over it and goes on from another (checkpoints/step-5)" in lines[5]
     assert f"xtuner-hydra checkpoint prune {run} --damaged" in lines[5]
 
