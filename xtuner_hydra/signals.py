@@ -24,7 +24,7 @@ def end_at_once(numbers: Iterable[signal.Signals] = SIGNALS) -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     if "RANK" not in os.environ:  # of ranks, the launcher says it
-        os.write(2, b"xtuner_hydra: stopped before anything had begun\n")
+        os.write(2, b"xtuner_hydra: stopped by a signal; there was nothing to save\n")
     os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)  # no exception: what is being imported could drop it
 
 

@@ -15,4 +15,4 @@ def test_a_signal_ends_the_process_with_its_code_and_a_sentence(number, code):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, "xtuner_hydra: stopped before anything had begun\n")
+    assert (process.returncode, err) == (code, "xtuner_hydra: stopped by a signal; there was nothing to save\n")
