@@ -98,9 +98,9 @@ def test_checkpoints_hold_the_adapter_alone(whole):
     [
         ("model.lora.rank=8", "another model.lora"),
         ("model.lora.targets=[q_proj]", "another model.lora"),
-        ("model.adapter=null", "another model.adapter: lora -> None"),
+        ("model.adapter=null", "different settings (model.adapter: lora -> None"),
         ("trainer.freeze=[*lora_A*]", "another trainer.freeze"),
-        ("model.pretrained=other", "another model.pretrained: "),
+        ("model.pretrained=other", "different settings (model.pretrained: "),
     ],
 )
 def test_another_adapter_or_base_is_refused(whole, other_base, change, words, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def half_write(checkpoint, other):
         (truncate, "rank-1.safetensors has "),
         (flip, "rank-0.safetensors differs from what was saved"),
         (forget, "rng-1.json is missing"),
-        (swap_manifest, "rank-0.safetensors has "),
+        (swap_manifest, "rank-0.safetensors differs from what was saved"),
         (swap_step, "manifest.json belongs to step-2"),
         (cut_manifest, "manifest.json is missing or cannot be read"),
         (half_write, None),
