@@ -131,7 +131,7 @@ def test_what_it_costs_is_said_before(whole, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert f"{(base + adapter) / 1e6:.2f} M parameters, {adapter / 1e6:.2f} M of them trained" in text
         memory, checkpoint, export = (float(re.search(pattern, text)[1]) * 2**30 for pattern in COSTS)
-        assert memory == pytest.approx(16 * adapter + 4 * base, rel=0.01)
+        assert memory == pytest.approx(16 * adapter + 2 * base, rel=0.01)
         assert (checkpoint, export) == pytest.approx((12 * adapter, exported), rel=0.01)
 
 

@@ -137,9 +137,9 @@ def _sections() -> list[tuple[str, int, list[Any]]]:
             "throughput",
             2,
             [
-                _line("tokens a second and device, within the step", "throughput/tgs"),
-                _line("tokens a second and device, since the start", "throughput/e2e_tgs"),
-                _line("seconds a step, and of them waiting for data", "throughput/step_time", "throughput/data_time"),
+                _line("tokens per second and device, within the step", "throughput/tgs"),
+                _line("tokens per second and device, since the start", "throughput/e2e_tgs"),
+                _line("seconds per step, and of them waiting for data", "throughput/step_time", "throughput/data_time"),
                 _line("share of the device's peak", "throughput/mfu"),
                 _line("pack utilisation", "throughput/pack_utilization"),
                 _line("tokens a step", "train/tokens", "train/supervised_tokens"),
