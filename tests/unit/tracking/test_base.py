@@ -1,5 +1,7 @@
 """One tracker that fails must not end a run, unless the run is of no use without it."""
 
+import logging
+
 import pytest
 
 from xtuner_hydra.config.schema import TrackingConfig, WandbConfig
@@ -55,6 +57,18 @@ def test_wandb_is_left_out_where_its_own_variable_says_so(tmp_path, monkeypatch,
     config = TrackingConfig(jsonl=False, tensorboard=False, wandb=WandbConfig(enabled=True, mode="auto"))
     build_trackers(config, tmp_path, resolved={"model": {"moe": None}}, overrides=[], total_steps=1, start_step=0).finish("completed", 0)
     assert [path.name for path in tmp_path.iterdir()] == directories
+
+
+@pytest.mark.parametrize(("experts", "total"), [(None, "2.000"), ({"router_aux_loss_coef": 0.5}, "4.000")])
+def test_the_console_knows_how_much_the_auxiliary_loss_counts(tmp_path, caplog, experts, total):
+    config = TrackingConfig(jsonl=False, tensorboard=False, wandb=WandbConfig(enabled=False))
+    trackers = build_trackers(config, tmp_path, resolved={"model": {"moe": experts}}, overrides=[], total_steps=1, start_step=0)
+    names = ("train/lr", "train/tokens", "train/grad_norm", "throughput/data_time", "throughput/step_time", "throughput/tgs")
+    zeros = dict.fromkeys((*names, "throughput/e2e_tgs", "memory/max_gb", "memory/reserved_gb"), 0.0)
+    logging.getLogger("xtuner_hydra").propagate = True  # a run in this process would have turned it off
+    with caplog.at_level("INFO", "xtuner_hydra"):
+        trackers.log({**zeros, "train/step": 1, "train/loss": 2.0, "train/aux_loss": 4.0})
+    assert f"total_loss: {total} reduced_llm_loss: 2.000" in caplog.text
 
 
 def test_a_dashboard_that_cannot_be_opened_is_left_out_with_a_warning(tmp_path, caplog):
