@@ -8,35 +8,31 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.conf import HydraConf
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from xtuner_hydra.compose.overrides import check_overrides, parse_overrides
+from xtuner_hydra.compose.pretrained import fill_from_pretrained
+from xtuner_hydra.compose.readable_errors import readable_errors
 from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.names import is_plain, job_name, run_name, split_override
-from xtuner_hydra.config.schema import Config, MoEConfig, RopeScaling, SweepConfig
+from xtuner_hydra.config.schema import Config, SweepConfig
 from xtuner_hydra.config.strict import did_you_mean, flatten, known_keys, targets, to_config, to_group, unknown_key
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.safe_text import is_secret, redact, redacted
@@ -290,61 +286,17 @@ class App:
             lambda: self.defaults,
         )
 
-    def check_overrides(self, overrides: list[str]) -> list[Override]:
-        """Parse `overrides` and refuse, before Hydra composes, a key or option that does not exist (with `+` and `++` too)."""
-        parsed = self._parsed(overrides)
-        groups, keys = self.groups, known_keys()
-        # options behind `hydra.searchpath=` are seen by Hydra's own composition only, which refuses unknown ones too
-        extra_searchpath = any(override.key_or_group == "hydra.searchpath" for override in parsed)
-        for override in parsed:
-            key = override.key_or_group
-            if override.is_delete():
-                raise RefusedError(f"{override.input_line}: nothing can be removed; set another value, or null where it is allowed")
-            if override.is_sweep_override() and not self.args.multirun:
-                or_list = "" if key in groups else f", or write {key}=[...] for a list"
-                raise RefusedError(f"{override.input_line}: several values; add -m to train each of them{or_list}")
-            if key.startswith(("hydra.", "hydra/")) or (key in groups and "." not in key):
-                if key in groups and not extra_searchpath:
-                    self._check_option(override)
-            elif key not in keys:
-                if "." not in key and (close := did_you_mean(key, [group for group in groups if not group.startswith("hydra")])):
-                    raise RefusedError(f"{key}: there is no such group or key.{close}")
-                raise unknown_key(key, f"the command line: {override.input_line}")
-        return parsed
-
-    def _parsed(self, overrides: list[str]) -> list[Override]:
-        parser, parsed = OverridesParser.create(config_loader=self.hydra.config_loader), list[Override]()
-        for override in overrides:
-            try:
-                parsed.append(parser.parse_override(override))
-            except HydraException as error:
-                words = (str(error), str(error.__cause__))
-                why = next((f" ({text.strip().splitlines()[0]})" for text in words if " at " in text), "")
-                raise RefusedError(
-                    f"{override}: cannot be read{why}. Write KEY=VALUE or GROUP=OPTION; quote values with spaces or commas"
-                ) from None
+    def check_overrides(self, texts: list[str]) -> list[Override]:
+        """`texts` as Hydra reads them. Raises RefusedError, before anything is composed, for what does not exist."""
+        loader = self.hydra.config_loader
+        parsed = parse_overrides(texts, loader)
+        check_overrides(parsed, loader, self.groups, multirun=self.args.multirun)
         return parsed
 
     @functools.cached_property
     def groups(self) -> list[str]:
         """All config groups, Hydra's own too."""
         return list(self.hydra.list_all_config_groups())
-
-    def _check_option(self, override: Override) -> None:
-        group = override.key_or_group
-        options = self.hydra.config_loader.get_group_options(group)
-        value = override.value()
-        values = [value] if not override.is_sweep_override() else [item for item in getattr(value, "list", [])]
-        for choice in values:
-            if isinstance(choice, dict):
-                raise RefusedError(f"{group}: choose an option ({', '.join(options)}), and set single values with {group}.KEY=VALUE")
-            if choice is None:  # Hydra takes null from a file only
-                raise RefusedError(f"{group}=null: not from a command line; leave it out. Options of {group}: {', '.join(options)}")
-            name = str(getattr(choice, "text", choice))
-            if name not in options:
-                raise RefusedError(
-                    f"{group}={name}: there is no such option.{did_you_mean(name, options)} Options of {group}: {', '.join(options) or 'none'}"
-                )
 
     def chosen_by(self, group: str, option: str) -> dict[str, str]:
         """Options of other groups that GROUP/OPTION.yaml chooses (`defaults: - override /model: hf`)."""
@@ -382,42 +334,6 @@ class App:
         return parser.parse_intermixed_args(list(argv))  # exits with 2, our code for a refusal too
 
 
-def fill_from_pretrained(cfg: DictConfig) -> None:
-    """`model=hf`: fill what the config leaves open (???) from pretrained/config.json; what was set by hand stays."""
-    model = cfg.get("model")
-    if not isinstance(model, DictConfig) or model.get("family") != "hf":
-        return
-    if not model.get("pretrained"):
-        raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR or a Hub id, a Hugging Face model")
-    from xtuner_hydra.model.families import read_hf_config
-    from xtuner_hydra.model.hub import local_directory
-
-    values = read_hf_config(local_directory(str(model.pretrained), config_only=True))
-    model.family = values.pop("family")
-    _fill(model, {key: asdict(value) if isinstance(value, MoEConfig | RopeScaling) else value for key, value in values.items()})
-
-
-def _fill(node: DictConfig, values: dict[str, Any]) -> None:
-    """Give every open key (???) its value. A group of keys becomes null where there is none and nobody has set a part of it."""
-    OmegaConf.set_struct(node, False)
-    for key, value in values.items():
-        group = None if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(group, DictConfig) and isinstance(value, dict):
-            _fill(group, value)
-        elif OmegaConf.is_missing(node, key) or (
-            isinstance(group, DictConfig) and all(OmegaConf.is_missing(group, name) for name in group)
-        ):
-            node[key] = value
-
-
-def option_of(override: Override) -> str:
-    """The option that `GROUP=OPTION` names."""
-    option = override.value()
-    if not isinstance(option, str) or override.package is not None:
-        raise RefusedError(f"{override.input_line}: a run is repeated with GROUP=OPTION, an option by its name")
-    return option
-
-
 def _conf_dir() -> str:
     """conf/ of a checkout (or an editable install), else the copy inside the installed package."""
     return str(CHECKOUT_CONF) if (CHECKOUT_CONF / "config.yaml").is_file() else "pkg://xtuner_hydra.conf"
@@ -446,31 +362,3 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("oc.env", _env, replace=True)
     # Hydra's own `now` repeats within a second only for one job; ours adds microseconds, so that runs started together differ
     OmegaConf.register_new_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Hydra's and OmegaConf's complaints as one sentence each."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
-            raise RefusedError(f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}") from None
-        # Hydra's advice would be to force the key in
-        if (key := re.match(r"Could not override '([\w.]+)'", str(error))) and key[1] in known_keys():
-            unknown, parent = str(getattr(error.__cause__, "full_key", key[1])), key[1].rpartition(".")[0]
-            if unknown not in known_keys():
-                raise unknown_key(unknown, "the command line") from None
-            raise RefusedError(
-                f"{key[1]}: there is no {parent} here to set a part of; set it whole: '{parent}={{KEY:VALUE,...}}'"
-            ) from None
-        if key and key[1].startswith("hydra."):
-            raise RefusedError(f"{key[1]}: there is no such key.{did_you_mean(key[1], list(known_keys(HydraConf, 'hydra.')))}") from None
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip() and not _is_advice(line)]
-        culprit = getattr(error.__cause__, "full_key", None)  # for a value that does not fit, Hydra's own words tell the override only
-        raise RefusedError(f"{culprit or 'config'}: {' '.join(lines[:2])}") from None
-
-
-def _is_advice(line: str) -> bool:
-    """Hydra advises to force an unknown key in with a `+`, which we would refuse, and lists where it looked."""
-    return line.strip().startswith(("To append to your config", "Config search path:", "provider="))

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from xtuner_hydra.app import App, fill_from_pretrained, option_of, readable_errors
+from xtuner_hydra.app import App
+from xtuner_hydra.compose.overrides import option_of
+from xtuner_hydra.compose.pretrained import fill_from_pretrained
+from xtuner_hydra.compose.readable_errors import readable_errors
 from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config

@@ -45,7 +45,6 @@ from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.pointwise import compile_pointwise
 from xtuner_hydra.reports.pictures import loss_png
 from xtuner_hydra.reports.run import write_run
-from xtuner_hydra.reports.words import counted
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.run_dir import note, read_config, read_environment, read_overrides, record_end, write_status
 from xtuner_hydra.safe_text import redacted
@@ -54,6 +53,7 @@ from xtuner_hydra.tracking import build_trackers
 from xtuner_hydra.tracking.console import setup_logging
 from xtuner_hydra.tracking.jsonl import read
 from xtuner_hydra.trainer import Trainer
+from xtuner_hydra.words import counted
 
 log = logging.getLogger("xtuner_hydra")
 

@@ -65,7 +65,8 @@ def parts_used_by(part):
         ("checkpoint", {"config", "data", "errors", "files", "model", "parallel"}),
         ("tracking", {"config", "errors", "files", "machine", "safe_text"}),
         ("results", {"config", "errors", "files", "run_dir", "safe_text", "tracking"}),
-        ("reports", {"config", "errors", "files", "results", "run_dir", "safe_text", "tracking"}),
+        ("words", set()),
+        ("reports", {"config", "errors", "files", "results", "run_dir", "safe_text", "tracking", "words"}),
         ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel", "tracking"}),
         ("trained", {"checkpoint", "config", "errors", "model", "parallel", "results"}),
         (
@@ -76,13 +77,15 @@ def parts_used_by(part):
             "sweeps",
             {
                 *("app", "config", "cost", "errors", "files", "launch", "parallel", "ranks", "reports", "results", "run_dir", "safe_text"),
-                *("checkpoint", "machine", "signals", "tracking", "worker"),
+                *("checkpoint", "machine", "signals", "tracking", "worker", "words"),
             },
         ),
         ("cost", {"config", "model", "optim"}),
         ("ranks", {"config", "errors", "garbage", "parallel", "results", "run_dir", "safe_text", "signals", "worker"}),
-        ("app", {"config", "errors", "model", "safe_text"}),
-        ("recompose", {"app", "config"}),
+        ("compose", {"config", "errors", "model"}),
+        ("app", {"compose", "config", "errors", "safe_text"}),
+        ("recompose", {"app", "compose", "config"}),
+        ("forecast", {"config", "cost", "launch", "optim", "sweeps", "words"}),
         ("run_dir", {"config", "errors", "files", "safe_text"}),
         (
             "launch",
@@ -92,7 +95,7 @@ def parts_used_by(part):
             "worker",
             {
                 *("checkpoint", "config", "data", "engine", "errors", "files", "garbage", "metrics", "model", "optim", "parallel"),
-                *("pointwise", "reports", "results", "run_dir", "safe_text", "stopping", "tracking", "trainer"),
+                *("pointwise", "reports", "results", "run_dir", "safe_text", "stopping", "tracking", "trainer", "words"),
             },
         ),
     ],
@@ -103,7 +106,7 @@ def test_imports_point_one_way(part, may_use):
 
 def test_only_the_app_and_sweeps_import_hydra():
     users = {name for name, path in MODULES.items() if any(one.split(".")[0] == "hydra" for one in imported(path))}
-    assert {name.split(".")[1] for name in users} <= {"app", "sweeps"}
+    assert {name.split(".")[1] for name in users} <= {"app", "compose", "sweeps"}
 
 
 def test_only_parallel_attention_experts_and_the_doctor_name_a_kind_of_device():
@@ -138,6 +141,8 @@ def test_importing_the_package_costs_nothing():
     assert {name.partition(".")[0] for name in done.stdout.split()} <= {"xtuner_hydra", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--cfg", "job"], ["optimizer.lrr=1"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["--cfg", "job"], ["optimizer.lrr=1"], ["plan", "optimizer.lrr=1"], ["data", "optimizer.lr=-1"]]
+)
 def test_help_and_refusals_need_no_torch(command):
     assert not loaded_by(*command) & {"torch", "transformers", "wandb", "matplotlib", "tensorboard"}

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from xtuner_hydra import words
 from xtuner_hydra.config.names import as_typed, split_override
-from xtuner_hydra.reports import words
 from xtuner_hydra.results.sweep import SEED, JobResult, SweepPlan, SweepResult
 
 PROGRAM = "python -m xtuner_hydra"

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from xtuner_hydra.reports import words
+from xtuner_hydra import words
 from xtuner_hydra.results.run import Run
 
 TOKENS = "train/total_tokens"

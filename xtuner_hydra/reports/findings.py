@@ -9,7 +9,8 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
-from xtuner_hydra.reports import commands, words
+from xtuner_hydra import words
+from xtuner_hydra.reports import commands
 from xtuner_hydra.reports.curves import Scale
 from xtuner_hydra.reports.lead import Lead, pooled
 from xtuner_hydra.results.sweep import SEED, JobResult, Setting, SweepResult

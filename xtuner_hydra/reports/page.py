@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from xtuner_hydra.reports import words
+from xtuner_hydra import words
 from xtuner_hydra.reports.markup import Content, Markup, join, tag
 from xtuner_hydra.reports.style import CSS, SCRIPT
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xtuner_hydra import words
 from xtuner_hydra.files import umask
-from xtuner_hydra.reports import drawing, words
+from xtuner_hydra.reports import drawing
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, Scale, curve, limits, smooth, smoothed, thinned
 from xtuner_hydra.reports.drawing import BEST, ENDS, MetricScale
 from xtuner_hydra.reports.findings import Findings

@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from xtuner_hydra import words
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import tree_size, write_text
-from xtuner_hydra.reports import commands, page, svg, words
+from xtuner_hydra.reports import commands, page, svg
 from xtuner_hydra.reports.curves import SMOOTH_FROM, Curve, curve, limits, smoothed, thinned
 from xtuner_hydra.reports.markup import Content, Markup, tag
 from xtuner_hydra.reports.page import Cell

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xtuner_hydra.reports import words
+from xtuner_hydra import words
 from xtuner_hydra.reports.curves import Curve, Scale, inside, limits, padded, ticks
 from xtuner_hydra.reports.markup import Markup, tag
 

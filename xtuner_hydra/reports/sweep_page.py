@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from xtuner_hydra.reports import drawing, page, svg, words
+from xtuner_hydra import words
+from xtuner_hydra.reports import drawing, page, svg
 from xtuner_hydra.reports.curves import Curve, Scale, curve, limits, smoothed, thinned
 from xtuner_hydra.reports.drawing import ENDS, MetricScale
 from xtuner_hydra.reports.findings import TGS, TOKENS, Findings

@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from xtuner_hydra.reports import words
+from xtuner_hydra import words
 from xtuner_hydra.reports.findings import TGS, TOKENS, Findings
 from xtuner_hydra.results.sweep import Setting
 

@@ -20,7 +20,6 @@ from xtuner_hydra import launch, run_dir
 from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
-from xtuner_hydra.reports.words import fixed
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.results.sweep import SWEEP_FILE, Job, SweepPlan, job_result, results_of
 from xtuner_hydra.signals import handled_by
@@ -29,6 +28,7 @@ from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
 from xtuner_hydra.tracking import jsonl
 from xtuner_hydra.tracking.base import Row
+from xtuner_hydra.words import fixed
 
 TICK_SECONDS = 0.2
 KILL_SECONDS = 30

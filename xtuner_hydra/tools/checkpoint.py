@@ -19,9 +19,9 @@ from xtuner_hydra.checkpoint.export import point_latest
 from xtuner_hydra.config.schema import CheckpointConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, RefusedError
 from xtuner_hydra.files import tree_size
-from xtuner_hydra.reports.words import bytes_
 from xtuner_hydra.results.run import load_run
 from xtuner_hydra.tracking import jsonl
+from xtuner_hydra.words import bytes_
 
 COLUMNS = ("directory", "size", "saved", "eval/loss", "kept as", "state")
 

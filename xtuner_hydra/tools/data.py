@@ -15,7 +15,6 @@ from xtuner_hydra.data.readers import unit
 from xtuner_hydra.data.show import LEFT, RIGHT, marked, sample_pieces
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
-from xtuner_hydra.launch import prepare
 from xtuner_hydra.safe_text import printable
 
 BINS = 12
@@ -36,7 +35,10 @@ def main(argv: list[str]) -> int:
             return EXIT_DONE
         if app.is_sweep:
             raise RefusedError("data: give one run's overrides, without -m")
-        prepared = prepare(app.compose_run())
+        composition = app.compose_run()  # refuses what can be refused before torch is imported
+    from xtuner_hydra.launch import prepare
+
+    prepared = prepare(composition)
     colours = sys.stdout.isatty()
     print("\n".join(describe(prepared.data, prepared.tokenizer, number, colours=colours)))
     return EXIT_DONE

@@ -19,10 +19,10 @@ from typing import Any
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.strict import did_you_mean, known_keys, unknown_key
 from xtuner_hydra.errors import EXIT_DONE, RefusedError
-from xtuner_hydra.reports.words import HUGE
 from xtuner_hydra.results.glance import Glance, glance
 from xtuner_hydra.results.run import find_runs
 from xtuner_hydra.safe_text import printable
+from xtuner_hydra.words import HUGE
 
 COLUMNS = ("run", "state", "steps", "train/loss", "eval/loss", "tokens/s", "overrides")
 STATUS = ("state", "step", "total_steps")  # what --where and --sort know beside keys of the config and metrics

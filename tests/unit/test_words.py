@@ -2,7 +2,7 @@
 
 import pytest
 
-from xtuner_hydra.reports import words
+from xtuner_hydra import words
 
 
 @pytest.mark.parametrize(
