@@ -115,14 +115,13 @@ class Engine:
             self.model.train()
 
     def _offenders(self) -> str:
-        """`; not finite: the gradients of A, B and 7 more`, by the parameters' names, over all ranks. Collective."""
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        gradients = [self.model.get_parameter(name).grad for name in names]
-        bad = torch.stack([torch.zeros(()) if grad is None else (~_local(grad).isfinite()).any().float().cpu() for grad in gradients])
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-        named = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
-        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-        return f"; not finite: the gradients of {', '.join(named[:5])}{more}" if named else ""
+        """`; not finite: the gradients of A, B and 7 more`, by the parameters' names, over all ranks; the weights instead, where some were not
+        finite before the step. Collective."""
+        parameters = list(self.model.named_parameters())
+        if weights := _not_finite(parameters):
+            return f"; not finite already before this step: the weights of {weights}"
+        gradients = _not_finite([(name, parameter.grad) for name, parameter in parameters])
+        return f"; not finite: the gradients of {gradients}" if gradients else ""
 
     def _backward(self, micro_batches: Sequence[PackedBatch], supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
@@ -153,6 +152,14 @@ def _whole(value: Tensor) -> Tensor:
 
 def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _not_finite(tensors: Sequence[tuple[str, Tensor | None]]) -> str:
+    """The names of those that are not finite on some rank: `A, B and 7 more`. Collective, with the same names on every rank."""
+    bad = torch.stack([torch.zeros(()) if tensor is None else (~_local(tensor).isfinite()).any().float().cpu() for _, tensor in tensors])
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    named = [name for (name, _), is_bad in zip(tensors, bad.tolist(), strict=True) if is_bad]
+    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
 
 
 def _agreed(logits: Tensor) -> Tensor:

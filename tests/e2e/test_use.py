@@ -192,6 +192,7 @@ def test_export_writes_any_step_in_any_dtype(job):
     [
         (["export", "run", "--step", "3", "--to", "new"], "has no checkpoint of step 3; there are checkpoints of step 2, 4"),
         (["export", "run", "--to", "run"], "--to .*run: holds something already"),
+        (["export", "run", "--to", "new", "--merge"], "has no adapter to merge; leave --merge out"),
         (["export", "run", "--to", "no/where"], "no is not a directory; make it first"),
         (["export", "nowhere", "--to", "new"], "nowhere: not a run directory"),
         (["evaluate", "run", "model.hidden_size=8"], "model.hidden_size: the weights belong to the model as it is"),

@@ -110,9 +110,16 @@ def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_parameters(eng
 
 
 def test_of_many_parameters_the_first_are_named(engine):
+    poison(engine, *(name for name, _ in engine.model.named_parameters()))
+    with pytest.raises(TrainingError, match=r"; not finite: the gradients of (\S+, ){4}\S+ and \d+ more;"):
+        take_step(engine, [3])
+
+
+def test_weights_that_are_not_finite_are_told_from_gradients(engine):
+    """As pretrained ones may be: no learning rate helps."""
     with torch.no_grad():
         local(engine.model.get_parameter("model.norm.weight"))[0] = float("nan")
-    with pytest.raises(TrainingError, match=r"gradient norm nan, loss nan; not finite: the gradients of (\S+, ){4}\S+ and \d+ more;"):
+    with pytest.raises(TrainingError, match=r"loss nan; not finite already before this step: the weights of model\.norm\.weight;"):
         take_step(engine, [3])
 
 

@@ -66,28 +66,32 @@ class Records:
 
 def unit(file: Path) -> str:
     """What the numbers of the file's records count: `line` or `row`."""
-    return "row" if file.suffix == ".parquet" else "line"
+    return "row" if _suffix(file) == ".parquet" else "line"
 
 
 def reading(file: Path) -> str:
     """How the file's name says that it is to be read; the same bytes are other records under another."""
-    if file.suffix == ".parquet":
+    if _suffix(file) == ".parquet":
         return "parquet"
-    compressed = file.suffix if file.suffix in _COMPRESSED else ""
+    compressed = _suffix(file) if _suffix(file) in _COMPRESSED else ""
     return f"{'perhaps an array' if _may_be_array(file) else 'lines'}{compressed}"
 
 
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
+
+
 def _may_be_array(file: Path) -> bool:
-    return ".json" in (file.suffix, file.with_suffix("").suffix)
+    return ".json" in (_suffix(file), _suffix(file.with_suffix("")))
 
 
 def split(file: Path, size: int) -> Iterator[Part]:
     """`file` in parts of about `size` bytes, in order. Raises DataError where it cannot be read."""
-    if file.suffix == ".parquet":
+    if _suffix(file) == ".parquet":
         yield from _rows_of(file)
     elif _may_be_array(file) and (array := _array(file)) is not None:
         yield Part(file, 0, 0, file.stat().st_size, array, is_array=True)
-    elif file.suffix in _COMPRESSED:
+    elif _suffix(file) in _COMPRESSED:
         yield from _decompressed(file, size)
     else:
         for start, stop in chunks(file, size):
@@ -96,7 +100,7 @@ def split(file: Path, size: int) -> Iterator[Part]:
 
 def records(part: Part) -> Records:
     """Read a part. Raises DataError where the file cannot be read any more."""
-    if part.file.suffix == ".parquet":
+    if _suffix(part.file) == ".parquet":
         rows = _read_rows(part)
         return Records(list(enumerate(rows, 1)), len(rows))
     if part.is_array and isinstance(part.content, bytes):
@@ -128,18 +132,18 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """(what the file holds, decompressed; the file itself). Raises DataError where it cannot be read."""
     try:
         with file.open("rb") as raw:
-            if file.suffix not in _COMPRESSED:
+            if _suffix(file) not in _COMPRESSED:
                 yield raw, raw
                 return
             with _unpacked(file, raw) as stream:
                 yield stream, raw
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        what = "decompressed" if file.suffix in _COMPRESSED else "read"
+        what = "decompressed" if _suffix(file) in _COMPRESSED else "read"
         raise DataError(f"{file} cannot be {what}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _unpacked(file: Path, raw: BinaryIO) -> Any:
-    if file.suffix == ".gz":
+    if _suffix(file) == ".gz":
         return gzip.GzipFile(fileobj=raw)
     return io.BufferedReader(_pyarrow(file).CompressedInputStream(raw, "zstd"))
 
@@ -198,7 +202,7 @@ def _pyarrow(file: Path) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise DataError(f"{file}: {file.suffix} files need pyarrow; pip install 'xtuner-hydra[data]'") from None
+        raise DataError(f"{file}: {_suffix(file)} files need pyarrow; pip install 'xtuner-hydra[data]'") from None
     return pyarrow
 
 

@@ -103,9 +103,7 @@ def _no_text(length: int, zeros: int, first: int) -> BadLine:
 
 def _resolve(path: str, key: str) -> list[Path]:
     if os.path.isdir(path):
-        files = sorted(
-            file for file in Path(path).rglob("*") if file.name.endswith(SUFFIXES) and file.is_file() and not _hidden(file, path)
-        )
+        files = sorted(_below(Path(path), set()))
         if not files:
             raise DataError(f"{key}: {path}: a directory without {', '.join('*' + suffix for suffix in SUFFIXES)} files")
         return files
@@ -119,6 +117,16 @@ def _resolve(path: str, key: str) -> list[Path]:
     raise DataError(f"{key}: {path}: no such file or directory (from {os.getcwd()})")
 
 
-def _hidden(file: Path, directory: str) -> bool:
-    """True for what a notebook or an editor keeps for itself below `directory` (`.ipynb_checkpoints/`), which holds the data a second time."""
-    return any(part.startswith(".") for part in file.relative_to(directory).parts)
+def _below(directory: Path, seen: set[str]) -> Iterator[Path]:
+    """Data files in `directory` and below it, through links to directories too, but each real directory once: `seen` has those so far. Hidden ones
+    are what a notebook or an editor keeps for itself (`.ipynb_checkpoints/`), which holds the data a second time."""
+    if (real := os.path.realpath(directory)) in seen:
+        return
+    seen.add(real)
+    for entry in sorted(directory.iterdir(), key=lambda entry: (entry.is_symlink(), entry)):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _below(entry, seen)
+        elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            yield entry

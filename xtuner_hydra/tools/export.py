@@ -28,6 +28,8 @@ def main(argv: list[str]) -> int:
     config = on_one_rank(run.config)
     config.trainer.device = "cpu"  # nothing is computed
     alone = model.adapter is not None and not arguments.merge
+    if arguments.merge and model.adapter is None:
+        raise RefusedError(f"export: {run.directory} has no adapter to merge; leave --merge out")
     if alone and not model.pretrained:
         raise RefusedError(f"export: {run.directory} trained an adapter of random weights, which no one else has; add --merge")
     if alone and arguments.dtype:

@@ -56,6 +56,16 @@ def test_what_cannot_be_read_is_refused_with_key_and_path(tree, monkeypatch, pat
     assert path in str(error.value)
 
 
+def test_a_directory_is_read_through_links_each_once_and_in_capitals_too(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "D.JSONL").write_text("[]\n")
+    (tree / "linked").symlink_to(elsewhere)
+    (tree / "again").symlink_to(tree / "deep")
+    (tree / "loop").symlink_to(tree)
+    found = [str(file.relative_to(tree)) for file in resolve_files(str(tree), "data.path")]
+    assert found == ["a.jsonl", "b.jsonl", "deep/er/c.json", "linked/D.JSONL"]
+
+
 def test_a_file_without_permission_is_refused_by_name(tree, monkeypatch):
     secret = tree / "b.jsonl"
     monkeypatch.setattr(os, "access", lambda path, mode: path != secret)  # root may read all that chmod forbids
