@@ -4,6 +4,7 @@ Every way out is here: an error that a person can mend is one message and exit c
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from typing import NoReturn
 from xtuner_hydra import __version__
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopped, TrainingError, leave
 from xtuner_hydra.garbage import collect_seldom
-from xtuner_hydra.safe_text import printable, redact
+from xtuner_hydra.machine import own_rank, started_by_torchrun
+from xtuner_hydra.safe_text import LineFormatter, printable, redact
 from xtuner_hydra.signals import end_at_once
 
 
@@ -27,6 +29,7 @@ def command() -> NoReturn:
     preload()
     end_at_once((signal.SIGTERM, signal.SIGUSR1))  # until a run or a sweep handles them; Ctrl-C is a KeyboardInterrupt
     collect_seldom()
+    _log_to_stderr()
     leave(main(sys.argv[1:]))
 
 
@@ -35,6 +38,13 @@ def _open_standard_streams() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
+
+
+def _log_to_stderr() -> None:
+    """Warnings before a run sets up its log: without secrets and control characters, as everything that is printed."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(message)s"))
+    logging.getLogger("xtuner_hydra").addHandler(handler)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # a reader that has seen enough (`| head`) is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
-    if _rank() == 0 and "RANK" in os.environ:
+    if started_by_torchrun() and own_rank() == 0:
         from xtuner_hydra.launch import publish
 
         publish({"exit_code": code})  # or the other ranks would wait
@@ -63,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """Compose, check, train: one run, or with -m a sweep."""
-    if _rank() > 0:
+    if own_rank() > 0:
         from xtuner_hydra.launch import follow
 
         return follow()
@@ -128,13 +138,8 @@ def _late_verb(argv: list[str]) -> str | None:
     return next((word for before, word in pairwise(argv) if word in VERBS and (before in switches or not before.startswith("-"))), None)
 
 
-def _rank() -> int:
-    """Our rank under torchrun, 0 elsewhere."""
-    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
-
-
 def _shown() -> int:
-    if "RANK" in os.environ:
+    if started_by_torchrun():
         from xtuner_hydra.launch import publish
 
         publish({"exit_code": EXIT_DONE})

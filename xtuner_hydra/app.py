@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -264,7 +265,8 @@ class App:
 
     def may_run(self, name: str) -> bool:
         """Whether the user has typed `name`, the name of some code, in this very command, or said --trust."""
-        return self.args.trust or any(name in word for word in self.typed)
+        whole = re.compile(rf"(?<![\w.]){re.escape(name)}(?![\w.])")  # `theirs.fmt:parse` does not permit fmt:parse
+        return self.args.trust or any(whole.search(word) for word in self.typed)
 
     def _typed(self, cfg: DictConfig, overrides: list[str], run_dir: Path | None = None) -> Composition:
         """`cfg` with its place in the file system; `run_dir`: None takes hydra.run.dir."""

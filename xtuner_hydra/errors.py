@@ -24,8 +24,12 @@ class ConfigError(RefusedError):
     """A config value that is not allowed. `key` is the full dotted key, `why` a sentence with the remedy."""
 
     def __init__(self, key: str, value: object, why: str) -> None:
-        super().__init__(f"{key}={'null' if value is None else value}: {why}")
+        super().__init__(key, value, why)  # all of them, so that pickle can take it from another process
         self.key = key
+
+    def __str__(self) -> str:
+        key, value, why = self.args
+        return f"{key}={'null' if value is None else value}: {why}"
 
 
 class DataError(RefusedError):
@@ -43,8 +47,12 @@ class SaveError(TrainingError):
 
     def __init__(self, directory: Path, rank: int | None, why: str) -> None:
         """`rank`: the one that failed, if there are several."""
+        super().__init__(directory, rank, why)
+
+    def __str__(self) -> str:
+        directory, rank, why = self.args
         who = f" (rank {rank})" if rank is not None else ""
-        super().__init__(
+        return (
             f"{directory} could not be saved{who}: {why}. What was committed before is kept; "
             "fix the cause (disk space, permissions) and continue with checkpoint.resume=auto"
         )
@@ -54,8 +62,11 @@ class Stopped(Exception):
     """An early end of a run, on request; training can continue from what was saved."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
-        super().__init__(reason)
+        super().__init__(reason, exit_code)
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def leave(code: int) -> NoReturn:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import zlib
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
+@cache
 def umask() -> int:
-    """The process's file mode creation mask."""
+    """The process's file mode creation mask; read once, as reading it sets it to 0 for a moment, in which another thread may make a file."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

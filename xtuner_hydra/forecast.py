@@ -17,6 +17,7 @@ def of_run(prepared: Prepared) -> list[str]:
     """The plan as lines of text."""
     config, data = prepared.config, prepared.data
     sizes = count_parameters(config)
+    shards = prepared.ranks // config.parallelism.dp_replicate
     return [
         *data.summary(),
         "",
@@ -33,7 +34,7 @@ def of_run(prepared: Prepared) -> list[str]:
         _line("tokens", f"{'' if data.plan.is_countable else 'about '}{data.plan.total_tokens:,}"),
         _line("packs an epoch", f"{len(data.plan.epoch_packs(0))}, {data.plan.utilization:.1%} full"),
         _line("learning rate", _schedule(config, data.plan.total_steps)),
-        _line("memory", f"{_gb(sizes.state_bytes / prepared.ranks)} GB a rank for weights, gradients and moments, activations apart"),
+        _line("memory", f"{_gb(sizes.state_bytes / shards)} GB a rank for weights, gradients and moments, activations apart"),
         _line("disk", _disk(config, sizes, data.plan.total_steps)),
     ]
 

@@ -32,11 +32,12 @@ from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, RefusedError, Stopped
 from xtuner_hydra.files import write_json
+from xtuner_hydra.machine import started_by_torchrun
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained, refuse_other_settings
 from xtuner_hydra.parallel.compiling import choose_compile
-from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, refuse_missing_gpus, started_by_torchrun, world_size
+from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, refuse_missing_gpus, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.stopping import Stopping

@@ -1,4 +1,4 @@
-"""What the machine reports about itself."""
+"""What the machine and the launcher report: cores, kernel files, this process's rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from pathlib import Path
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def started_by_torchrun() -> bool:
+    """True if an elastic launcher (torchrun, or ours) has given this process a rank."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def own_rank() -> int:
+    """This process's rank among all; 0 without a launcher."""
+    return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
 def lines(path: str) -> list[str]:

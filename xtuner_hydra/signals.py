@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from xtuner_hydra.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from xtuner_hydra.machine import started_by_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What schedulers send, SLURM's warning, and Ctrl-C."""
@@ -23,7 +24,7 @@ def end_at_once(numbers: Iterable[signal.Signals] = SIGNALS) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    if "RANK" not in os.environ:  # of ranks, the launcher says it
+    if not started_by_torchrun():  # of ranks, the launcher says it
         os.write(2, b"xtuner_hydra: stopped by a signal; there was nothing to save\n")
     os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)  # no exception: what is being imported could drop it
 

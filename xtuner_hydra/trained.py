@@ -12,6 +12,7 @@ from xtuner_hydra.checkpoint.commit import newest_whole, step_of
 from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.schema import Config, ModelConfig
 from xtuner_hydra.errors import RefusedError
+from xtuner_hydra.machine import started_by_torchrun
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.hub import local_directory
@@ -20,7 +21,7 @@ from xtuner_hydra.model.pretrained import check_pretrained, load_pretrained
 from xtuner_hydra.model.saved_adapter import CONFIG as ADAPTER
 from xtuner_hydra.model.saved_adapter import load_adapter, read_adapter
 from xtuner_hydra.model.transformer import CausalLM
-from xtuner_hydra.parallel.runtime import DTYPES, device_type, param_dtype, started_by_torchrun
+from xtuner_hydra.parallel.runtime import DTYPES, device_type, param_dtype
 from xtuner_hydra.results.run import Run, load_run
 from xtuner_hydra.results.sweep import SWEEP_FILE
 

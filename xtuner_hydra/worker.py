@@ -31,6 +31,7 @@ from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.garbage import collect_as_usual
+from xtuner_hydra.machine import own_rank
 from xtuner_hydra.metrics import Row
 from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.init import initialise
@@ -62,7 +63,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
     """Train the run of `run_dir` on this rank; returns the exit code. The first rank writes to status.json how the run ended.
 
     restarted: continue from the run's own newest checkpoint, if it has one, whatever checkpoint.resume says."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     setup_logging(run_dir, rank, terminal=rank == 0)
     trainer: Trainer | None = None
     final: dict[str, Any] = {}
@@ -97,6 +98,7 @@ def train(run_dir: Path, *, traceback_on_screen: bool = True, restarted: bool = 
         except Exception as error:
             ignore_signals()
             if _was_interrupted(stopping, error):
+                log.error(traceback.format_exc(), extra={"file_only": True})  # should it be another error after all
                 code, final = EXIT_INTERRUPTED, _at_once()
             else:
                 final = _failed(run_dir, rank, error, on_screen=traceback_on_screen)
@@ -231,12 +233,23 @@ def _tell(trainer: Trainer, compiled: Choice) -> None:
 
 
 def _ranges(names: list[str]) -> list[str]:
-    """Parameter names with the layers' numbers folded: model.layers.[0-2].mlp.up_proj.weight."""
+    """Parameter names with the layers' numbers folded: model.layers.[0-2,5].mlp.up_proj.weight."""
     folded: dict[str, list[int]] = {}
     for name in names:
         numbers = re.findall(r"\.(\d+)\.", name)
         folded.setdefault(re.sub(r"\.\d+\.", ".[#].", name), []).extend(map(int, numbers))
-    return [name.replace("#", f"{min(numbers)}-{max(numbers)}" if numbers else "") for name, numbers in folded.items()]
+    return [name.replace("#", _runs(numbers)) for name, numbers in folded.items()]
+
+
+def _runs(numbers: list[int]) -> str:
+    """0-2,5 for 0, 1, 2 and 5."""
+    edges: list[list[int]] = []
+    for number in sorted(numbers):
+        if edges and number == edges[-1][1] + 1:
+            edges[-1][1] = number
+        else:
+            edges.append([number, number])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in edges)
 
 
 def _report_failure(run_dir: Path, rank: int, text: str, details: str, *, on_screen: bool) -> None:

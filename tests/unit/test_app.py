@@ -140,3 +140,18 @@ def test_a_users_own_option_is_found(tmp_path):
     argv = ["--config-dir", str(tmp_path), "optimizer=mine"]
     with App(argv) as app:
         assert app.compose(app.overrides).config.optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("typed", "named", "allowed"),
+    [
+        (["data.format=theirs.fmt:parse"], "theirs.fmt:parse", True),
+        (["data.sources=[{path: a, format: fmt:parse}]"], "fmt:parse", True),
+        (["data.format=theirs.fmt:parse"], "fmt:parse", False),
+        (["data.format=theirs.fmt:parse"], "theirs.fmt:par", False),
+        ([], "fmt:parse", False),
+        (["--trust"], "fmt:parse", True),
+    ],
+)
+def test_code_is_permitted_by_its_whole_name(typed, named, allowed):
+    assert App(typed).may_run(named) == allowed

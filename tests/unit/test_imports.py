@@ -52,7 +52,7 @@ def parts_used_by(part):
         ("safe_text", set()),
         ("files", set()),
         ("machine", set()),
-        ("signals", {"errors"}),
+        ("signals", {"errors", "machine"}),
         ("config", {"errors"}),
         ("data", {"config", "errors", "files", "machine", "safe_text"}),
         ("pointwise", set()),
@@ -68,7 +68,7 @@ def parts_used_by(part):
         ("words", set()),
         ("reports", {"config", "errors", "files", "results", "run_dir", "safe_text", "tracking", "words"}),
         ("metrics", {"checkpoint", "config", "data", "engine", "model", "parallel", "tracking"}),
-        ("trained", {"checkpoint", "config", "errors", "model", "parallel", "results"}),
+        ("trained", {"checkpoint", "config", "errors", "machine", "model", "parallel", "results"}),
         (
             "trainer",
             {"checkpoint", "config", "data", "engine", "errors", "files", "metrics", "model", "optim", "parallel", "stopping", "tracking"},
@@ -89,12 +89,28 @@ def parts_used_by(part):
         ("run_dir", {"config", "errors", "files", "safe_text"}),
         (
             "launch",
-            {"checkpoint", "config", "data", "errors", "files", "model", "parallel", "ranks", "results", "run_dir", "stopping", "tracking"},
+            {
+                *("checkpoint", "config", "data", "errors", "files", "machine", "model", "parallel", "ranks"),
+                *("results", "run_dir", "stopping", "tracking"),
+            },
         ),
         (
             "worker",
             {
-                *("checkpoint", "config", "data", "engine", "errors", "files", "garbage", "metrics", "model", "optim", "parallel"),
+                *(
+                    "checkpoint",
+                    "config",
+                    "data",
+                    "engine",
+                    "errors",
+                    "files",
+                    "garbage",
+                    "machine",
+                    "metrics",
+                    "model",
+                    "optim",
+                    "parallel",
+                ),
                 *("pointwise", "reports", "results", "run_dir", "safe_text", "stopping", "tracking", "trainer", "words"),
             },
         ),

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -383,6 +384,12 @@ def test_a_formula_in_a_strangers_text_does_not_cost_the_picture(tmp_path):
     sweep = runs.make_sweep(tmp_path / "$\\nonsense{$", jobs)
     assert main(["report", str(sweep)]) == 0
     assert loss_png(sweep / "0_job").stat().st_size > 1000
+
+
+def test_warnings_before_a_run_has_a_log_do_not_steer_a_terminal_either():
+    code = "import logging; from xtuner_hydra import __main__; __main__._log_to_stderr(); logging.getLogger('xtuner_hydra').warning('\\x1b[31m')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "\\x1b[31m\n"
 
 
 def test_terminals_are_not_steered(tmp_path, capsys, monkeypatch):

@@ -73,3 +73,8 @@ def test_a_dense_model_is_built_with_few_kernels_kept(moe, kernels, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         worker.build_engine(config, place=None)
     assert {name: environment[name] for name in allocator.KERNELS if name in environment} == kernels
+
+
+def test_only_layers_that_follow_each_other_are_a_range():
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (0, 5, 1, 2)]
+    assert worker._ranges([*names, "lm_head.weight"]) == ["model.layers.[0-2,5].mlp.up_proj.weight", "lm_head.weight"]

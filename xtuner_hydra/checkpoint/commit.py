@@ -149,8 +149,9 @@ def remove(directory: Path) -> None:
 
 
 def leftovers(parent: Path) -> list[Path]:
-    """What interrupted saves and removals left under `parent`."""
-    return [path for path in parent.glob(".step-*") if path.suffix in (".tmp", ".old", ".replaced") and path.is_dir()]
+    """What interrupted saves and removals left under `parent`. One that is set aside and has nothing in its place is none: `put_back` restores it."""
+    found = [path for path in parent.glob(".step-*") if path.suffix in (".tmp", ".old", ".replaced") and path.is_dir()]
+    return [path for path in found if path.suffix != ".replaced" or _home(path).exists()]
 
 
 def _begin(staging: Path) -> None:
@@ -178,8 +179,13 @@ def _finish(staging: Path, directory: Path, known: Checksums) -> None:
 def put_back(parent: Path) -> None:
     """Restore the name of what a crash left set aside while a step was being saved a second time."""
     for aside in parent.glob(_SET_ASIDE):
-        if not (directory := aside.with_name(aside.stem[1:])).exists():
-            os.rename(aside, directory)
+        if not _home(aside).exists():
+            os.rename(aside, _home(aside))
+
+
+def _home(aside: Path) -> Path:
+    """step-N of .step-N.replaced."""
+    return aside.with_name(aside.stem[1:])
 
 
 def _set_aside(directory: Path, suffix: str = ".old") -> Path:

@@ -144,7 +144,7 @@ def _generation(config: ModelConfig, special: dict[str, int | None], stops: tupl
     if own is None:
         return {**special, "eos_token_id": list(stops)} if len(stops) > 1 else {**special, "_from_model_config": True}
     theirs = own.get("eos_token_id")
-    ends = list(dict.fromkeys([*stops, *(theirs if isinstance(theirs, list) else [])]))
+    ends = list(dict.fromkeys([*stops, *(theirs if isinstance(theirs, list) else [] if theirs is None else [theirs])]))
     known = {name: number for name, number in special.items() if number is not None}
     return own | known | ({"eos_token_id": ends} if len(ends) > 1 else {})
 

@@ -85,9 +85,9 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
         plain = OmegaConf.to_container(cfg, resolve=True)
         for key in targets(plain):
             raise unknown_key(key, where(key))
-        _refuse_bad_sources(plain, where)
-        _refuse_misplaced(plain, Config, "", where)
         assert isinstance(plain, dict)
+        _refuse_misplaced(plain, Config, "", where)
+        _refuse_bad_sources(plain["data"], where)
         _make_whole(plain, Config)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
@@ -189,9 +189,9 @@ def refuse_what_is_no_data(text: str) -> None:
             raise RefusedError(f"{where}: {token.value[:80]!r} is an interpolation; a run's config is resolved, so this one was changed")
 
 
-def _refuse_bad_sources(plain: Any, where: Callable[[str], str]) -> None:
+def _refuse_bad_sources(data: dict[str, Any], where: Callable[[str], str]) -> None:
     """Refuse, by its full key, what an item of data.sources must not have; OmegaConf would name the last part alone."""
-    sources = plain.get("data", {}).get("sources") if isinstance(plain, dict) else None
+    sources = data.get("sources")
     for i, source in enumerate(sources if isinstance(sources, list) else []):
         prefix = f"data.sources[{i}]"
         set_in, names = where(prefix), [field.name for field in fields(SourceConfig)]
@@ -213,6 +213,8 @@ def _refuse_misplaced(values: Any, schema: type, prefix: str, where: Callable[[s
     does not always tell the key."""
     hints = get_type_hints(schema)
     for name, value in values.items():
+        if not isinstance(name, str):
+            raise unknown_key(f"{prefix}{name}", where(f"{prefix}{name}"))
         key, kinds = f"{prefix}{name}", _kinds(hints.get(name))
         group = next(filter(is_dataclass, kinds), None)
         if not kinds or Any in kinds or value == "???":

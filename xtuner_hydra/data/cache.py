@@ -248,13 +248,15 @@ class _Writer:
 
 @contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory`, gone afterwards. ConfigError where it cannot be written."""
+    """A new directory beside `directory`, gone afterwards. ConfigError where it cannot be written, DataError where it is another file that fails."""
     staging = _aside(directory)
     try:
         staging.mkdir(parents=True)
         _remove_stale(directory.parent)
         yield staging
     except OSError as error:
+        if error.filename is not None and directory.parent not in Path(os.fsdecode(error.filename)).parents:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
         raise ConfigError(
             "data.cache_dir", directory.parent, f"cannot be written ({error.strerror or error}); choose another directory"
         ) from None

@@ -110,7 +110,7 @@ def parse_prompt_completion(record: object) -> Sample:
         return as_text([(prompt, False), (completion, True)])
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise ValueError(f"prompt and completion must both be text or both lists of messages, got {_kind(prompt)} and {_kind(completion)}")
-    asked = [{**message, "loss": False} if isinstance(message, dict) else message for message in prompt]
+    asked = [{**message, "loss": False, "weight": None} if isinstance(message, dict) else message for message in prompt]
     return _conversation(_messages(asked + completion), record.get("tools"))
 
 

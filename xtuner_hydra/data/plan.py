@@ -223,7 +223,7 @@ class TrainPlan:
     @property
     def expected_tokens(self) -> int:
         """Tokens of all steps, if all epochs are like the first: the others need not be packed to know it."""
-        return int(self.total_steps * self.batch_size * self.epoch(0).tokens.mean())
+        return int(self.total_steps / self._steps_in(0) * self.epoch(0).tokens.sum())
 
     @property
     def utilization(self) -> float:

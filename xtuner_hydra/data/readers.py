@@ -167,11 +167,18 @@ def _rows_of(file: Path) -> Iterator[Part]:
 def _read_rows(part: Part) -> list[Any]:
     import pyarrow.parquet
 
+    batches, place = [], 0
     try:
-        group = pyarrow.parquet.ParquetFile(part.file).read_row_group(part.row_group)
+        # a group has no middle to start from; in batches, it need not be held whole
+        for batch in pyarrow.parquet.ParquetFile(part.file).iter_batches(ROWS, row_groups=[part.row_group]):
+            begin, end = max(part.start - place, 0), min(part.stop - place, len(batch))
+            batches += [batch.slice(begin, end - begin)] if begin < end else []
+            place += len(batch)
+            if place >= part.stop:
+                break
     except (OSError, ValueError) as error:
         raise DataError(f"{part.file} cannot be read as Parquet: {error}") from None
-    rows = group.slice(part.start, part.stop - part.start)
+    rows = pyarrow.Table.from_batches(batches)
     if rows.nbytes <= LINE_BYTES:
         return [_record(row) for row in rows.to_pylist()]
     return [_row(rows.slice(number, 1)) for number in range(rows.num_rows)]

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtuner_hydra.config.schema import Config, ParallelismConfig
 from xtuner_hydra.errors import ConfigError
-from xtuner_hydra.machine import cores
+from xtuner_hydra.machine import cores, own_rank, started_by_torchrun
 from xtuner_hydra.signals import handled_by
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -29,17 +29,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Runtime:
-    """This rank's place in the run. `mesh` has the dimensions (dp_replicate, dp_shard)."""
+    """This rank's place in the run. `mesh` has the dimension dp_shard, and before it dp_replicate where there are several copies."""
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh
-
-
-def started_by_torchrun() -> bool:
-    """True if an elastic launcher (torchrun, or ours) has given this process a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def world_size(parallelism: ParallelismConfig, device: str) -> int:
@@ -93,7 +88,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
     If an error ends the block and there are other ranks, the group ends only with the process: NCCL shuts it down only together with the
     others, which may be waiting for this one, and the error must be reported first."""
     kind = device_type(config.trainer.device)
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank = own_rank(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -115,8 +110,11 @@ def runtime(config: Config) -> Iterator[Runtime]:
 
 
 def _mesh(kind: str, world: int, parallelism: ParallelismConfig) -> DeviceMesh:
-    replicate = parallelism.dp_replicate
-    mesh = init_device_mesh(kind, (replicate, world // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
+    copies = parallelism.dp_replicate
+    if copies > 1:
+        mesh = init_device_mesh(kind, (copies, world // copies), mesh_dim_names=("dp_replicate", "dp_shard"))
+    else:  # on a mesh of two dimensions FSDP would sum over the one copy too
+        mesh = init_device_mesh(kind, (world,), mesh_dim_names=("dp_shard",))
     for group in mesh.get_all_groups():  # groups made by the mesh have torch's timeout
         dist.distributed_c10d._set_pg_timeout(patience(parallelism), group)
     return mesh

@@ -67,9 +67,11 @@ class Watchdog:
             if self.progress() != seen:
                 seen, since = self.progress(), time.monotonic()
             elif time.monotonic() - since > self.timeout:
-                return self._end()
+                self._end()
+                seen, since = self.progress(), time.monotonic()
 
     def _end(self) -> None:
+        """End this process, unless it has moved on or ended by the time that all ranks have reported."""
         stack = traceback.format_stack(sys._current_frames()[self._main])  # type: ignore[index]
         text = "".join(stack)
         log.error(f"rank {self.rank} has not moved for {self.timeout:g} s:\n{text}", extra={"file_only": True})
@@ -81,7 +83,8 @@ class Watchdog:
         }
         write_json(self._report_of(self.rank), report)
         reports = self._reports()
-        if self._done.is_set():  # it moves again
+        if self._done.is_set() or self.progress() != report["edges"]:
+            self._report_of(self.rank).unlink(missing_ok=True)
             return
         culprits = verdict(reports, self.world_size)
         if self.rank == min(set(reports) & set(culprits) or reports):  # one reports for all

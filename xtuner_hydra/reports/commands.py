@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from xtuner_hydra import words
 from xtuner_hydra.config.names import as_typed, split_override
+from xtuner_hydra.config.schema import Config
+from xtuner_hydra.errors import ConfigError
 from xtuner_hydra.results.sweep import SEED, JobResult, SweepPlan, SweepResult
 
 PROGRAM = "python -m xtuner_hydra"
@@ -37,6 +41,8 @@ def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[s
     """A finer grid around `best` with the seeds of the sweep, and its number of jobs; None if no swept key is a number. keys: the swept ones, the
     most influential first; if the grid would exceed MOST_JOBS, the last keys stay at their best value, and then the last seeds are left out."""
     values = {key: around(best.swept[key], _seen(result, key)) for key in keys if key in best.swept}
+    if best.run:
+        values = {key: [value for value in near if _is_allowed(best.run.config, key, value)] for key, near in values.items()}
     values = {key: near for key, near in values.items() if len(near) > 1}
     seeds = sorted({job.swept[SEED] for job in result.jobs if SEED in job.swept})
     while len(values) > 1 and math.prod(map(len, values.values())) * max(1, len(seeds)) > MOST_JOBS:
@@ -49,6 +55,16 @@ def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[s
     grid = [f"{key}={','.join(map(words.exact, near))}" for key, near in values.items()]
     decides = [override for override in result.plan.overrides if split_override(override)[0] in ("sweep.metric", "sweep.direction")]
     return _command(result.plan, ["-m", *base, *decides, *grid]), math.prod(map(len, values.values()))
+
+
+def _is_allowed(config: Config, key: str, value: Any) -> bool:
+    """Whether `value` is in the range that the schema gives `key`."""
+    *groups, name = key.split(".")
+    try:
+        replace(functools.reduce(getattr, groups, config), **{name: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def around(best: Any, seen: Sequence[Any]) -> list[Any]:

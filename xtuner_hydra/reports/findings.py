@@ -158,7 +158,7 @@ class Findings:
         return self._against(self.ranked[1]) if len(self.ranked) > 1 else None
 
     def _against(self, other: Setting) -> Lead:
-        return Lead(self.ranked[0], other, 1 if self.result.plan.direction == "minimize" else -1, *pooled(self.ranked))
+        return Lead(self.ranked[0], other, self.result.plan.sign, *pooled(self.ranked))
 
     @cached_property
     def noise(self) -> float | None:
@@ -251,7 +251,7 @@ class Findings:
         if not self.stopped or self.stopped[0].stopped is None or setting.mean is None:
             return False
         early = self.stopped[0].stopped
-        return early < setting.mean if self.result.plan.direction == "minimize" else early > setting.mean
+        return self.result.plan.sign * (early - setting.mean) < 0
 
     def _tied(self) -> str:
         """The settings that share first place."""

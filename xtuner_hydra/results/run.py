@@ -162,6 +162,7 @@ def _columns(rows: list[Row]) -> dict[str, np.ndarray]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no JSON, or not even UTF-8
         return {}
+    return found if isinstance(found, dict) else {}

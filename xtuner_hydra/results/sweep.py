@@ -70,6 +70,11 @@ class SweepPlan:
     config_dir: str | None = None
     config_name: str | None = None
 
+    @property
+    def sign(self) -> int:
+        """What a value is multiplied by so that less is better."""
+        return 1 if self.direction == "minimize" else -1
+
     def save(self, directory: Path) -> None:
         """Write sweep.json."""
         write_json(directory / SWEEP_FILE, asdict(self))
@@ -197,10 +202,9 @@ class SweepResult:
         return sorted(settings, key=self._place)
 
     def _place(self, setting: Setting) -> tuple[int, float]:
-        sign = 1 if self.plan.direction == "minimize" else -1
         if setting.mean is not None:
-            return 0, sign * setting.mean
-        return (2, 0.0) if setting.stopped is None else (1, sign * setting.stopped)
+            return 0, self.plan.sign * setting.mean
+        return (2, 0.0) if setting.stopped is None else (1, self.plan.sign * setting.stopped)
 
     @property
     def best_setting(self) -> Setting | None:
@@ -209,8 +213,7 @@ class SweepResult:
     @cached_property
     def best_job(self) -> JobResult | None:
         """The completed job with the best value."""
-        sign = 1 if self.plan.direction == "minimize" else -1
-        done = [(sign * job.value, place) for place, job in enumerate(self.jobs) if job.value is not None]
+        done = [(self.plan.sign * job.value, place) for place, job in enumerate(self.jobs) if job.value is not None]
         return self.jobs[min(done)[1]] if done else None
 
     def count(self, *states: str) -> int:

@@ -115,6 +115,7 @@ class Driver:
         self.running: list[Followed] = []
         self.waiting: list[Job] = []  # planned and without a result, or failed and to be retried
         self.retries: dict[int, int] = {}  # how many are left, by job number
+        self.values: dict[int, float | None] = {}  # the metric of completed jobs, by job number
         self.stopped = False  # no further job is to start
         self.why_stopped: str | None = None
         self.signals: list[int] = []  # received so far
@@ -128,6 +129,7 @@ class Driver:
 
         Raises TrainingError, after stopping the jobs, if the sweep's directory can no longer be written."""
         for result in results_of(self.directory, self.plan).jobs:
+            self.values[result.number] = result.value
             if (state := self._state(result.job)) in SETTLED:
                 # one may have ended while no driver ran, as on a cluster, without the search being told
                 self.search.tell(result.job.trial, result.value, pruned=state == "pruned")
@@ -305,17 +307,21 @@ class Driver:
         self._conclude(job, "failed", error)
 
     def _conclude(self, job: Job, state: str, why: str | None) -> None:
-        result = results_of(self.directory, self.plan)
-        value = next((one.value for one in result.jobs if one.number == job.number), None)
+        value = self.values[job.number] = job_result(job, self.directory, self.plan.metric).value
+        best = self._best()
         if state in (*SETTLED, "failed"):
             self.search.tell(job.trial, value, pruned=state == "pruned")
-        best = result.best_job is not None and result.best_job.number == job.number
-        outcome = "" if value is None else f", {self.plan.metric} {fixed(value, 4)}{' (best so far)' * best}"
+        outcome = "" if value is None else f", {self.plan.metric} {fixed(value, 4)}{' (best so far)' if job.number == best else ''}"
         self.screen.ended(job, state + outcome, why)
-        self._keep(result.best_job.number if result.best_job else None)
+        self._keep(best)
         if state == "failed" and self.options.fail_fast and not self.stopped:
             self.stopped, self.why_stopped = True, "another job failed (sweep.fail_fast)"
             self.screen.say("sweep.fail_fast: a job failed, so the others are stopped")
+
+    def _best(self) -> int | None:
+        """The number of the completed job with the best value, the earliest of equal ones."""
+        done = [(self.plan.sign * value, number) for number, value in self.values.items() if value is not None]
+        return min(done)[1] if done else None
 
     def _keep(self, best: int | None) -> None:
         """Remove the checkpoints and exports of finished jobs that sweep.keep does not name. Unfinished ones need theirs to continue."""

@@ -20,7 +20,8 @@ from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.names import as_typed, job_name, split_override
 from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, RefusedError
-from xtuner_hydra.parallel.runtime import gpu_count, started_by_torchrun
+from xtuner_hydra.machine import started_by_torchrun
+from xtuner_hydra.parallel.runtime import gpu_count
 from xtuner_hydra.reports.sweep import text, write_sweep
 from xtuner_hydra.results.sweep import SWEEP_FILE, Job, JobResult, SweepPlan, read_sweep
 from xtuner_hydra.safe_text import printable, redact

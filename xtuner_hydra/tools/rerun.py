@@ -22,6 +22,7 @@ from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, DataError, RefusedError
+from xtuner_hydra.machine import own_rank
 from xtuner_hydra.recompose import recompose
 from xtuner_hydra.results.run import Run, load_run
 from xtuner_hydra.safe_text import printable
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP)
         return EXIT_DONE
-    if "WORLD_SIZE" in os.environ and int(os.environ.get("RANK", 0)) > 0:
+    if own_rank() > 0:
         return _follow(argv)
     with App(argv) as app:
         run = _original(app)

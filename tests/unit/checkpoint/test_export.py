@@ -218,8 +218,8 @@ def test_the_base_models_way_of_generating_comes_along(tmp_path):
     config.pretrained, special = str(base), {"bos_token_id": 1, "eos_token_id": 2}
     assert _generation(config, special, (2,)) == {"_from_model_config": True, **special}
     (base / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true, "eos_token_id": 7}')
-    assert _generation(config, special, (2,)) == {"temperature": 0.3, "do_sample": True, **special}
-    assert _generation(config, special, (2, 3))["eos_token_id"] == [2, 3]
+    assert _generation(config, special, (2,)) == {"temperature": 0.3, "do_sample": True, **special, "eos_token_id": [2, 7]}
+    assert _generation(config, special, (2, 3))["eos_token_id"] == [2, 3, 7]
     (base / "generation_config.json").write_text('{"bos_token_id": 5, "eos_token_id": [2, 9]}')
     assert _generation(config, {"bos_token_id": None, "eos_token_id": 2}, (2,)) == {"bos_token_id": 5, "eos_token_id": [2, 9]}
     config.tokenizer = "byte"  # its ids are others

@@ -21,3 +21,17 @@ def test_changed_tells_default_and_value_of_what_differs():
 def test_a_config_yaml_that_is_a_list_is_refused():
     with pytest.raises(RefusedError, match="holds a list"):
         from_yaml("- a\n- b\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data: hello", "data: must be a group of keys"),
+        ("data: null", "data: must be a group of keys"),
+        ("trainer: {1: 2}", "trainer.1: there is no such key"),
+        ("1: 2", "1: there is no such key"),
+    ],
+)
+def test_a_config_yaml_of_another_shape_is_refused(text, words):
+    with pytest.raises(RefusedError, match=words):
+        from_yaml(text)

@@ -199,3 +199,18 @@ def test_a_cache_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConfigError, match=r"data\.cache_dir"):
         cache_of(tmp_path, RECORDS)
+
+
+class DeletingTokenizer(AppendingTokenizer):
+    """Somebody removes the file while it is read."""
+
+    def encode(self, conversation):
+        self.file.unlink(missing_ok=True)
+        return ByteTokenizer.encode(self, conversation)
+
+
+def test_a_data_file_that_goes_away_is_not_blamed_on_the_cache_directory(tmp_path):
+    tokenizer = DeletingTokenizer()
+    tokenizer.file = write_lines(tmp_path / "data.jsonl", RECORDS[:2])
+    with pytest.raises(DataError, match=r"data\.jsonl cannot be read: No such file"):
+        build_cache([tokenizer.file], "openai", tokenizer, bad_lines="error", cache_dir=tmp_path / "cache", num_workers=0, progress=False)

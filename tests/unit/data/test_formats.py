@@ -285,3 +285,8 @@ def test_what_is_no_json_is_not_learnt(value):
 def test_any_json_is_read_or_refused_with_a_value_error(name, record):
     with suppress(ValueError):
         assert isinstance(PARSERS[name](record), Conversation | Text)
+
+
+def test_weights_in_a_prompt_say_nothing():
+    chat = parse_prompt_completion({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]})
+    assert [message.supervised for message in chat.messages] == [False, False, False, True]

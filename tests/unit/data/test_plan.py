@@ -80,6 +80,11 @@ def test_expected_tokens_take_all_epochs_for_the_first(cache):
     assert plan_of(cache, epochs=1, batch=1).expected_tokens == plan_of(cache, epochs=1, batch=1).total_tokens
 
 
+def test_a_short_last_step_counts_as_what_it_holds(cache):
+    plan = plan_of(cache, epochs=3, batch=len(plan_of(cache).epoch_packs(0)) - 1)  # two steps an epoch, one of them with one pack
+    assert plan.expected_tokens == pytest.approx(plan.total_tokens, rel=0.1)
+
+
 def test_the_tokens_of_very_many_epochs_are_estimated_and_not_counted(cache):
     endless, exact = plan_of(cache, total_steps=10_000_000), plan_of(cache, total_steps=1000)
     assert exact.is_countable

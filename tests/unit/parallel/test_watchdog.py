@@ -100,3 +100,21 @@ def test_who_makes_progress_is_left_alone(tmp_path):
     rank = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path, "0", "ends"], timeout=60)
     assert rank.returncode == 0
     assert not list(tmp_path.iterdir())
+
+
+PAUSE = """
+import sys, time
+from pathlib import Path
+from xtuner_hydra.parallel import watchdog
+watchdog.GRACE_SECONDS = 3
+edges = 0
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 2, 1.0, lambda: edges, lambda *verdict: None):
+    time.sleep(2.5)
+    for edges in range(1, 40):
+        time.sleep(0.1)
+"""
+
+
+def test_who_moves_on_while_the_ranks_report_is_left_alone(tmp_path):
+    assert subprocess.run([sys.executable, "-c", PAUSE, tmp_path], timeout=60).returncode == 0
+    assert not list(tmp_path.iterdir())

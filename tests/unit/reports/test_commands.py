@@ -111,3 +111,13 @@ def test_a_whole_sweep_is_not_gone_on_with(tmp_path):
     pruned = {"rows": [step(1, 3.0)], "state": "interrupted", "pruned": "hopeless"}
     found = Findings(read_sweep(make_sweep(tmp_path, [({LR: 1e-5}, finished(2.0)), ({LR: 6e-5}, pruned)])))
     assert not any("resume" in command for _, command in found.next)
+
+
+def test_a_refinement_stays_in_the_range_of_its_keys(tmp_path):
+    """Twice a momentum of 0.95 would be refused."""
+    momentum = "optimizer.momentum"
+    jobs = [({momentum: value}, finished(1 - value)) for value in (0.8, 0.9, 0.95)]
+    command, _ = Findings(read_sweep(make_sweep(tmp_path, jobs))).refine
+    (values,) = (word.partition("=")[2].split(",") for word in shlex.split(command) if word.startswith(momentum))
+    assert all(0 <= float(value) < 1 for value in values)
+    assert len(values) > 1

@@ -173,6 +173,17 @@ def test_a_damaged_one_does_not_count_and_goes_only_where_that_is_said(run, said
     assert standing(run)["checkpoints"] == ["step-3", "step-4", "step-5"]
 
 
+def test_a_checkpoint_that_a_crash_left_aside_is_not_a_leftover(run, said):
+    """It was being saved a second time, and nothing is in its place: a resumed run restores its name."""
+    newest = run / "checkpoints" / "step-6"
+    newest.rename(newest.with_name(".step-6.replaced"))
+    assert said("prune", "run")[0] == 0
+    assert ".step-6.replaced" in standing(run)["checkpoints"]
+    (newest.with_name(".step-5.replaced")).mkdir()  # its place is taken
+    said("prune", "run")
+    assert ".step-5.replaced" not in standing(run)["checkpoints"]
+
+
 def test_where_none_is_whole_nothing_goes(run, said):
     """Nor what an interrupted save has left: it may be all there is to be saved by hand."""
     (run / "checkpoints" / ".step-9.tmp").mkdir()

@@ -122,6 +122,14 @@ def gigabytes(text, name):
     return re.findall(r"(\S+) GB", re.search(rf"^{name} .*$", text, re.MULTILINE)[0])
 
 
+def test_copies_of_the_weights_do_not_share_the_memory(say):
+    ranks = ["debug=fast", "parallelism.nproc_per_node=4", "trainer.global_batch_size=4"]
+    one, shared, copies = (
+        float(gigabytes(say(*words)[1], "memory")[0]) for words in (["debug=fast"], ranks, [*ranks, "parallelism.dp_replicate=4"])
+    )
+    assert (shared, copies) == (pytest.approx(one / 4, rel=0.01), one)
+
+
 @pytest.mark.parametrize("keep", [1, 50])
 def test_sizes_are_written_out(say, keep):
     """Not as 4.6e+03."""
