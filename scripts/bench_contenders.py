@@ -18,13 +18,13 @@ from bench import PHASES
 
 from xtuner_hydra import loss
 from xtuner_hydra.app import App
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.loader import StepBatch, train_batches
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.launch import prepare
 from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.runtime import Runtime, runtime
-from xtuner_hydra.worker import build_engine
 
 
 def run(name: str, steps: int, batch_size: int, threads: int, overrides: list[str]) -> dict:

@@ -102,7 +102,7 @@ def packed_batch(documents):
     ids, positions, cu_seqlens, longest = pack(documents)
     labels = torch.cat([F.pad(ids[1:], (0, 1), value=IGNORE) for ids in documents])
     rows = torch.nonzero(labels != IGNORE).flatten()
-    return PackedBatch(ids, labels, positions, cu_seqlens, longest, rows, labels[rows], len(ids))
+    return PackedBatch(ids, positions, cu_seqlens, longest, rows, labels[rows], len(ids))
 
 
 def document(length, seed, vocab=VOCAB):

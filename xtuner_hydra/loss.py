@@ -7,7 +7,8 @@ summed in fp32 inside it and rounded once: it needs no accumulator, which chunks
 
 The kept logits are freed before the layers' gradients are computed, where a training step's memory peaks, so they do not raise the peak.
 
-Source: Cut Cross-Entropy (Wijmans et al. 2024), which keeps none."""
+Source: Cut Cross-Entropy (Wijmans et al. 2024), which keeps none. torch's own F.linear_cross_entropy (2.13) returns the loss in the inputs' dtype,
+too coarse in bf16, and its chunked modes were 5 to 14 times slower on a CPU than one product; in fp32 it is the tests' oracle."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_P
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.safe_text import printable, redact
-from xtuner_hydra.signals import end_at_once
+from xtuner_hydra.signals import die_with_parent, end_at_once
 
 
 def main() -> int:
     """Entry point of a job's or a rank's process: ends when the process that started it does."""
     end_at_once()  # until the rank listens, once torch and the rest have been imported
     collect_seldom()
-    from xtuner_hydra.worker import die_with_parent, train
+    from xtuner_hydra.worker import train
 
     die_with_parent()
     directory, ranks, *again = sys.argv[1:]

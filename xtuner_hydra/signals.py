@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,3 +43,9 @@ def handled_by(handler: Callable[[int, FrameType | None], object] | signal.Handl
     finally:
         for number, own in before.items():
             signal.signal(number, own)
+
+
+def die_with_parent() -> None:
+    """Linux: have this process terminated when the one that started it dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

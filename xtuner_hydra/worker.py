@@ -4,44 +4,35 @@ A worker never sees Hydra. `train` is the same for a rank in its own process and
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
-import signal
-import sys
 import time
 import traceback
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.checkpoint.commit import has_saved
-from xtuner_hydra.checkpoint.state import load_weights
 from xtuner_hydra.config.checks import idle
 from xtuner_hydra.config.names import as_typed
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.show import first_sample
 from xtuner_hydra.data.tokenizers import load_tokenizer
-from xtuner_hydra.engine import Engine
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.files import write_json
 from xtuner_hydra.garbage import collect_as_usual
 from xtuner_hydra.machine import own_rank
 from xtuner_hydra.metrics import Row
-from xtuner_hydra.model.adapters import blueprint
-from xtuner_hydra.model.init import initialise
-from xtuner_hydra.model.pretrained import keep_frozen_as_stored, load_pretrained
-from xtuner_hydra.optim.optimizers import build_optimizers
 from xtuner_hydra.optim.schedules import cut_short
 from xtuner_hydra.parallel import allocator
 from xtuner_hydra.parallel.compiling import Choice, choose_compile
-from xtuner_hydra.parallel.runtime import DTYPES, Runtime, runtime
-from xtuner_hydra.parallel.sharding import parallelize
+from xtuner_hydra.parallel.runtime import Runtime, runtime
 from xtuner_hydra.parallel.watchdog import Watchdog
 from xtuner_hydra.pointwise import compile_pointwise
 from xtuner_hydra.reports.pictures import loss_png
@@ -165,28 +156,6 @@ def build(config: Config, run_dir: Path, place: Runtime, stopping: Stopping) -> 
     return trainer
 
 
-def build_engine(config: Config, place: Runtime, checkpoint: Path | None = None) -> Engine:
-    """The sharded model with its initial weights, or those of `checkpoint` if given, and optimizers for the trained ones. Nothing is allocated
-    before it is sharded."""
-    if config.model.moe is None:
-        allocator.keep_few_kernels()
-    model = blueprint(config)
-    if config.model.pretrained:
-        keep_frozen_as_stored(model, config.model.pretrained)
-    parallelize(model, config.parallelism, place)
-    model.to_empty(device=place.device)
-    if config.model.pretrained:
-        load_pretrained(model, config.model.pretrained, seed=config.trainer.seed)
-    else:
-        initialise(model, config.trainer.seed)
-    if checkpoint is not None:
-        load_weights(checkpoint, model)
-    optimizers = build_optimizers(model, config.optimizer, DTYPES[config.parallelism.param_dtype])
-    return Engine(
-        model, optimizers, dp_size=place.world_size, max_grad_norm=config.optimizer.max_grad_norm, nonfinite=config.optimizer.nonfinite
-    )
-
-
 def with_trackers(trainer: Trainer) -> None:
     """Resume if the config says so, then open the trackers (on the first rank) at the step where metrics continue."""
     step = trainer.resume_if_possible()
@@ -196,7 +165,7 @@ def with_trackers(trainer: Trainer) -> None:
         trainer.trackers = build_trackers(
             config.tracking,
             trainer.run_dir,
-            resolved=to_dict(config),
+            resolved=asdict(config),
             overrides=read_overrides(trainer.run_dir),
             total_steps=trainer.total_steps,
             start_step=step or 0,
@@ -286,9 +255,3 @@ def _report(run_dir: Path) -> None:
             write(run_dir)
         except Exception as error:
             log.warning(f"{write.__name__} failed, the run is not affected: {type(error).__name__}: {error}")
-
-
-def die_with_parent() -> None:
-    """Linux: have this worker terminated when the launcher dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

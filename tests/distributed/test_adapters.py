@@ -8,11 +8,11 @@ import torch
 from parity import document, make_checkpoint, ours, packed_batch, tensors
 from ranks import run_on_ranks
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.schema import Config, DataConfig, LoRAConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.model.adapters import is_adapter, merged, whole
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 DOCUMENTS = [document(length, length) for length in (13, 40, 7, 22)]
 SUPERVISED = sum(len(ids) - 1 for ids in DOCUMENTS)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from ranks import TINY, run_on_ranks
 from torch.distributed.tensor import DTensor
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.schema import Config, DataConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.batch import deal, empty_batch, make_batch
 from xtuner_hydra.data.packing import Packs
 from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 CONFIG = Config(
     model=TINY,

@@ -9,11 +9,11 @@ from parity import document, make_checkpoint, packed_batch, theirs
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.batch import IGNORE
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 LENGTHS = (13, 40, 7, 22)
 COEFFICIENT = 0.5  # large, so that its gradient is seen

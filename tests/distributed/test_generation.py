@@ -6,11 +6,11 @@ from parity import CASES, document, make_checkpoint, ours
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.generation import generate, greedy
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 PROMPT = document(20, 1).tolist()
 

@@ -7,13 +7,13 @@ from parity import make_checkpoint, same_files, tensors
 from ranks import run_on_ranks
 from safetensors import safe_open
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.checkpoint.export import export
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.model import pretrained
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 MIXED = ["llama 3.2", "qwen2", "qwen3 tied, biased", "qwen3_moe mixed"]
 

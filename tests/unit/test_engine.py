@@ -8,11 +8,11 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.batch import PackedBatch
 from xtuner_hydra.errors import Stopped, TrainingError
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 
 def config_of(nonfinite="error", **parallelism):
@@ -38,7 +38,7 @@ def batch(seed, length=9):
     """A pack of one document, every token supervised."""
     ids = torch.randint(0, 31, (length,), generator=torch.Generator().manual_seed(seed))
     cu_seqlens, places = torch.tensor([0, length - 1], dtype=torch.int32), torch.arange(length - 1)
-    return PackedBatch(ids[:-1], ids[1:], places, cu_seqlens, length - 1, rows=places, targets=ids[1:], tokens=length - 1)
+    return PackedBatch(ids[:-1], places, cu_seqlens, length - 1, rows=places, targets=ids[1:], tokens=length - 1)
 
 
 def take_step(engine, seeds, world_size=1):

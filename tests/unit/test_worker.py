@@ -1,16 +1,13 @@
 """What a worker does at a run's end."""
 
 import logging
-import os
 from pathlib import Path
 
 import pytest
 from runs import evaluation, make_run, step
 
 from xtuner_hydra import worker
-from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, MoEConfig
 from xtuner_hydra.errors import SaveError
-from xtuner_hydra.parallel import allocator
 from xtuner_hydra.stopping import Stopping, Wish
 
 
@@ -58,21 +55,6 @@ def test_a_rank_whose_error_cannot_be_written_says_it_itself(tmp_path, caplog):
     (record,) = caplog.records
     assert record.message == "training failed: No space left on device"
     assert not getattr(record, "file_only", False)
-
-
-@pytest.mark.parametrize(("moe", "kernels"), [(None, allocator.KERNELS), (MoEConfig(6, 2, 20), {})], ids=["dense", "experts"])
-def test_a_dense_model_is_built_with_few_kernels_kept(moe, kernels, monkeypatch):
-    environment = {name: value for name, value in os.environ.items() if name not in allocator.KERNELS}
-    monkeypatch.setattr(os, "environ", environment)
-
-    def stop(config):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(worker, "blueprint", stop)
-    config = Config(model=ModelConfig("qwen3", 97, 40, 72, 3, 6, 2, 10, moe=moe), data=DataConfig(path="unused"))
-    with pytest.raises(KeyboardInterrupt):
-        worker.build_engine(config, place=None)
-    assert {name: environment[name] for name in allocator.KERNELS if name in environment} == kernels
 
 
 def test_only_layers_that_follow_each_other_are_a_range():

@@ -36,7 +36,8 @@ class Saver:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
             # ranks agree on a save while training continues, so not over its channel
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-            self._stager = DefaultStager(StagingOptions(False, False, False, False))
+            plain = StagingOptions(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+            self._stager = DefaultStager(plain)
 
     def save(self, snapshot: Snapshot) -> None:
         """Commit checkpoints/step-N, or with checkpoint.asynchronous start to. Raises SaveError for this save or the one before it."""

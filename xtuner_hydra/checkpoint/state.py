@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.state_dict import (
 from xtuner_hydra.checkpoint.commit import Checksums
 from xtuner_hydra.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import checksum, write_json
 from xtuner_hydra.model.pretrained import fingerprint
@@ -158,7 +157,7 @@ def _without_frozen(model: torch.nn.Module, weights: dict[str, Any]) -> dict[str
 def trajectory(config: Config, content: str) -> dict[str, Any]:
     """What decides a run's steps, by key. A run that continues another must share it, apart from what may be changed (resume.py).
     `content`: fingerprint of the training data."""
-    plain = to_dict(config)
+    plain = asdict(config)
     aside = {"pretrained", "strict", "tokenizer", "chat_template"} | ({"lora"} if config.model.adapter is None else set())
     model = {key: value for key, value in plain["model"].items() if key not in aside}
     base = config.model.pretrained if config.has_frozen else None  # otherwise the checkpoint holds every weight

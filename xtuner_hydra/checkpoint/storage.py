@@ -3,7 +3,8 @@
     rank-R.safetensors   the shards that rank R wrote, each under "NAME:OFFSET"
     tensors.json         every tensor's dtype, shape and shards: offset, shape, file
 
-Planning (who writes what, which shards a rank needs at another world size) is torch's. Only tensors are stored."""
+Planning (who writes what, which shards a rank needs at another world size) is torch's. Only tensors are stored. torch's HuggingFaceStorageWriter
+writes safetensors too, but no checksums, which the commit protocol wants (commit.py) and which would cost another reading of every file."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _check_ranks(config: Config, world_size: int) -> None:
 
 
 def idle(config: Config) -> list[str]:
-    """Settings that somebody has changed and that nothing reads, a sentence each. They are no errors: a sweep may change both sides."""
+    """Settings that somebody has changed and that nothing reads, a sentence each. They are not errors: a sweep may change both sides."""
     model, optimizer, scheduler, trainer = config.model, config.optimizer, config.scheduler, config.trainer
     rules: list[tuple[bool, str, Any, tuple[str, ...], str]] = [  # whether nothing reads, in a group, these keys, and because of what
         (model.adapter is None, "model.lora", model.lora, tuple(field.name for field in fields(model.lora)), "model.adapter=null"),

@@ -87,7 +87,7 @@ def to_config(cfg: DictConfig, where: Callable[[str], str]) -> Config:
             raise unknown_key(key, where(key))
         assert isinstance(plain, dict)
         _refuse_misplaced(plain, Config, "", where)
-        _refuse_bad_sources(plain["data"], where)
+        _refuse_bad_sources(plain.get("data", {}), where)
         _make_whole(plain, Config)
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         _refuse_missing(merged, where)
@@ -125,8 +125,8 @@ def to_group(name: str, schema: type[T], cfg: DictConfig) -> T:
 def from_yaml(text: str) -> Config:
     """The Config of a run's config.yaml, which is plain data: a run directory may be a stranger's.
 
-    Raises RefusedError, for tags, anchors and interpolations too, or yaml.YAMLError for what is no YAML."""
-    refuse_what_is_no_data(text)
+    Raises RefusedError, for tags, anchors and interpolations too, or yaml.YAMLError for text that is not YAML."""
+    refuse_non_data(text)
     cfg = OmegaConf.create(text)
     if not isinstance(cfg, DictConfig):
         raise RefusedError("config.yaml: holds a list, not groups of keys")
@@ -151,14 +151,9 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """`config` as plain nested dicts, lists and scalars."""
-    return asdict(config)
-
-
 def changed(config: Config, default: Config) -> dict[str, tuple[Any, Any]]:
     """{full key: (default, value)} of every value in which `config` differs from `default`, in the order of the schema."""
-    ours, theirs = flatten(to_dict(config)), flatten(to_dict(default))
+    ours, theirs = flatten(asdict(config)), flatten(asdict(default))
     keys = dict.fromkeys([*ours, *theirs])
     return {key: (theirs.get(key), ours.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
 
@@ -174,7 +169,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_what_is_no_data(text: str) -> None:
+def refuse_non_data(text: str) -> None:
     """RefusedError for a config.yaml that no run has written: a run's values are resolved and plain, so a tag, an anchor (of which a few lines
     can make gigabytes) or `${...}` is damage or an attack."""
     if not _SUSPECT.search(text):

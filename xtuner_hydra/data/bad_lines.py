@@ -10,9 +10,9 @@ LONGEST_MESSAGE = 300
 
 
 class Kind(StrEnum):
-    """What is wrong with a line (or a row of Parquet), in the order in which it is looked for: the first that fits is told.
+    """What is wrong with a line (or a row of Parquet), in the order in which they are checked: the first that applies is reported.
 
-    A line of nothing but white space is no record and not bad: it is passed over, but counts as a line."""
+    A line of nothing but white space is neither a record nor bad: it is skipped, but counts as a line."""
 
     NUL = "NUL bytes"
     """Bytes 0, as a crash or a full disk leaves them in a file; or U+0000 in a text. JSON may write that, but no person does: it is damage
@@ -20,7 +20,7 @@ class Kind(StrEnum):
     TOO_LARGE = "too large"
     """Longer than sources.LINE_BYTES."""
     UTF8 = "UTF-8"
-    """Bytes that are no UTF-8."""
+    """Bytes that are not UTF-8."""
     JSON = "JSON"
     """No JSON, an object with a key twice, or a number that Python does not read (more than 4,300 digits)."""
     NESTING = "nesting"

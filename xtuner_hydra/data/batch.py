@@ -23,13 +23,12 @@ _MOST_EXCHANGES = 100
 class PackedBatch:
     """One pack of n tokens as T = n - 1 pairs of a token and the one that follows it.
 
-    ids, labels, positions: int64 (T,); labels are IGNORE where nothing is to be learnt, positions count from 0 in every document.
+    ids, positions: int64 (T,); positions count from 0 in every document.
     cu_seqlens: int32 (documents + 1,), 0 and the end of each document; max_seqlen: length of the longest.
-    rows: int64 (N,), the tokens with a label; targets: int64 (N,), labels[rows].
+    rows: int64 (N,), the tokens with a label; targets: int64 (N,), their labels.
     tokens: T, or 0 for the placeholder of a rank without a pack."""
 
     ids: Tensor
-    labels: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
@@ -37,8 +36,13 @@ class PackedBatch:
     targets: Tensor
     tokens: int
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 (T,), IGNORE for a token without a label: what models of others take."""
+        return torch.full_like(self.ids, IGNORE).index_copy(0, self.rows, self.targets)
+
     def to(self, device: torch.device) -> Self:
-        """The same batch with its tensors on `device`. A GPU fetches them from pinned memory, and nobody waits for it."""
+        """The same batch with its tensors on `device`. For a GPU they are copied asynchronously, from pinned memory."""
         tensors = {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
         if device.type != "cpu":
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
@@ -53,7 +57,7 @@ def make_batch(cache: Samples, packs: Packs, pack: int) -> PackedBatch:
     ids = np.concatenate([cache.ids(sample)[start:stop] for sample, start, stop in documents]).astype(np.int64)
     supervised = np.concatenate([cache.supervised(sample)[start:stop] for sample, start, stop in documents])
     lengths = packs.stop[segments] - packs.start[segments]
-    supervised[np.cumsum(lengths) - lengths] = False  # nothing in a document foretells its first token
+    supervised[np.cumsum(lengths) - lengths] = False  # nothing precedes a document's first token
     lengths[-1] -= 1  # the pack's last token is a label only
     return _batch(ids[:-1], np.where(supervised, ids, IGNORE)[1:], lengths[lengths > 0], tokens=len(ids) - 1)
 
@@ -100,7 +104,6 @@ def _batch(ids: Int64s, labels: Int64s, lengths: Int64s, tokens: int) -> PackedB
     rows = np.flatnonzero(labels != IGNORE)
     return PackedBatch(
         ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
         positions=torch.from_numpy(np.arange(len(ids)) - np.repeat(ends - lengths, lengths)),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=int(lengths.max()),

@@ -1,6 +1,6 @@
 """Jinja chat templates: a Conversation -> its text, and the spans of it that the assistant must produce.
 
-A template that marks what the assistant writes with {% generation %} is believed. Any other is rendered turn by turn: the text up to a turn, with the
+A template's own {% generation %} marks are trusted. One without them is rendered turn by turn: the text up to a turn, with the
 prompt that asks for an answer, must be the beginning of the whole text, and what follows it, to the token that ends the turn, is the span. A
 template that renders earlier turns differently once others follow cannot be learnt from that way (template_choice.py has one of ours for some)."""
 
@@ -230,7 +230,7 @@ class ChatTemplate:
                 **self.special,
             )
         except TemplateSyntaxError as error:
-            raise ConfigError(KEY, self.name, f"line {error.lineno} is no Jinja ({error.message})") from None
+            raise ConfigError(KEY, self.name, f"line {error.lineno} is not Jinja ({error.message})") from None
         except TemplateError as error:  # also where it reaches for what the sandbox forbids
             raise ValueError(f"the chat template refuses this conversation ({error})") from None
         except Exception as error:  # a template is a program of others: it may divide by zero, or ask for too long a range

@@ -1,4 +1,4 @@
-"""Tools, calls, results and thinking written into the text of the turns, for templates that have no place for them.
+"""Write tools, calls, results and thinking into the text of the turns, for templates that have no place for them.
 
 As Qwen's models have them: tools in the system turn, a call as JSON in <tool_call>, its result in a user turn, thinking in <think>."""
 

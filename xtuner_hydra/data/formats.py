@@ -261,20 +261,20 @@ def _call(number: int, call: object) -> dict[str, Any]:
             raise ValueError(f"message {number}: arguments of tool call {function['name']} are not JSON ({error})") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"message {number}: arguments of tool call {function['name']} must be an object, got {_kind(arguments)}")
-    _refuse_what_is_no_json(f"message {number}: arguments of tool call {function['name']}", arguments)
+    _refuse_non_json(f"message {number}: arguments of tool call {function['name']}", arguments)
     return {"name": function["name"], "arguments": arguments}
 
 
 def _no_json(constant: str) -> object:
-    raise ValueError(f"{constant} is none")
+    raise ValueError(f"{constant} is not JSON")
 
 
-def _refuse_what_is_no_json(what: str, value: object) -> None:
+def _refuse_non_json(what: str, value: object) -> None:
     """ValueError for NaN and infinities, which Python reads and writes, and the model would learn."""
     try:
         json.dumps(value, allow_nan=False, default=str)
     except ValueError:
-        raise ValueError(f"{what} hold NaN or Infinity, which is no JSON") from None
+        raise ValueError(f"{what} hold NaN or Infinity, which are not JSON") from None
 
 
 def _call_id(call: Any) -> str | None:
@@ -287,7 +287,7 @@ def _tools(tools: object) -> list[dict[str, Any]]:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools must be a list of objects")
-    _refuse_what_is_no_json("tools", tools)
+    _refuse_non_json("tools", tools)
     return tools
 
 

@@ -97,7 +97,7 @@ def select_samples(
     if not used.any():
         if not len(there):
             raise DataError(
-                f"{key}: {', '.join(map(str, cache.files))}: data.eval_ratio holds out every sample of it; lower that, or hold out a file"
+                f"{key}: {', '.join(map(str, cache.files))}: data.eval_ratio holds out every sample of this source; lower it, or hold out a file"
             )
         raise _nothing_left(cache, len(there), keep, key)
     lost = {"truncated": overlong & used, "dropped": ~keep, "unsupervised": keep & ~learnt}
@@ -209,7 +209,7 @@ class TrainPlan:
 
     @cached_property
     def total_tokens(self) -> int:
-        """Tokens of all steps; in a run of very many epochs about, or counting them would take minutes."""
+        """Tokens of all steps; approximate for very many epochs, where counting them would take minutes."""
         if not self.is_countable:
             return self.expected_tokens
         total = done = epoch = 0

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_DIED = "died, perhaps for want of memory"
+_DIED = "died (out of memory?)"
 _START_AHEAD = 2  # items a process that may be begun before the result of the oldest is taken
 
 

@@ -26,11 +26,11 @@ _COMPRESSED = (".gz", ".zst")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError for a key that stands in it twice, of which Python would take the last without a word."""
+    """A JSON object; ValueError for a duplicate key, of which Python would silently keep the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
     return value
 
 
@@ -239,7 +239,7 @@ def _is_records(line: bytes) -> bool:
 
 
 def _items(content: bytes) -> Iterator[tuple[int, Any]]:
-    """(line, item) of each item of a JSON list; at what is no JSON, or no end, a BadLine is the last."""
+    """(line, item) of each item of a JSON list; where it is not JSON, or has no end, a BadLine is the last."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -284,7 +284,7 @@ def _broken(error: ValueError | RecursionError, text: str) -> BadLine:
 
 
 def _skip(text: str, position: int) -> int:
-    """The next position that is no white space."""
+    """The next position that is not white space."""
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position

@@ -156,7 +156,7 @@ def _unusable(error: ValueError | RecursionError) -> BadLine:
         return BadLine(Kind.NESTING, "lists or objects are nested too deeply")
     if isinstance(error, UnicodeEncodeError):
         half = ord(error.object[error.start])
-        return BadLine(Kind.CONVERSATION, f"the text holds half a surrogate pair (\\u{half:04x}), which is no character")
+        return BadLine(Kind.CONVERSATION, f"the text holds half a surrogate pair (\\u{half:04x}), which is not a character")
     return BadLine(Kind.CONVERSATION, str(error))
 
 

@@ -114,7 +114,7 @@ class ByteTokenizer:
         return pieces.arrays()[0]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8, and ids that only an embedding with more rows has, become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8, and ids that only an embedding with more rows has, become U+FFFD."""
         names = {number: marker.encode() for marker, number in MARKERS.items()} | {byte: bytes([byte]) for byte in range(256)}
         return b"".join(names.get(number, b"\xff") for number in ids).decode("utf-8", errors="replace")
 
@@ -145,7 +145,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     if not any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
         if model.tokenizer is not None:
             raise ConfigError("model.tokenizer", source, "there is no tokenizer in it (tokenizer.json)")
-        log.warning(f"{directory} has no tokenizer; using the byte tokenizer (say model.tokenizer=byte to mean it)")
+        log.warning(f"{directory} has no tokenizer; using the byte tokenizer (set model.tokenizer=byte to confirm this)")
         return _byte(model, None)
     if (own := _own_template(directory)) is not None:
         return _byte(model, own)

@@ -1,7 +1,7 @@
 """Attention over packed documents: every token sees itself and what precedes it in its own document (with a sliding window, the last tokens
 of it), nothing else.
 
-With `experts.py` the only place in `model/` whose computation depends on the kind of device. CUDA in half precision: one variable-length
+Like the experts' products and the loss's slices, it depends on the kind of device. CUDA in half precision: one variable-length
 flash-attention call. Otherwise, SDPA once per document (on a CPU its flash kernel): the work is the sum of squared document lengths, not the
 square of the pack's length, and no mask is made. A document longer than the window is processed in blocks of queries, so that the work grows
 with its length, not its square."""

@@ -102,7 +102,7 @@ def refuse_other_settings(config: ModelConfig, overrides: Sequence[str]) -> None
     show: weights would load, and give other numbers than they were trained to give.
 
     What one of `overrides` (`model.rope_theta=1e6`) sets is meant so: a warning tells of it, and of everything with `config.strict` off. A
-    config.json that cannot be read is no error."""
+    config.json that cannot be read is not an error."""
     if config.pretrained is None:
         return
     try:
@@ -116,7 +116,7 @@ def refuse_other_settings(config: ModelConfig, overrides: Sequence[str]) -> None
         if not config.strict or any(typed == key or typed.startswith(f"{key}.") for typed in keys):
             by_hand.append(f"{key}={ours} (config.json: {its})")
         else:
-            remedy = f"model=hf takes such settings from there; say {key}={ours} on the command line to mean it"
+            remedy = f"model=hf takes such settings from there; set {key}={ours} on the command line to override it"
             raise ConfigError(key, ours, f"the weights in {config.pretrained} were trained with {its} (its config.json); {remedy}")
     if by_hand:
         log.warning(f"{config.pretrained}: its weights were trained with other settings than {', '.join(by_hand)}")

@@ -243,7 +243,8 @@ class Findings:
         if self.lead is None:
             return ""
         side = "below" if self.result.plan.direction == "minimize" else "above"
-        text = f", {self.difference(self.lead.size)} {side} the next" + " that ran to its end" * self._stopped_better_than(self.ranked[1])
+        which = "the next that ran to its end" if self._stopped_better_than(self.ranked[1]) else "the next"
+        text = f", {self.difference(self.lead.size)} {side} {which}"
         return text + (f" ({self.name(self.ranked[1])})" if len(self.keys) < 3 else "")
 
     def _stopped_better_than(self, setting: Setting) -> bool:

@@ -79,7 +79,7 @@ def _draw_loss(axes: Axes, train: Curve, evaluations: Curve) -> None:
     long = len(train) >= SMOOTH_FROM
     raw = thinned(train, 2000)
     axes.plot(raw.x, raw.y, color=COLOURS[0], alpha=0.3 if long else 1, linewidth=1 if long else 1.8, label=None if long else "train",
-              marker="." * (len(train) < 3))  # fmt: skip
+              marker="." if len(train) < 3 else "")  # fmt: skip
     if long:
         axes.plot(train.x, smooth(train.y), color=COLOURS[0], linewidth=2, label="train (smoothed)")
     if len(evaluations):

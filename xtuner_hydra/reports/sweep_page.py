@@ -117,7 +117,7 @@ def _ranking(findings: Findings) -> Markup:
     rows = [_ranking_row(findings, setting, metric) for setting in findings.settings]
     direction = "lower" if findings.result.plan.direction == "minimize" else "higher"
     dots = " The strip shows every seed as a circle, the mean as a bar, the spread shaded." if findings.has_repeats else ""
-    averaged = "; averaged over seeds" * findings.has_repeats
+    averaged = "; averaged over seeds" if findings.has_repeats else ""
     kinds = ["best" if findings.rank(setting) == 1 else "" for setting in findings.settings]
     table = page.table(heads, rows, kinds=kinds, jobs=_numbers(findings), most=12)
     return page.card("Ranking", table, sub=f"{findings.metric}, {direction} is better{averaged}.{dots}")
@@ -253,7 +253,7 @@ def _curve_card(findings: Findings, key: str) -> Markup:
     """The metric over the only key."""
     title = f"{findings.metric} by {findings.short[key]}"
     sub = "Means with their spread over seeds; the small circles are single jobs." if findings.has_repeats else ""
-    sub += STOPPED * bool(findings.stopped)
+    sub += STOPPED if findings.stopped else ""
     return page.card(title, svg.curve(_points(findings, key), label=title, x_label=findings.short[key]), sub=sub)
 
 
@@ -277,7 +277,7 @@ def _parallel(findings: Findings) -> Markup:
         "All swept values",
         tag("div", svg.parallel(axes, tracks, label="parallel coordinates of all swept values"), class_="scroll"),
         sub="One line per setting, stronger the better it is, the best in orange; keys that move the metric most come first."
-        + STOPPED * bool(findings.stopped),
+        + (STOPPED if findings.stopped else ""),
     )
 
 
@@ -300,7 +300,7 @@ def _colours(findings: Findings) -> tuple[dict[int, str], list[tuple[str, str]]]
     """(job number -> CSS classes of its curve, legend)."""
     colours, entries = drawing.colours(findings, COLOURS)
     best = {job.number for job in findings.best.jobs} if findings.best else set()
-    kinds = {number: ("km" if place is None else f"k{place}") + " strong" * (number in best) for number, place in colours.items()}
+    kinds = {number: ("km" if place is None else f"k{place}") + (" strong" if number in best else "") for number, place in colours.items()}
     return kinds, [("km" if place is None else f"k{place}", text) for place, text in entries]
 
 
@@ -351,7 +351,7 @@ def _evaluations(findings: Findings) -> Markup | None:
         return None
     lines = []
     for job, line in found:
-        kind = colours[job.number] + " pruned" * (job.state == "pruned")
+        kind = colours[job.number] + (" pruned" if job.state == "pruned" else "")
         dots = line if len(line) <= 30 else None
         lines.append(svg.Line(line, _title(findings, job), kind, str(job.number), ENDS.get(job.state, ""), dots))
     chart = svg.lines(lines, label="evaluation loss of all jobs over tokens", x_label="tokens")

@@ -12,7 +12,7 @@ import yaml
 from yaml import YAMLError
 
 from xtuner_hydra import run_dir
-from xtuner_hydra.config.strict import flatten, refuse_what_is_no_data
+from xtuner_hydra.config.strict import flatten, refuse_non_data
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.tracking.base import Row
 
@@ -88,7 +88,7 @@ def _damaged(directory: Path, why: str) -> Glance:
 def _config(directory: Path) -> dict[str, Any]:
     try:
         text = (directory / "config.yaml").read_text(encoding="utf-8")
-        refuse_what_is_no_data(text)
+        refuse_non_data(text)
         config = yaml.load(text, _LOADER)
     except (OSError, YAMLError, UnicodeDecodeError):
         config = None

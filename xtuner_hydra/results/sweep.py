@@ -247,8 +247,8 @@ class SweepResult:
             return None
         failed, damaged = self.count("failed", "killed"), self.count("damaged")
         rest = left - failed - damaged
-        parts = [f"{failed} failed" * bool(failed), f"{damaged} cannot be read" * bool(damaged), f"{rest} did not end" * bool(rest)]
-        return f"Of {self.plan.total} jobs {', '.join(filter(None, parts))}; the ranking is of the others."
+        parts = [f"{count} {what}" for count, what in ((failed, "failed"), (damaged, "cannot be read"), (rest, "did not end")) if count]
+        return f"Of {self.plan.total} jobs {', '.join(parts)}; the ranking is of the others."
 
     def _without_value(self) -> str | None:
         count = sum(job.state == "completed" and job.value is None for job in self.jobs)

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from xtuner_hydra.errors import leave
-from xtuner_hydra.signals import SIGNALS
-from xtuner_hydra.worker import die_with_parent
+from xtuner_hydra.signals import SIGNALS, die_with_parent
 
 _context = multiprocessing.get_context("forkserver")
 # what a job would import later, besides this file's imports: torch._dynamo at its first update, matplotlib for its picture

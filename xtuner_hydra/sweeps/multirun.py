@@ -232,7 +232,7 @@ def _notes(draft: Draft, plan: SweepPlan) -> list[str]:
     """What the user should know before the first job starts."""
     notes = [
         f"ranked by {plan.metric} ({plan.direction}d)"
-        + ", as not every job evaluates" * (plan.metric == "train/loss" and draft.sweep.metric is None)
+        + (", as not every job evaluates" if plan.metric == "train/loss" and draft.sweep.metric is None else "")
     ]
     twins = [job for job in draft.jobs if job.twin is not None and draft.is_list]
     notes += [f"job {job.job.number} ({' '.join(job.job.overrides)}) is the same as job {job.twin} and is left out" for job in twins]

@@ -51,7 +51,7 @@ class Screen:
 
     def started(self, job: Job, remark: str) -> None:
         """A job has started."""
-        self.say(f"job {job.number} ({' '.join(job.overrides)}): started{', ' * bool(remark)}{remark}")
+        self.say(f"job {job.number} ({' '.join(job.overrides)}): started{f', {remark}' if remark else ''}")
 
     def ended(self, job: Job, outcome: str, why: str | None) -> None:
         """A job has ended."""

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from xtuner_hydra.errors import RefusedError
-from xtuner_hydra.machine import cores, lines
+from xtuner_hydra.machine import cores, lines, memory_gb
 from xtuner_hydra.ranks import start_ranks
 from xtuner_hydra.sweeps import forks
 
@@ -117,7 +117,7 @@ class LocalJob:
 
 def available_gb() -> float:
     """Memory available to programs: MemAvailable, or all there is if the system does not report it; a container's limit counts."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    total = memory_gb()
     for line in lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             total = int(line.split()[1]) / 2**20

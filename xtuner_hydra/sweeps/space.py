@@ -86,7 +86,9 @@ def _parameter(override: Override, search: str) -> Parameter:
         assert value.end is not None
         log, (low, high) = "log" in value.tags, (value.start, value.end)
         if low >= high or (log and low <= 0):
-            raise RefusedError(f"{override.input_line}: an interval goes from a lower to a higher number{', above 0 for log' * log}")
+            raise RefusedError(
+                f"{override.input_line}: an interval goes from a lower to a higher number{', above 0 for log' if log else ''}"
+            )
         if is_whole(override.key_or_group) and low == int(low) and high == int(high):  # Hydra makes both floats
             low, high = int(low), int(high)
         return Parameter(key, interval=(low, high), log=log)

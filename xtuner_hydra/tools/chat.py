@@ -1,6 +1,6 @@
 """`chat RUN_OR_DIR [-p TEXT]`: talk with a trained model, or with a Hugging Face one.
 
-An answer is shown as it comes. Ctrl-C ends an answer, what has been said of it stays in the conversation; Ctrl-D ends the chat."""
+An answer is shown as it comes. Ctrl-C stops an answer, and the part already generated stays in the conversation; Ctrl-D ends the chat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.trained import find, refuse_several_ranks
 
-_UNFINISHED = "\ufffd"  # how a decoder shows bytes that are no character yet
+_UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not a character yet
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Shelf:
-    """What is spoken of in `parent`: step-N directories, and leftovers of interrupted saves. run: whose they are, None for copies elsewhere.
-    alone: step-N was named, not all there are."""
+    """The step-N directories and the leftovers of interrupted saves in `parent`. run: whose they are, None for copies elsewhere.
+    alone: one step-N was named, not all of them."""
 
     parent: Path
     found: list[Path]

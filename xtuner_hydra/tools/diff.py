@@ -22,7 +22,7 @@ _ABSENT = "absent"
 
 
 def main(argv: list[str]) -> int:
-    """Print the comparison. Raises RefusedError where one of the two is no run."""
+    """Print the comparison. Raises RefusedError where one of the two is not a run."""
     parser = argparse.ArgumentParser(
         prog="xtuner-hydra diff",
         description="What differs between two runs: config, environment, code, data, metrics. Equal parts take one line. "

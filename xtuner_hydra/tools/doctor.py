@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, RefusedError
-from xtuner_hydra.machine import cores
+from xtuner_hydra.machine import cores, memory_gb
 from xtuner_hydra.parallel import allocator
 
 OLDEST_DRIVER = "550.127.08"
@@ -134,7 +134,7 @@ def malloc() -> Check:
 
 def memory() -> Check:
     """Main memory."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    total = memory_gb()
     text = f"{total:.1f} GB"
     return (
         Check("memory", "ok", text)

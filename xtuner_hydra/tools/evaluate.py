@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_hydra.app import App
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, LoRAConfig, ModelConfig
 from xtuner_hydra.config.strict import changed, known_keys
@@ -26,7 +27,6 @@ from xtuner_hydra.parallel.runtime import param_dtype, runtime
 from xtuner_hydra.safe_text import printable
 from xtuner_hydra.tools.rerun import again
 from xtuner_hydra.trained import Trained, find, on_one_rank, refuse_several_ranks
-from xtuner_hydra.worker import build_engine
 
 HELP = """usage: xtuner-hydra evaluate RUN_OR_DIR [KEY=VALUE]... [GROUP=OPTION]... [--json] [--trust]
 

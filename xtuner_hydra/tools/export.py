@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from xtuner_hydra.build import build_model
 from xtuner_hydra.checkpoint.commit import committed, damage, newest_whole, step_of
 from xtuner_hydra.checkpoint.export import DTYPES, export_adapter_to, export_to, exported_dtype
 from xtuner_hydra.data.tokenizers import load_tokenizer
@@ -12,7 +13,6 @@ from xtuner_hydra.errors import EXIT_DONE, RefusedError
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.results.run import Run, load_run
 from xtuner_hydra.trained import on_one_rank, refuse_several_ranks
-from xtuner_hydra.worker import build_engine
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if alone and arguments.dtype:
         raise RefusedError("export: --dtype is for whole weights; an adapter stays in float32. Add --merge, or leave it out")
     with runtime(config) as place:
-        trained = build_engine(config, place, checkpoint).model
+        trained = build_model(config, place, checkpoint)
         if alone:
             export_adapter_to(directory, trained, model, tokenizer)
         else:

@@ -149,7 +149,7 @@ def refuse_other_data(run: Run, now: dict[str, Any], config: Config, given: set[
         if unchanged and key not in given and before and after and (changes := _changes(before, after)):
             raise DataError(
                 f"{key}: no longer what {run.directory} was made with: {'; '.join(changes)}. "
-                f"Restore the data, or say {key}=... to take it as it is now"
+                f"Restore the data, or set {key}=... to use it as it is now"
             )
 
 
@@ -169,7 +169,7 @@ def _data(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if part not in then or (before and "hashes" not in before):
             yield f"the content of the {name} then is not recorded"
         elif before and after and before["hashes"] == after["hashes"] and before["fingerprint"] != after["fingerprint"]:
-            yield f"the {name} is read otherwise: another format, tokenizer or version of these"
+            yield f"the {name} is read differently: by another format, tokenizer or version of these"
 
 
 def _code(then: dict[str, Any] | None, now: dict[str, Any] | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_hydra import __version__
-from xtuner_hydra.machine import lines
+from xtuner_hydra.machine import lines, memory_gb
 from xtuner_hydra.safe_text import redact
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "safetensors", "numpy", "transformers", "tensorboard", "wandb", "matplotlib")
@@ -66,8 +66,7 @@ def _git() -> dict[str, Any] | None:
 
 def _cpu() -> dict[str, Any]:
     model = next((line.partition(":")[2].strip() for line in lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory, 1)}
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory_gb(), 1)}
 
 
 def _gpus() -> list[str]:

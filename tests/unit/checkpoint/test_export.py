@@ -13,6 +13,7 @@ from parity import same_files
 from ranks import run_on_ranks
 from safetensors import safe_open
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.checkpoint.export import _generation, export, finish, point_latest
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
@@ -22,7 +23,6 @@ from xtuner_hydra.model.init import initialise
 from xtuner_hydra.model.pretrained import load_pretrained, pretrained_dtype
 from xtuner_hydra.model.transformer import CausalLM
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 SHAPE = {
     "vocab_size": 261,  # odd: two ranks' parts differ in size

@@ -13,6 +13,7 @@ from checkpoints import make_checkpoint
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.checkpoint import saver as saver_module
 from xtuner_hydra.checkpoint import state as states
 from xtuner_hydra.checkpoint import storage
@@ -23,7 +24,6 @@ from xtuner_hydra.config.schema import CheckpointConfig, Config, DataConfig, Mod
 from xtuner_hydra.errors import RefusedError, SaveError
 from xtuner_hydra.parallel.runtime import runtime
 from xtuner_hydra.trainer import Trainer
-from xtuner_hydra.worker import build_engine
 
 CONFIG = Config(
     model=ModelConfig(

@@ -433,7 +433,7 @@ def test_marks_that_leave_out_the_end_of_the_turn_are_announced(load):
 def test_a_template_that_is_no_jinja_is_refused(load, tmp_path):
     path = tmp_path / "broken.jinja"
     path.write_text("fine\n{% for %}")
-    with pytest.raises(ConfigError, match=r"model\.chat_template=.*broken\.jinja: line 2 is no Jinja"):
+    with pytest.raises(ConfigError, match=r"model\.chat_template=.*broken\.jinja: line 2 is not Jinja"):
         load("chatml", str(path))
 
 

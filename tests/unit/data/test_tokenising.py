@@ -58,7 +58,7 @@ DEEP = [{**chat("")[1], "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}
     [
         (b"{broken", "JSON", "not valid JSON"),
         (b"[1" + b"0" * 10_000 + b"]", "JSON", "not usable JSON"),
-        (b'{"messages": 1, "messages": 2}', "JSON", "not usable JSON (the key 'messages' stands twice in one object)"),
+        (b'{"messages": 1, "messages": 2}', "JSON", "not usable JSON (the key 'messages' occurs twice in one object)"),
         (b'["\xff"]', "UTF-8", "byte 3 is 0xff"),
         (json.dumps([{"role": "robot", "content": ""}]).encode(), "conversation", "robot"),
         (rb'[{"role": "assistant", "content": "\ud800"}]', "conversation", "surrogate"),

@@ -7,12 +7,12 @@ import torch
 from parity import CASES, LENGTH, LLAMA3, document, make_checkpoint, ours, pack, reference_gradients, same_files, same_logits, theirs
 from safetensors.torch import load_file, save_file
 
+from xtuner_hydra.build import build_engine
 from xtuner_hydra.checkpoint.export import export
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, MoEConfig, ParallelismConfig, RopeScaling, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.parallel.runtime import runtime
-from xtuner_hydra.worker import build_engine
 
 
 @pytest.fixture(scope="module")

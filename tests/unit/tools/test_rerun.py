@@ -190,7 +190,7 @@ def test_what_cannot_be_the_same_is_told_a_line_each(run, monkeypatch):
         "a CPU then, another now",
         "no GPU then, a GPU now",
         "1 ranks then, 2 now",
-        "the training data is read otherwise: another format, tokenizer or version of these",
+        "the training data is read differently: by another format, tokenizer or version of these",
     ]
     now.update(json.loads((run.directory / "environment.json").read_text()))
     now["git"]["diff"] = "+x"

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,6 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboard.summary.writer import event_file_writer
 
 from xtuner_hydra.app import App
-from xtuner_hydra.config.strict import to_dict
 from xtuner_hydra.tracking.tensorboard import TensorBoardTracker
 
 
@@ -74,7 +74,7 @@ def sessions(logdir):
 
 def resolved(*overrides):
     with App(overrides) as app:
-        return to_dict(app.compose(list(overrides)).config)
+        return asdict(app.compose(list(overrides)).config)
 
 
 def test_the_hparams_tab_compares_runs_by_config_and_last_metrics(tmp_path):
