@@ -15,8 +15,9 @@ from xtuner_hydra.checkpoint.commit import damage
 from xtuner_hydra.checkpoint.saver import Saver
 from xtuner_hydra.checkpoint.state import Snapshot, TrainState
 from xtuner_hydra.config.schema import Config
+from xtuner_hydra.data.changes import changed_files
 from xtuner_hydra.data.loader import StepBatch, eval_batches, train_batches
-from xtuner_hydra.data.prepare import PreparedData, changed_files
+from xtuner_hydra.data.prepare import PreparedData
 from xtuner_hydra.data.prompts import sample_prompts
 from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.engine import Engine

@@ -127,7 +127,9 @@ class HFTokenizer:
         if _learnt_whole(rendered):
             return ids, np.ones(len(ids), dtype=np.bool_)
         spans = [(_token_at(encoding, start), _token_at(encoding, stop)) for start, stop in rendered.spans]
-        crossed = any(_crosses(encoding, *edge) for pair in zip(spans, rendered.spans, strict=True) for edge in zip(*pair, strict=True))
+        # (token, character) of where each span begins and ends
+        edges = [edge for tokens, characters in zip(spans, rendered.spans, strict=True) for edge in zip(tokens, characters, strict=True)]
+        crossed = any(_crosses(encoding, token, character) for token, character in edges)
         if crossed or not self._asks_alike(rendered, ids, encoding, [first for first, _ in spans]):
             return self._in_pieces(rendered)
         supervised = np.zeros(len(ids), dtype=np.bool_)

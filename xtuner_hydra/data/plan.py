@@ -242,7 +242,9 @@ class TrainPlan:
         """Steps until `tokens` have been seen."""
         steps = epoch = 0
         while True:
-            seen = np.add.accumulate(np.add.reduceat(self.epoch(epoch).tokens, range(0, len(self.epoch(epoch).packs), self.batch_size)))
+            of_packs = self.epoch(epoch).tokens
+            of_steps = np.add.reduceat(of_packs, range(0, len(of_packs), self.batch_size))
+            seen = np.cumsum(of_steps)
             if seen[-1] >= tokens:
                 return steps + int(np.searchsorted(seen, tokens)) + 1
             tokens -= int(seen[-1])

@@ -19,7 +19,8 @@ import numpy as np
 
 from xtuner_hydra.config.schema import Config, DataConfig
 from xtuner_hydra.data.bad_lines import Skipped
-from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, hash_file, open_cache
+from xtuner_hydra.data.cache import CacheError, TokenCache, all_or_nothing, build_cache, open_cache
+from xtuner_hydra.data.changes import DATA_FILE
 from xtuner_hydra.data.mixture import Mixture, Samples, held_out, parts_of
 from xtuner_hydra.data.plan import Selection, TrainPlan, held_out_limit, join, select_samples, training_limit
 from xtuner_hydra.data.readers import unit
@@ -31,7 +32,6 @@ from xtuner_hydra.files import write_json, write_text
 log = logging.getLogger("xtuner_hydra")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DATA_FILE = "data.json"
 BAD_LINES = "bad_lines.jsonl"
 
 
@@ -202,21 +202,6 @@ def describe_skipped(skipped: list[Skipped]) -> list[str]:
     return [f"{len(skipped)} line{'s' * (len(skipped) > 1)} skipped ({kinds})", *first]
 
 
-def changed_files(run_dir: Path) -> list[str]:
-    """A phrase for each data file of the run that is no longer what data.json notes: `FILE: gone`, `FILE: changed (...)`. Never raises.
-
-    The run can go on: it reads the token cache, not the files.
-
-    Costs a stat a file. One whose time of change differs at the same size is read and hashed, once in a process for each such time: a file
-    that was only touched has not changed. What is not known, as data.json of an older version lacks it, is not told."""
-    try:
-        saved = json.loads((run_dir / DATA_FILE).read_text(encoding="utf-8"))
-        noted = dict(entry for part in ("train", "eval") for entry in _noted(saved[part] or {}))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return []
-    return [f"{file}: {change}" for file, (digest, stamp) in noted.items() if (change := _change(Path(file), digest, stamp))]
-
-
 def _held_out(config: Config, samples: Samples, apart: np.ndarray | None) -> Source:
     """`samples`, or those of the training data that are set `apart`, cut to their own limit."""
     data, key = config.data, "data.eval_path" if apart is None else "data.eval_ratio"
@@ -285,26 +270,6 @@ def _describe(source: Source) -> dict[str, Any]:
             for part, place in parts_of(cache)
         ],
     }
-
-
-def _noted(part: dict[str, Any]) -> Iterator[tuple[str, tuple[str, list[int]]]]:
-    """(file, (hash, [size, time of change in ns])) of each file of a part of data.json."""
-    for file, digest, stamp in zip(part.get("files", []), part.get("hashes", []), part.get("stamps", []), strict=False):
-        yield file, (digest, stamp)
-
-
-def _change(file: Path, digest: str, stamp: list[int]) -> str | None:
-    try:
-        found = file.stat()
-        if [found.st_size, found.st_mtime_ns] == stamp:
-            return None
-        if found.st_size != stamp[0]:
-            return f"changed ({stamp[0]:,} bytes when the run was prepared, {found.st_size:,} now)"
-        return None if hash_file(file) == digest else "changed (other content of the same size)"
-    except (FileNotFoundError, NotADirectoryError):
-        return "gone"
-    except OSError as error:
-        return f"cannot be read any more ({error.strerror or error})"
 
 
 def _counts(selection: Selection, place: slice) -> tuple[int, int]:

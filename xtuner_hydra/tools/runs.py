@@ -100,17 +100,13 @@ def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
     before = sum(widths) + 2 * len(widths)
     if width is not None and before + NARROWEST > width:
         return [line for row in rows for line in _stacked(row, width)]
-    aligned = [2, 3, 4, 5]  # numbers, to the right
-    return [
-        _cut(
-            "  ".join(
-                [cell.rjust(size) if at in aligned else cell.ljust(size) for at, (cell, size) in enumerate(zip(line, widths, strict=False))]
-                + [line[-1]]
-            ).rstrip(),
-            width,
-        )
-        for line in lines
-    ]
+    return [_cut("  ".join([*_padded(line, widths), line[-1]]).rstrip(), width) for line in lines]
+
+
+def _padded(line: Sequence[str], widths: list[int]) -> list[str]:
+    """All cells of `line` but the last; numbers to the right."""
+    numbers = (2, 3, 4, 5)
+    return [line[at].rjust(size) if at in numbers else line[at].ljust(size) for at, size in enumerate(widths)]
 
 
 def _stacked(row: Sequence[str], width: int) -> list[str]:
