@@ -259,6 +259,10 @@ def test_plan_lists_jobs_and_their_cost_and_creates_nothing(tmp_path):
         (["-m", "sweep.metric=eval/los", "optimizer.lr=1,2"], "Did you mean eval/loss"),
         (["-m", "sweep.metric=eval/loss", "data.eval_path=null", "optimizer.lr=1,2"], "data.eval_path"),
         (["-m", "sweep.early_stop=true", "sweep.search=bayes", "optimizer.lr=1,2"], "trainer.eval_interval=N"),
+        (
+            ["-m", "tracking.jsonl=false", "optimizer.lr=1,2"],
+            "tracking.jsonl=false: a sweep follows and compares its jobs by metrics.jsonl",
+        ),
         (["-m", "sweep.early_stop=true", "optimizer.lr=1,2"], "sweep.search=random or bayes"),
         (["-m", "sweep=lr_search", "sweep.metric=train/loss"], "sweep.early_stop=True: jobs are judged by their evaluations"),
         (["-m"], "nothing to sweep"),

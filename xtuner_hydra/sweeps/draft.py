@@ -124,6 +124,8 @@ def _refuse_missing(app: App, sweep: SweepConfig) -> None:
 
 def _check(app: App, fixed: list[str], overrides: list[str], number: int, directory: Path, earlier: Sequence[JobDraft]) -> JobDraft:
     composition = compose(app, fixed, overrides, number, directory)
+    if not composition.config.tracking.jsonl:
+        raise ConfigError("tracking.jsonl", "false", "a sweep follows and compares its jobs by metrics.jsonl; leave it true")
     sign, name = signature(composition.config, app.defaults), composition.run_dir.name
     if same := [one.job.number for one in earlier if one.job.name == name and one.job.signature != sign]:
         raise RefusedError(f"hydra.sweep.subdir: {name} is also the directory of job {same[0]}; include ${{hydra.job.num}} in it")
