@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xtuner_hydra.checkpoint.state import load_weights
+from xtuner_hydra.checkpoint.state import load_weights, refuse_other_base
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.engine import Engine
 from xtuner_hydra.model.adapters import blueprint
@@ -41,5 +41,6 @@ def build_model(config: Config, place: Runtime, checkpoint: Path | None = None) 
     else:
         initialise(model, config.trainer.seed)
     if checkpoint is not None:
+        refuse_other_base(checkpoint, config.model.pretrained)
         load_weights(checkpoint, model)
     return model

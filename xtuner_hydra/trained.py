@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from xtuner_hydra.checkpoint.commit import newest_whole, step_of
-from xtuner_hydra.checkpoint.state import load_weights
+from xtuner_hydra.checkpoint.state import load_weights, refuse_other_base
 from xtuner_hydra.config.schema import Config, ModelConfig
 from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.machine import started_by_torchrun
@@ -48,6 +48,7 @@ class Trained:
             return model
         assert self.run is not None
         config = self.run.config
+        refuse_other_base(self.weights, config.model.pretrained)
         if config.model.pretrained:  # what was frozen is not in the checkpoint
             load_pretrained(model, config.model.pretrained, seed=config.trainer.seed)
         else:

@@ -210,7 +210,7 @@ class Trainer:
         if self.data.eval is None:
             return
         batches = eval_batches(
-            self.data.eval.cache, self.data.eval.selection, self.config.data, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size
+            self.data.eval.cache, self.data.eval.selection, self.config, dp_rank=self.runtime.rank, dp_size=self.runtime.world_size
         )
         loss, tokens = self.engine.evaluate(batch.to(self.runtime.device) for batch in batches)
         values = evaluation(loss, tokens)

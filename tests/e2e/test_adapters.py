@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import CommandLine, read_rows
 from parity import document, make_checkpoint, pack, tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xtuner_hydra.__main__ import main
 from xtuner_hydra.trained import find
@@ -249,3 +249,19 @@ def test_frozen_layers_resume_exactly_without_a_pretrained_base(cli):
     whole, rest = (tensors(cli.directory / run / "hf" / "latest") for run in ("whole", "rest"))
     assert all(torch.equal(whole[name], tensor) for name, tensor in rest.items())
     assert files(cli.directory / "rest" / "checkpoints" / "step-4") < 12 * 110_000
+
+
+def test_a_base_that_has_changed_is_refused(whole, tmp_path, capsys):
+    """A checkpoint holds the adapter alone."""
+    run = shutil.copytree(whole[0].directory / "whole", tmp_path / "run", symlinks=True)
+    base = shutil.copytree(whole[0].directory / "base", tmp_path / "base")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(whole[0].directory / "base"), str(base)))
+    verbs = [["evaluate", str(run)], ["chat", str(run), "-p", "x", "--max-new-tokens", "1"], ["export", str(run), "--merge", "--to"]]
+    for changed in (False, True):
+        if changed:
+            weights = {name: tensor + 1 for name, tensor in load_file(base / "model.safetensors").items()}
+            save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        for verb in (*verbs[:2], [*verbs[2], str(tmp_path / f"to-{changed}")]):
+            assert main(verb) == (2 if changed else 0), capsys.readouterr()
+            assert ("have changed since" in capsys.readouterr().err) == changed

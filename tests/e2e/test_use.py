@@ -153,6 +153,11 @@ def test_a_file_is_evaluated_where_the_run_held_out_a_share_of_its_training_data
     own, other = (job.cli("evaluate", "share", "--json", *more) for more in ((), ("data.eval_path=${example:openai_sft.jsonl}",)))
     assert own.code == other.code == 0, other.text
     assert json.loads(own.out)["eval/tokens"] < json.loads(other.out)["eval/tokens"]
+    for change in ("data.eval_ratio=0.3", "model.chat_template=xtuner"):  # which would hold out samples that the run has trained on
+        done = job.cli("evaluate", "share", change)
+        assert done.code == 2, done.text
+        assert "not the samples that the run held out" in done.err
+    assert job.cli("evaluate", "share", "data.eval_ratio=0.1").code == 0
 
 
 def test_evaluate_of_a_directory_needs_no_training_data(job, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from xtuner_hydra.errors import SaveError
+from xtuner_hydra.errors import RefusedError, SaveError
 from xtuner_hydra.files import checksum, sync, sync_tree, write_json
 
 MANIFEST = "manifest.json"
@@ -202,4 +202,6 @@ def _cause(error: Exception | CheckpointException) -> tuple[int | None, str]:
         return rank, _cause(cause)[1] if isinstance(cause, Exception) else repr(cause)
     if isinstance(error, OSError) and error.strerror:
         return None, error.strerror + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, RefusedError):
+        return None, str(error)
     return None, f"{type(error).__name__}: {error}"

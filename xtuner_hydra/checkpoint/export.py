@@ -18,6 +18,7 @@ from xtuner_hydra.checkpoint.commit import MANIFEST, commit, has_step_name, left
 from xtuner_hydra.checkpoint.retention import surplus
 from xtuner_hydra.config.schema import ModelConfig
 from xtuner_hydra.data.tokenizers import Tokenizer
+from xtuner_hydra.errors import RefusedError
 from xtuner_hydra.files import readable_by_others, sync, write_json
 from xtuner_hydra.model.adapters import ALL, adapted_names, is_adapter, merged, target_names, whole
 from xtuner_hydra.model.families import family_of, hf_config
@@ -140,21 +141,21 @@ def export_to(
 def _generation(config: ModelConfig, special: dict[str, int | None], stops: tuple[int, ...]) -> dict[str, Any]:
     """generation_config.json: the pretrained model's own, with this tokenizer's ids where it has some. Generation stops at the end of the
     assistant's turn too, if that is another token than EOS, and wherever the pretrained model's stops."""
-    own = _pretrained_generation(config)
-    if own is None:
-        return {**special, "eos_token_id": list(stops)} if len(stops) > 1 else {**special, "_from_model_config": True}
-    theirs = own.get("eos_token_id")
+    own = _pretrained(config, "generation_config.json")
+    theirs = (_pretrained(config, "config.json") or {} if own is None else own).get("eos_token_id")
     ends = list(dict.fromkeys([*stops, *(theirs if isinstance(theirs, list) else [] if theirs is None else [theirs])]))
+    if own is None:
+        return {**special, "eos_token_id": ends} if len(ends) > 1 else {**special, "_from_model_config": True}
     known = {name: number for name, number in special.items() if number is not None}
     return own | known | ({"eos_token_id": ends} if len(ends) > 1 else {})
 
 
-def _pretrained_generation(config: ModelConfig) -> dict[str, Any] | None:
-    """The one in the weights' directory, if it has the ids of the tokenizer there; None if it is missing or cannot be read."""
+def _pretrained(config: ModelConfig, file: str) -> dict[str, Any] | None:
+    """What `file` in the weights' directory holds, if it has the ids of the tokenizer there; None if it is missing or cannot be read."""
     if config.pretrained is None or config.tokenizer not in (None, config.pretrained):
         return None
     try:
-        return dict(json.loads((Path(config.pretrained) / "generation_config.json").read_text(encoding="utf-8")))
+        return dict(json.loads((Path(config.pretrained) / file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -229,7 +230,15 @@ def _full_tensors(model: CausalLM, dtype_of: Callable[[str], torch.dtype]) -> It
     reshard(model)  # a forward pass alone leaves weights gathered and in the compute dtype
     for name, value in merged(model):
         for piece, index in pieces(name, tuple(value.shape)):
-            yield piece, value[index].to("cpu", dtype_of(piece)).contiguous()
+            yield piece, _cast(piece, value[index].cpu(), dtype_of(piece)).contiguous()
+
+
+def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`value` in `dtype`. Raises RefusedError where a number that is finite would become infinite."""
+    cast = value.to(dtype)
+    if dtype == torch.float16 and bool((cast.isinf() & value.isfinite()).any()):
+        raise RefusedError(f"{name} has values beyond float16's greatest, {torch.finfo(dtype).max:g}; export it in bfloat16 or float32")
+    return cast
 
 
 def point_latest(path: Path) -> None:

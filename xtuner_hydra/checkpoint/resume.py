@@ -77,6 +77,11 @@ def refuse_other_trajectory(checkpoint: Path, now: dict[str, Any], allowed: list
     if not refused:
         for change in changes(checkpoint, now):
             log.warning(f"checkpoint.resume: {change}")
+        if "data.path" in differing and now.get("data.eval_ratio") is not None:
+            log.warning(
+                "checkpoint.resume: data.eval_ratio holds out other samples than before, some of which have been trained on: evaluations look better "
+                "than they are. Name held-out data with data.eval_path"
+            )
         return
     names = {"data.path": "data.path (its content, or how data.bad_lines, the tokenizer and its chat template read it)"}
     differences = ", ".join(f"{names.get(key, key)}: {before.get(key)} -> {now.get(key)}" for key in refused)

@@ -182,6 +182,16 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / "state.json").is_file()
 
 
+def refuse_other_base(checkpoint: Path, pretrained: str | None) -> None:
+    """RefusedError where a checkpoint lacks the frozen weights and those in `pretrained`, where they came from, are no longer the same."""
+    base = state_file(checkpoint)["trajectory"].get("model.pretrained")
+    if base is not None and (pretrained is None or fingerprint(pretrained) != base):
+        raise RefusedError(
+            f"{checkpoint}: holds only what was trained; the weights in {pretrained}, its base, have changed since. Restore them, or name a copy of "
+            "the old ones with model.pretrained"
+        )
+
+
 def state_file(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint: `state` (TrainState's fields), `trajectory`."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

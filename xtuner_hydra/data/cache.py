@@ -36,7 +36,7 @@ from xtuner_hydra.data.tokenizers import Tokenizer
 from xtuner_hydra.errors import ConfigError, DataError, RefusedError
 from xtuner_hydra.files import sync, sync_tree, write_json
 
-VERSION = 8
+VERSION = 9
 """Raise it when the files of a cache change, or what a format reads from a line."""
 
 BINARIES = ("ids.bin", "supervised.bin", "index.bin")

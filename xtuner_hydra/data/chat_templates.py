@@ -77,7 +77,7 @@ class ChatTemplate:
             raise ValueError("role pretrain has no place in a chat template; use data.format=text for such data")
         text, marked = self._render(conversation)
         self._refuse_lost_tools(given, conversation, text)
-        _refuse_lost_content(given, text)
+        self._refuse_lost_content(given, conversation, text)
         self._refuse_lost_calls(conversation, text)
         if is_marked(self._of(conversation)):
             spans = self._by_marks(conversation, marked)
@@ -109,6 +109,21 @@ class ChatTemplate:
                 raise ValueError(f"message {i + 1}: the chat template leaves out its tool calls; {_REMEDY}")
             if message.content.strip() and self._is_same(conversation, text, i, replace(message, content="")):
                 raise ValueError(f"message {i + 1}: the chat template leaves out its content; {_REMEDY}")
+
+    def _refuse_lost_content(self, given: Conversation, folded: Conversation, text: str) -> None:
+        """ValueError where what an answer that is to be learnt says is not in `text`, or what a system or user message says (a tool's result may
+        be written in another way)."""
+        said = {i: _said(message) for i, message in enumerate(given.messages) if _learnt(message) or message.role in _ASKING}
+        together = "\0".join(said.values())
+        for i, words in said.items():
+            message = given.messages[i]
+            lost = words not in text
+            if words and not lost and text.count(words) < together.count(words) and len(given.messages) == len(folded.messages):
+                # another message says the same, and one of the two is missing
+                lost = self._is_same(folded, text, i, replace(folded.messages[i], content=""))
+            if lost:
+                what = "its content" if message.role == "assistant" else f"what the {message.role} says"
+                raise ValueError(f"message {i + 1}: the chat template leaves out {what}; {_REMEDY}")
 
     def _is_same(self, conversation: Conversation, text: str, i: int, without: Message) -> bool:
         """Whether the text is the same with `without` in the place of message `i`."""
@@ -162,12 +177,14 @@ class ChatTemplate:
         return start + len(turn) if turn.endswith(self.added) else stop
 
     def _prefix(self, conversation: Conversation, text: str, count: int, *, ask: bool = False) -> int:
-        """Length of the first `count` messages' text, which `text` must begin with."""
+        """Length of the first `count` messages' text, which `text` must begin with, an EOS at its end apart."""
         if count == len(conversation.messages):
             return len(text)
         if count == 0 and not ask:
             return 0
         part, _ = self._render(Conversation(conversation.messages[:count], conversation.tools), ask=ask)
+        if not text.startswith(part) and (eos := self.special.get("eos_token")):
+            part = part.rstrip().removesuffix(eos)  # some templates write it at the end of every text, whole or not
         if not text.startswith(part):
             raise ValueError(
                 f"message {count + ask}: the chat template renders what stands before differently once more follows; {_REMEDY}"
@@ -262,16 +279,6 @@ def _without_call(message: Message, call: int) -> Message:
     return replace(message, tool_calls=calls, call_ids=ids)
 
 
-def _refuse_lost_content(conversation: Conversation, text: str) -> None:
-    """ValueError where what an answer that is to be learnt says is not in `text`, or what a system or user message says (a tool's result may be
-    written in another way)."""
-    for number, message in enumerate(conversation.messages, 1):
-        said = message.content.rpartition("</think>")[2] if message.role == "assistant" else message.content
-        if (_learnt(message) or message.role in _ASKING) and said.strip() not in text:
-            what = "its content" if message.role == "assistant" else f"what the {message.role} says"
-            raise ValueError(f"message {number}: the chat template leaves out {what}; {_REMEDY}")
-
-
 def _refuse_lost_thinking(conversation: Conversation, text: str) -> None:
     """ValueError where an answer that is to be learnt has thinking which the template left out of `text`. One with {% generation %} may: it was
     written for training."""
@@ -285,6 +292,11 @@ def _refuse_lost_thinking(conversation: Conversation, text: str) -> None:
 def _thoughts(content: str) -> list[str]:
     """What an answer that holds its thinking itself (`<think>...</think>`) thinks."""
     return [part.rpartition("<think>")[2] for part in content.split("</think>")[:-1]]
+
+
+def _said(message: Message) -> str:
+    """The content of a message, without the thinking that an answer may hold itself."""
+    return (message.content.rpartition("</think>")[2] if message.role == "assistant" else message.content).strip()
 
 
 def _learnt(message: Message) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant", "tool", "pretrain")
 SUPERVISED_ROLES = ("assistant", "pretrain")  # XTuner's: the loss is taken on these unless a message says otherwise
 _UNREAD = {"function_call": "give it as one of `tool_calls`", "refusal": "give its text as `content`"}
+_RENDERING = "chat_template_kwargs"  # TRL's, beside the messages
 _OTHER_MASKS = ("train", "training", "loss_mask")  # by which others say what is learnt
 _MEDIA = ("images", "image", "videos", "audios")  # beside a conversation whose text has places for them
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # names that transformers reads, the usual one first
@@ -68,7 +69,7 @@ def parse_openai(record: object) -> Conversation:
         tools, system = record.get("tools"), _system(record)
         if record.get("functions"):
             raise ValueError("`functions` is an old form; give `tools`")
-        _refuse_media(record)
+        _refuse_unread(record)
         keys = [key for key in ("messages", "dialogs") if key in record]
         if len(keys) != 1:
             raise ValueError(f"an object needs `messages` (or `dialogs`), this one has {_keys(record)}")
@@ -81,7 +82,7 @@ def parse_sharegpt(record: object) -> Conversation:
 
     `from` is human or user, gpt or assistant, system, function_call (a call as JSON), or function, tool or observation (its result)."""
     turns = _field(record, "conversations", list, "a list of turns")
-    _refuse_media(record)
+    _refuse_unread(record)
     messages = [_sharegpt_message(number, turn) for number, turn in enumerate(turns, 1)]
     return _conversation(_system(record) + messages, _maybe_json("tools", _get(record, "tools")))
 
@@ -91,7 +92,7 @@ def parse_alpaca(record: object) -> Conversation:
 
     Perhaps `system`, and `history`: [question, answer] pairs that came before."""
     instruction, output = _field(record, "instruction", str, "text"), _field(record, "output", str, "text")
-    _refuse_media(record)
+    _refuse_unread(record)
     context = _get(record, "input") or ""
     if not isinstance(context, str):
         raise ValueError(f"input must be text, got {_kind(context)}")
@@ -104,7 +105,7 @@ def parse_prompt_completion(record: object) -> Sample:
     """`prompt` and `completion`: both text (no chat template; loss on the completion and an EOS), or both messages (loss on the latter)."""
     if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
         raise ValueError(f"expected an object with prompt and completion, got {_described(record)}")
-    _refuse_media(record)
+    _refuse_unread(record)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return as_text([(prompt, False), (completion, True)])
@@ -164,7 +165,10 @@ def refuse_silence(messages: list[Message]) -> None:
         raise EmptyRecord("no message says anything" if messages else "a conversation without a message")
 
 
-def _refuse_media(record: object) -> None:
+def _refuse_unread(record: object) -> None:
+    """ValueError for what others train on, or render by, and we do not."""
+    if _get(record, _RENDERING):
+        raise ValueError(f"`{_RENDERING}` is not read; give a template with these values in it with model.chat_template=PATH")
     if found := [key for key in _MEDIA if _get(record, key)]:
         raise ValueError(f"`{found[0]}` is not read; only text can be trained on")
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from xtuner_hydra.config.schema import DataConfig
+from xtuner_hydra.config.schema import Config
 from xtuner_hydra.data.batch import PackedBatch, deal, empty_batch, make_batch
 from xtuner_hydra.data.mixture import Samples
 from xtuner_hydra.data.plan import Selection, TrainPlan, eval_packs, work
@@ -87,8 +87,8 @@ def step_batch(plan: TrainPlan, step: int, dp_rank: int, dp_size: int) -> StepBa
     )
 
 
-def eval_batches(cache: Samples, selection: Selection, data: DataConfig, *, dp_rank: int, dp_size: int) -> Iterator[PackedBatch]:
+def eval_batches(cache: Samples, selection: Selection, config: Config, *, dp_rank: int, dp_size: int) -> Iterator[PackedBatch]:
     """The held-out samples once, as this rank's share; every rank gets equally many batches."""
-    packs = eval_packs(selection, data)
+    packs = eval_packs(selection, config.data, config.model.max_position_embeddings)
     for pack in deal(work(packs), dp_size)[dp_rank]:
         yield empty_batch() if pack is None else make_batch(cache, packs, pack)

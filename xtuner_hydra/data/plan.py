@@ -255,10 +255,12 @@ class TrainPlan:
         return -(-len(self.epoch(epoch).packs) // self.batch_size)
 
 
-def eval_packs(selection: Selection, data: DataConfig) -> Packs:
-    """Held-out samples in few packs, in their order, the same ones whatever the training's packing; sample numbers are the cache's."""
-    if data.pack_strategy == "hard":  # its samples may be longer than any pack
-        packs = packing.hard(selection.lengths, EVAL_PACK, None)
+def eval_packs(selection: Selection, data: DataConfig, longest: int) -> Packs:
+    """Held-out samples in few packs, in their order, the same ones whatever the training's packing; sample numbers are the cache's.
+
+    longest: tokens of the longest sequence that the model knows (max_position_embeddings), for samples that are longer than any pack."""
+    if data.pack_strategy == "hard":
+        packs = packing.hard(selection.lengths, min(EVAL_PACK, longest), None)
         packs = packs.take(np.flatnonzero(packs.lengths > 1))
     else:
         packs = packing.best_fit(selection.lengths, max(EVAL_PACK, int(selection.lengths.max())), None)

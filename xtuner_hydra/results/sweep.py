@@ -316,10 +316,23 @@ def _unlike_evaluations(ranked: Sequence[Setting]) -> str | None:
     counts = sorted(set(map(round, _means(ranked, "eval/tokens"))))
     if len(counts) < 2:
         return None
+    if _tokenised_differently(ranked):
+        return (
+            f"The settings' held-out text was tokenised differently ({counts[0]:,} to {counts[-1]:,} supervised tokens), and a loss per token "
+            "does not compare between tokenizers or chat templates. With data.eval_ratio their held-out samples differ too; data.eval_path gives "
+            "all of them the same."
+        )
     return (
         f"The settings were evaluated on different held-out tokens ({counts[0]:,} to {counts[-1]:,} supervised ones), so their eval/loss does "
         "not compare. Set data.max_length to one value for all, or evaluate on shorter data."
     )
+
+
+def _tokenised_differently(ranked: Sequence[Setting]) -> bool:
+    """Whether the same held-out files have become other tokens."""
+    parts = [job.run.data.get("eval") or {} for setting in ranked for job in setting.completed if job.run]
+    hashes, fingerprints = ({json.dumps(part.get(name)) for part in parts} for name in ("hashes", "fingerprint"))
+    return len(hashes) == 1 and len(fingerprints) > 1
 
 
 def _unlike_tokens(ranked: Sequence[Setting]) -> str | None:

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     held_out = prepare_held_out(config, tokenizer, progress=True)
     if held_out is None:
         raise RefusedError("evaluate: there is no held-out data; give some with data.eval_path=FILE")
+    _refuse_trained_samples(config, trained, held_out)
     refuse_ids_without_a_row([held_out], config.model.vocab_size, tokenizer)
     for line in describe_held_out(held_out, config.data.eval_ratio):
         print(printable(line), file=sys.stderr)
@@ -73,7 +74,7 @@ def evaluate(trained: Trained, config: Config, held_out: Source) -> dict[str, An
         engine = build_engine(config, place, trained.weights if trained.is_checkpoint else None)
         if trained.is_adapter:
             load_adapter(engine.model, trained.weights)
-        batches = eval_batches(held_out.cache, held_out.selection, config.data, dp_rank=0, dp_size=1)
+        batches = eval_batches(held_out.cache, held_out.selection, config, dp_rank=0, dp_size=1)
         loss, tokens = engine.evaluate(batch.to(place.device) for batch in batches)
     selection = held_out.selection
     return {
@@ -119,6 +120,18 @@ def _config(app: App, trained: Trained) -> Config:
         config.model.tokenizer = config.model.tokenizer or trained.model.tokenizer
     config.parallelism.param_dtype = param_dtype(config.parallelism.param_dtype, config.trainer.device)
     return config
+
+
+def _refuse_trained_samples(config: Config, trained: Trained, held_out: Source) -> None:
+    """RefusedError where a share is held out of the training data, but not the share that the run held out: it has trained on the rest."""
+    if trained.run is None or (ratio := config.data.eval_ratio) is None:
+        return
+    before, then = trained.run.config.data.eval_ratio, trained.run.data.get("train") or {}
+    if before is None or ratio > before or then.get("fingerprint", held_out.cache.fingerprint) != held_out.cache.fingerprint:
+        raise RefusedError(
+            f"evaluate: data.eval_ratio={ratio:g}: these are not the samples that the run held out, and it may have trained on some: the ratio, the "
+            "data, its format, the tokenizer or its chat template has changed. Name held-out data with data.eval_path=FILE"
+        )
 
 
 def _no_share_held_out(overrides: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from xtuner_hydra.build import build_engine
 from xtuner_hydra.checkpoint.export import _generation, export, finish, point_latest
 from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, ParallelismConfig, TrainerConfig
 from xtuner_hydra.data.tokenizers import ByteTokenizer
+from xtuner_hydra.errors import SaveError
 from xtuner_hydra.files import umask
 from xtuner_hydra.model.families import read_hf_config
 from xtuner_hydra.model.init import initialise
@@ -217,6 +218,8 @@ def test_the_base_models_way_of_generating_comes_along(tmp_path):
     config = config_of({}).model
     config.pretrained, special = str(base), {"bos_token_id": 1, "eos_token_id": 2}
     assert _generation(config, special, (2,)) == {"_from_model_config": True, **special}
+    (base / "config.json").write_text('{"eos_token_id": [2, 6]}')
+    assert _generation(config, special, (2, 3)) == {**special, "eos_token_id": [2, 3, 6]}
     (base / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true, "eos_token_id": 7}')
     assert _generation(config, special, (2,)) == {"temperature": 0.3, "do_sample": True, **special, "eos_token_id": [2, 7]}
     assert _generation(config, special, (2, 3))["eos_token_id"] == [2, 3, 7]
@@ -224,3 +227,14 @@ def test_the_base_models_way_of_generating_comes_along(tmp_path):
     assert _generation(config, {"bos_token_id": None, "eos_token_id": 2}, (2,)) == {"bos_token_id": 5, "eos_token_id": [2, 9]}
     config.tokenizer = "byte"  # its ids are others
     assert "temperature" not in _generation(config, special, (2,))
+
+
+def test_a_number_too_great_for_float16_is_not_written_as_infinity(tmp_path):
+    config = config_of({})
+    with runtime(config) as place:
+        model = build_engine(config, place).model
+        with torch.no_grad():
+            model.get_parameter("model.norm.weight").to_local()[0] = 70_000
+        with pytest.raises(SaveError, match=r"model\.norm\.weight has values beyond float16's greatest, 65504"):
+            export(tmp_path, 1, model, config.model, ByteTokenizer(), dtype="float16", keep=1)
+    assert not list(tmp_path.glob("step-*"))

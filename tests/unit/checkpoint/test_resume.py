@@ -189,6 +189,13 @@ def test_other_data_is_refused(tmp_path):
         refuse(tmp_path, {}, content="other files")
 
 
+@pytest.mark.parametrize("ratio", [None, 0.1])
+def test_other_data_of_which_a_share_is_held_out_leaks_and_says_so(tmp_path, warnings, ratio):
+    checkpoint = make_checkpoint(tmp_path, 3, trajectory=trajectory(config_of(), "files") | {"data.eval_ratio": ratio})
+    resume.refuse_other_trajectory(checkpoint, trajectory(config_of(), "other files") | {"data.eval_ratio": ratio}, ["data"])
+    assert any("holds out other samples than before" in text for text in warnings()) == (ratio is not None)
+
+
 def test_all_that_differs_is_listed(tmp_path):
     with pytest.raises(RefusedError) as error:
         refuse(tmp_path, dict(one for _, changes in CHANGES for one in changes.items()), content="other files")

@@ -290,3 +290,9 @@ def test_any_json_is_read_or_refused_with_a_value_error(name, record):
 def test_weights_in_a_prompt_say_nothing():
     chat = parse_prompt_completion({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]})
     assert [message.supervised for message in chat.messages] == [False, False, False, True]
+
+
+def test_values_for_a_template_beside_the_messages_are_refused():
+    with pytest.raises(ValueError, match="`chat_template_kwargs` is not read"):
+        parse_openai({"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": False}})
+    assert parse_openai({"messages": [USER, ANSWER], "chat_template_kwargs": None}).messages

@@ -406,6 +406,31 @@ def test_a_question_or_instructions_that_a_template_drops_are_refused(load, tmp_
     assert supervised_text(load("chatml", str(path)), kept) == "a<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [made.CHATML, made.CHATML_MARKED])
+def test_instructions_that_a_template_drops_are_missed_where_the_question_repeats_them(load, tmp_path, template):
+    path = tmp_path / "drops.jinja"
+    path.write_text(template.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"))
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Be brief. Who?"},
+        {"role": "assistant", "content": "a"},
+    ]
+    with pytest.raises(ValueError, match="message 1: the chat template leaves out what the system says; give"):
+        load("chatml", str(path)).encode(parse_openai(asked))
+    assert supervised_text(load("chatml"), asked) == "a<|im_end|>"
+    assert supervised_text(load("chatml"), [asked[1], asked[2], asked[1], asked[2]]) == "a<|im_end|>|a<|im_end|>"
+
+
+def test_a_template_that_ends_every_text_with_an_eos_is_learnt_from(load, tmp_path):
+    """As Phi-3's: the text up to a turn has one too, the whole conversation only at its end."""
+    path = tmp_path / "phi.jinja"
+    path.write_text(made.CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"))
+    tokenizer = load("chatml", str(path))
+    text = supervised_text(tokenizer, [*chat("a"), *chat("b")])
+    assert text.startswith("a<|im_end|>|b<|im_end|>")
+    assert text.endswith(tokenizer.decode([tokenizer.eos_token_id]))
+
+
 def test_a_switch_for_thinking_in_the_prompt_is_no_place_for_it(load, tmp_path):
     path = tmp_path / "switch.jinja"
     path.write_text(made.CHATML_MARKED + "{% if enable_thinking is defined %}{% endif %}")

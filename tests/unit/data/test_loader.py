@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from chats import cache_of, chat
 
-from xtuner_hydra.config.schema import DataConfig, TrainerConfig
+from xtuner_hydra.config.schema import Config, DataConfig, ModelConfig, TrainerConfig
 from xtuner_hydra.data import loader
 from xtuner_hydra.data.loader import eval_batches, step_batch, train_batches
 from xtuner_hydra.data.plan import EVAL_PACK, TrainPlan, select_samples, training_limit
@@ -88,7 +88,7 @@ def test_an_error_in_the_thread_reaches_the_loop(plan, monkeypatch):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_evaluation_sees_every_sample_once_in_equal_numbers_of_batches(cache, plan, ranks):
-    shares = [list(eval_batches(cache, plan.selection, DATA, dp_rank=rank, dp_size=ranks)) for rank in range(ranks)]
+    shares = [list(eval_batches(cache, plan.selection, Config(data=DATA), dp_rank=rank, dp_size=ranks)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sum(len(micro.targets) for share in shares for micro in share) == cache.supervised_lengths.sum()
     found = documents(micro for share in shares for micro in share)
@@ -106,5 +106,14 @@ def test_evaluation_with_hard_cuts_sees_the_same_labels_whatever_the_training_s_
         (token, learnt) for sample in range(len(cache)) for token, learnt in zip(cache.ids(sample), cache.supervised(sample), strict=True)
     ]
     expected = [int(token) for place, (token, learnt) in enumerate(stream) if learnt and place % EVAL_PACK]
-    found = [target for batch in eval_batches(cache, selection, data, dp_rank=0, dp_size=1) for target in batch.targets.tolist()]
+    found = [
+        target for batch in eval_batches(cache, selection, Config(data=data), dp_rank=0, dp_size=1) for target in batch.targets.tolist()
+    ]
     assert sorted(found) == sorted(expected)
+
+
+def test_evaluation_with_hard_cuts_stays_within_the_models_positions(cache):
+    data = DataConfig(path="x", pack_strategy="hard")
+    config = Config(data=data, model=ModelConfig(max_position_embeddings=50))
+    selection = select_samples(cache, data, training_limit(data), seed=1, sample_ratio=1.0, key="data.eval_path")
+    assert max(batch.tokens for batch in eval_batches(cache, selection, config, dp_rank=0, dp_size=1)) < 50

@@ -9,7 +9,7 @@ from chats import cache_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from xtuner_hydra.config.schema import DataConfig, TrainerConfig
+from xtuner_hydra.config.schema import Config, DataConfig, TrainerConfig
 from xtuner_hydra.data.batch import IGNORE
 from xtuner_hydra.data.loader import eval_batches, step_batch, train_batches
 from xtuner_hydra.data.plan import EVAL_PACK, Selection, TrainPlan, select_samples, training_limit
@@ -100,7 +100,7 @@ def test_hard_cuts_lose_only_the_labels_that_begin_a_pack(cache, capacity, ranks
     parts = [step_batch(plan, step, rank, ranks) for step in range(plan.total_steps) for rank in range(ranks)]
     assert sorted(token for part in parts for micro in part.micro_batches for token in micro.targets.tolist()) == expected
     assert sum(part.supervised_tokens for part in parts) == ranks * len(expected)
-    held = [micro for rank in range(ranks) for micro in eval_batches(cache, selection, data, dp_rank=rank, dp_size=ranks)]
+    held = [micro for rank in range(ranks) for micro in eval_batches(cache, selection, Config(data=data), dp_rank=rank, dp_size=ranks)]
     assert sorted(token for micro in held for token in micro.targets.tolist()) == labels(EVAL_PACK)  # whatever the pack length of training
 
 

@@ -115,6 +115,14 @@ def test_doubts_are_named(tmp_path, first, second, doubt):
     assert all(doubt in text for text in doubts)
 
 
+def test_other_tokens_of_the_same_held_out_text_are_told_from_other_text(tmp_path):
+    sweep = make_sweep(tmp_path, [({LR: 1e-4}, finished(1.0)), ({LR: 2e-4}, finished(2.0, tokens=600))])
+    for number, fingerprint in enumerate("ab"):
+        (sweep / f"{number}_job" / "data.json").write_text(json.dumps({"eval": {"hashes": ["h"], "fingerprint": fingerprint}}))
+    (doubt,) = read_sweep(sweep).doubts
+    assert "was tokenised differently (500 to 600" in doubt
+
+
 def test_seeds_may_differ_in_their_tokens_where_settings_do_not(tmp_path):
     """A seed shuffles and packs the data its own way, and may choose what is held out."""
     lengths = {0: {"steps": 3, "tokens": 500}, 1: {"steps": 9, "tokens": 600}}
