@@ -72,10 +72,10 @@ def main() -> int:
 
 
 def in_own_process(tree: Path, argv: list[str]) -> dict:
-    """What `train` returns with the package of `tree`, under the malloc that training would use."""
+    """What the script of `tree` returns for its package, under the malloc that training would use."""
     from bench import environment
 
-    command = [sys.executable, __file__, "--side", *argv]
+    command = [sys.executable, str(tree / "scripts" / Path(__file__).name), "--side", *argv]
     output = subprocess.run(
         command, env=environment("ours") | {"PYTHONPATH": str(tree)}, check=True, stdout=subprocess.PIPE, text=True
     ).stdout

@@ -27,7 +27,7 @@ def compare(cli):
 @pytest.fixture
 def checkout(tmp_path):
     """A tree of its own with the same code, to be changed."""
-    for folder in ("xtuner_hydra", "conf"):
+    for folder in ("xtuner_hydra", "conf", "scripts"):
         shutil.copytree(REPOSITORY / folder, tmp_path / "tree" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "tree"
 
