@@ -18,26 +18,23 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopp
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.machine import own_rank, started_by_torchrun
 from xtuner_hydra.safe_text import LineFormatter, printable, redact
-from xtuner_hydra.signals import end_at_once
+from xtuner_hydra.signals import SIGNALS, end_at_once
+from xtuner_hydra.streams import make_lasting, open_closed
 
 
 def command() -> NoReturn:
     """This process's command line, under a better malloc where there is one, to the end of the process."""
     from xtuner_hydra.parallel.allocator import preload
 
-    _open_standard_streams()
+    open_closed()
     preload()
-    end_at_once((signal.SIGTERM, signal.SIGUSR1))  # until a run or a sweep handles them; Ctrl-C is a KeyboardInterrupt
+    make_lasting()
+    end_at_once(
+        [number for number in SIGNALS if number != signal.SIGINT]
+    )  # until a run or a sweep handles them; Ctrl-C is a KeyboardInterrupt
     collect_seldom()
     _log_to_stderr()
     leave(main(sys.argv[1:]))
-
-
-def _open_standard_streams() -> None:
-    """Where one was closed (`<&-`, some daemons), the next file or pipe would take its number, and what is written to it."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
 
 
 def _log_to_stderr() -> None:

@@ -23,11 +23,13 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_P
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.safe_text import printable, redact
-from xtuner_hydra.signals import die_with_parent, end_at_once
+from xtuner_hydra.signals import PREEMPTIONS, SIGNALS, die_with_parent, end_at_once
+from xtuner_hydra.streams import make_lasting
 
 
 def main() -> int:
     """Entry point of a job's or a rank's process: ends when the process that started it does."""
+    make_lasting()
     end_at_once()  # until the rank listens, once torch and the rest have been imported
     collect_seldom()
     from xtuner_hydra.worker import train
@@ -91,7 +93,7 @@ def _start_workers(directory: Path, ranks: int, *, restarted: bool) -> tuple[int
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle=",".join(number.name for number in (*SIGNALS, signal.SIGQUIT)),
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # repeats, at length, what `_explain` says
@@ -113,7 +115,7 @@ def _stopped(directory: Path, number: signal.Signals) -> int:
     started."""
     status = run_dirs.read_status(directory)
     if status.get("state") == "running":
-        code = EXIT_PREEMPTED if number in (signal.SIGTERM, signal.SIGUSR1) else EXIT_INTERRUPTED
+        code = EXIT_PREEMPTED if number in PREEMPTIONS else EXIT_INTERRUPTED
         error = f"stopped at once by {signal.Signals(number).name}; no save was made"
         run_dirs.record_end(directory, "interrupted", exit_code=code, error=error, **progress(directory))
         print(f"{error}: {directory}", file=sys.stderr)
@@ -144,10 +146,10 @@ def _explain(directory: Path, codes: dict[int, int]) -> tuple[int, bool]:
         rank, code = min(codes.items())
         text, details = f"rank {rank} exited with code {code}", ""
     text = f"rank {rank}: {text}" if details and not text.startswith("rank ") else text  # a message without a traceback is complete
-    print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     code = EXIT_REFUSED if codes.get(rank) == EXIT_REFUSED else EXIT_FAILED
     is_crash = bool(struck or details or not causes)  # an expected error has no traceback
     run_dirs.record_end(directory, "failed", exit_code=code, error=text, **progress(directory))
+    print(printable(redact(f"training failed: {text}\n{details}(log: {directory / 'logs' / f'rank{rank}.log'})")), file=sys.stderr)
     return code, is_crash
 
 

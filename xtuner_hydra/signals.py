@@ -14,8 +14,11 @@ from types import FrameType
 from xtuner_hydra.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from xtuner_hydra.machine import started_by_torchrun
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What schedulers send, SLURM's warning, and Ctrl-C."""
+_IS_NOHUP = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1, *(() if _IS_NOHUP else (signal.SIGHUP,)))
+"""What schedulers send, SLURM's warning, and what a terminal sends when it goes, unless `nohup` has it ignored."""
+SIGNALS = (*PREEMPTIONS, signal.SIGINT)
+"""And Ctrl-C."""
 
 
 def end_at_once(numbers: Iterable[signal.Signals] = SIGNALS) -> None:

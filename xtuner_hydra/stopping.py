@@ -1,7 +1,8 @@
 """Stopping early: signals, the time limit, a save that failed. All ranks agree before any of them stops.
 
-SIGTERM and SIGUSR1 (SLURM's warning) ask for a save and exit code 75, Ctrl-C for a save and 130; a second Ctrl-C stops at once. A signal's
-handler only notes it. The ranks compare notes at the edges of steps, micro-batches and evaluation batches, over a channel between CPUs."""
+SIGTERM, SIGUSR1 (SLURM's warning) and SIGHUP (a terminal that goes) ask for a save and exit code 75, Ctrl-C for a save and 130; a second
+Ctrl-C stops at once. A signal's handler only notes it. The ranks compare notes at the edges of steps, micro-batches and evaluation batches,
+over a channel between CPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from xtuner_hydra.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Stopped
-from xtuner_hydra.signals import SIGNALS, handled_by
+from xtuner_hydra.signals import PREEMPTIONS, SIGNALS, handled_by
 
 
 class Wish(IntEnum):
@@ -29,10 +30,10 @@ class Wish(IntEnum):
     SAVE_FAILED = 4
 
 
-WISHES = {signal.SIGTERM: Wish.PREEMPTED, signal.SIGUSR1: Wish.PREEMPTED, signal.SIGINT: Wish.INTERRUPTED}
+WISHES = {**dict.fromkeys(PREEMPTIONS, Wish.PREEMPTED), signal.SIGINT: Wish.INTERRUPTED}
 REASONS = {
     Wish.OUT_OF_TIME: "trainer.max_seconds is near",
-    Wish.PREEMPTED: "asked to stop (SIGTERM or SIGUSR1)",
+    Wish.PREEMPTED: "asked to stop (SIGTERM, SIGUSR1 or SIGHUP)",
     Wish.INTERRUPTED: "interrupted (Ctrl-C)",
     Wish.SAVE_FAILED: "a checkpoint could not be saved",  # its own message says why
 }

@@ -82,7 +82,7 @@ def parts_used_by(part):
         ),
         ("cost", {"config", "model", "optim"}),
         ("build", {"checkpoint", "config", "engine", "model", "optim", "parallel"}),
-        ("ranks", {"config", "errors", "garbage", "parallel", "results", "run_dir", "safe_text", "signals", "worker"}),
+        ("ranks", {"config", "errors", "garbage", "parallel", "results", "run_dir", "safe_text", "signals", "streams", "worker"}),
         ("compose", {"config", "errors", "model"}),
         ("app", {"compose", "config", "errors", "safe_text"}),
         ("recompose", {"app", "compose", "config"}),

@@ -16,6 +16,10 @@ from xtuner_hydra.stopping import Stopping, Wish, ignore_signals
 
 EDGE = 3
 
+HANGUP = pytest.param(
+    signal.SIGHUP, 75, marks=pytest.mark.skipif(signal.SIGHUP not in SIGNALS, reason="started under nohup, which has it ignored")
+)
+
 
 def stop_on_a_rank(wishes):
     """For each case of `wishes` (rank -> signal) train until it stops; (edge, exit code) of each."""
@@ -74,7 +78,7 @@ def test_nobody_who_wishes_nothing_stops(stopping):
         stopping.check()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), HANGUP, (signal.SIGINT, 130)])
 def test_during_training_a_signal_waits_for_the_edge(stopping, number, code):
     os.kill(os.getpid(), number)
     assert stopping.wish != Wish.NONE
@@ -83,7 +87,7 @@ def test_during_training_a_signal_waits_for_the_edge(stopping, number, code):
     assert stop.value.exit_code == code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), HANGUP, (signal.SIGINT, 130)])
 def test_before_training_a_signal_stops_at_once(stopping, number, code):
     stopping.training = False
     with pytest.raises(Stopped) as stop:
@@ -150,7 +154,7 @@ def test_a_second_ctrl_c_does_not_wait(stopping):
 def test_a_scheduler_that_asks_twice_does_not_cut_the_save_short(stopping):
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
         os.kill(os.getpid(), number)
-    with pytest.raises(Stopped, match="SIGTERM or SIGUSR1"):
+    with pytest.raises(Stopped, match="SIGTERM, SIGUSR1 or SIGHUP"):
         stopping.check()
 
 

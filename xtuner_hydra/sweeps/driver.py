@@ -22,7 +22,7 @@ from xtuner_hydra.config.schema import SweepConfig
 from xtuner_hydra.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_REFUSED, RefusedError, Stopped, TrainingError
 from xtuner_hydra.results.glance import progress
 from xtuner_hydra.results.sweep import SWEEP_FILE, Job, SweepPlan, job_result, results_of
-from xtuner_hydra.signals import handled_by
+from xtuner_hydra.signals import PREEMPTIONS, handled_by
 from xtuner_hydra.sweeps.draft import continued
 from xtuner_hydra.sweeps.screen import Screen
 from xtuner_hydra.sweeps.search import Search
@@ -125,7 +125,7 @@ class Driver:
         self.next_report = self.started  # not before this time
 
     def run(self) -> int:
-        """Run all jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM and SIGUSR1 stop every job; the report is still written.
+        """Run all jobs to their ends; returns the sweep's exit code. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP stop every job; the report is still written.
 
         Raises TrainingError, after stopping the jobs, if the sweep's directory can no longer be written."""
         for result in results_of(self.directory, self.plan).jobs:
@@ -149,7 +149,7 @@ class Driver:
             try:
                 self._go_on()
             except KeyboardInterrupt:
-                interrupted = EXIT_PREEMPTED if {signal.SIGTERM, signal.SIGUSR1} & {*self.signals} else EXIT_INTERRUPTED
+                interrupted = EXIT_PREEMPTED if {*PREEMPTIONS} & {*self.signals} else EXIT_INTERRUPTED
                 self.screen.say("stopping the jobs; Ctrl-C again to end them at once")
                 self._stop_all()
             with handled_by(signal.SIG_IGN):  # an impatient third Ctrl-C must not cost the report
@@ -281,10 +281,9 @@ class Driver:
             run_dir.write_status(followed.directory, "failed", **fields, exit_code=EXIT_FAILED, error=error)
         elif followed.hopeless and status.get("state") == "interrupted":
             run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, pruned=followed.hopeless)
-        elif self.why_stopped and status.get("state") == "interrupted":
-            run_dir.write_status(
-                followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, error=f"stopped: {self.why_stopped}"
-            )
+        elif self.stopped and status.get("state") == "interrupted":
+            error = f"stopped: {self.why_stopped or 'with its sweep'}"
+            run_dir.write_status(followed.directory, "interrupted", **fields, exit_code=EXIT_INTERRUPTED, error=error)
 
     def _settle(self, followed: Followed) -> None:
         """Decide what an ended job means: a result, another attempt, the end of the sweep."""
@@ -378,8 +377,8 @@ class Driver:
 
 @contextmanager
 def _signals_interrupt(came: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (SLURM's warning) end a sweep as Ctrl-C does; their numbers are added to `came`. Ctrl-C is handled too, as a process that a
-    script runs in the background starts with SIGINT ignored."""
+    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGHUP end a sweep as Ctrl-C does; their numbers are added to `came`. Ctrl-C is handled too, as a
+    process that a script runs in the background starts with SIGINT ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         came.append(number)

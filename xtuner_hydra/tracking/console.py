@@ -111,5 +111,5 @@ class _Screen(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader (`| head`) has gone; the log file has everything
+        except OSError:  # the reader (`| head`) has gone; the log file has everything
             log.removeHandler(self)
