@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -125,9 +125,13 @@ class App:
 
     def compose_run(self) -> Composition:
         """Compose and check the one run of this command line; refuses settings of a sweep, which it would not use."""
-        if idle := next((text for text in self.overrides if split_override(text)[0].partition(".")[0] == "sweep"), None):
+        if idle := self._first_of("sweep", "hydra.sweep.", "hydra.sweeper", "hydra.launcher", "hydra/sweeper", "hydra/launcher"):
             raise RefusedError(f"{idle}: is a setting of a sweep, but this is a single run; add -m")
         return self.compose(self.overrides)
+
+    def _first_of(self, *beginnings: str) -> str | None:
+        """The first override whose key begins like that."""
+        return next((text for text in self.overrides if split_override(text)[0].startswith(beginnings)), None)
 
     def compose(self, overrides: list[str]) -> Composition:
         """Compose and check one run; raises RefusedError or ConfigError with the culprit's full key."""
@@ -168,10 +172,12 @@ class App:
     def sweep_dir(self) -> Path:
         """The sweep's directory."""
         with readable_errors():
-            return Path(str(self._multirun_config.hydra.sweep.dir)).resolve()
+            return directory("hydra.sweep.dir", self._multirun_config.hydra.sweep.dir)
 
     def sweep_config(self) -> SweepConfig:
-        """The `sweep` group, checked; what is swept itself has no say in it."""
+        """The `sweep` group, checked; what is swept itself has no say in it. Refuses a directory for a single run, which would not be used."""
+        if idle := self._first_of("hydra.run."):
+            raise RefusedError(f"{idle}: is for a single run; the directory of a sweep is hydra.sweep.dir")
         return to_group("sweep", SweepConfig, self._multirun_config.sweep)
 
     def sweep_preset(self) -> dict[str, str]:
@@ -279,7 +285,7 @@ class App:
             config = to_config(job, where)
             self.refuse_unsafe(config, where)
             _plain("hydra.job.name", hydra.job.name)
-            run_dir = run_dir or Path(str(hydra.run.dir)).resolve()
+            run_dir = run_dir or directory("hydra.run.dir", hydra.run.dir)
         return Composition(
             config,
             run_dir,
@@ -333,7 +339,20 @@ class App:
         parser.add_argument(
             "--trust", action="store_true", help="Run code that a config or a run names (data.format=package.module:function)"
         )
-        return parser.parse_intermixed_args(list(argv))  # exits with 2, our code for a refusal too
+        parser.error = _refuse_option  # type: ignore[method-assign]
+        return parser.parse_intermixed_args(list(argv))
+
+
+def _refuse_option(message: str) -> NoReturn:
+    """What argparse calls where it would print its usage."""
+    raise RefusedError(f"{message}. Settings are written KEY=VALUE, without --: optimizer.lr=1e-4. Options: --help")
+
+
+def directory(key: str, value: Any) -> Path:
+    """`value` as the absolute path that it must be; an unset variable of a shell would make it empty, which means here."""
+    if not str(value or "").strip():
+        raise ConfigError(key, value, "is empty; name a directory")
+    return Path(str(value)).expanduser().resolve()
 
 
 def _conf_dir() -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from xtuner_hydra.config.schema import Config
-from xtuner_hydra.cost import Sizes, checkpoint_bytes, count_parameters, disk_bytes, export_bytes, kept
+from xtuner_hydra.cost import Sizes, checkpoint_bytes, disk_bytes, export_bytes, kept
 from xtuner_hydra.launch import Prepared
 from xtuner_hydra.optim.schedules import learning_rate, warmup_steps
+from xtuner_hydra.room import free_bytes
 from xtuner_hydra.sweeps.draft import Draft, JobDraft
 from xtuner_hydra.sweeps.driver import Launcher
 from xtuner_hydra.words import counted
@@ -15,8 +16,7 @@ from xtuner_hydra.words import counted
 
 def of_run(prepared: Prepared) -> list[str]:
     """The plan as lines of text."""
-    config, data = prepared.config, prepared.data
-    sizes = count_parameters(config)
+    config, data, sizes = prepared.config, prepared.data, prepared.sizes
     shards = prepared.ranks // config.parallelism.dp_replicate
     return [
         *data.summary(),
@@ -36,6 +36,7 @@ def of_run(prepared: Prepared) -> list[str]:
         _line("learning rate", _schedule(config, data.plan.total_steps)),
         _line("memory", f"{_gb(sizes.state_bytes / shards)} GB a rank for weights, gradients and moments, activations apart"),
         _line("disk", _disk(config, sizes, data.plan.total_steps)),
+        _line("free there", f"{_gb(free_bytes(prepared.composition.run_dir))} GB"),
     ]
 
 

@@ -26,6 +26,7 @@ from xtuner_hydra.config.checks import check, data_parallel_size
 from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.schema import Config
 from xtuner_hydra.config.strict import changed
+from xtuner_hydra.cost import Sizes, count_parameters
 from xtuner_hydra.data.prepare import PreparedData, refuse_ids_without_a_row
 from xtuner_hydra.data.prepare import prepare as prepare_data
 from xtuner_hydra.data.prompts import sample_prompts
@@ -33,13 +34,13 @@ from xtuner_hydra.data.tokenizers import Tokenizer, load_tokenizer
 from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, RefusedError, Stopped
 from xtuner_hydra.files import write_json
 from xtuner_hydra.machine import started_by_torchrun
-from xtuner_hydra.model.adapters import blueprint
 from xtuner_hydra.model.hub import local_directory
 from xtuner_hydra.model.pretrained import check_pretrained, refuse_other_settings
 from xtuner_hydra.parallel.compiling import choose_compile
 from xtuner_hydra.parallel.runtime import device_type, param_dtype, ranks_here, refuse_missing_gpus, world_size
 from xtuner_hydra.ranks import start_ranks, train_here
 from xtuner_hydra.results.glance import progress
+from xtuner_hydra.room import refuse_full_disk, warn_of_memory
 from xtuner_hydra.stopping import Stopping
 from xtuner_hydra.tracking.environment import environment
 from xtuner_hydra.tracking.wandb import resolve_mode
@@ -56,6 +57,7 @@ class Prepared:
     ranks: int
     data: PreparedData
     tokenizer: Tokenizer
+    sizes: Sizes
     checkpoint: Path | None
     began: float
 
@@ -85,7 +87,7 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
         config.model.pretrained = str(local_directory(config.model.pretrained).resolve())
     check_pretrained(config.model)
     refuse_other_settings(config.model, composition.overrides)
-    blueprint(config)  # rejects targets and patterns that match nothing
+    sizes = count_parameters(config)  # rejects targets and patterns that match nothing
     if config.tracking.wandb.enabled:
         resolve_mode(config.tracking.wandb)  # an online run needs a key
     checkpoint = resume.find(config.checkpoint, composition.run_dir)
@@ -106,12 +108,14 @@ def prepare(composition: Composition, *, progress: bool = True, elsewhere: bool 
     if checkpoint is not None:
         now = state.trajectory(config, data.train.cache.fingerprint)
         resume.refuse_other_trajectory(checkpoint, now, config.checkpoint.allow_change)
-    prepared = Prepared(composition, config, ranks, data, tokenizer, checkpoint, began)
+    prepared = Prepared(composition, config, ranks, data, tokenizer, sizes, checkpoint, began)
     if not prepared.is_done:
         if checkpoint is not None:
             resume.refuse_beyond(checkpoint, data.plan.total_steps)
         elif config.checkpoint.resume == "auto":
             _refuse_completed(composition.run_dir)
+        if not elsewhere and device_type(config.trainer.device) == "cpu":
+            warn_of_memory(sizes, ranks // config.parallelism.dp_replicate, ranks_here(ranks))
     return prepared
 
 
@@ -189,6 +193,7 @@ def _start(prepared: Prepared, stopping: Stopping) -> int:
         if started_by_torchrun():
             publish({"exit_code": EXIT_DONE})
         return EXIT_DONE
+    refuse_no_room(prepared)
     with run_dirs.alone_in(directory, patience=run_dirs.DYING_SECONDS):
         with stopping.holding():
             create(prepared)
@@ -196,6 +201,11 @@ def _start(prepared: Prepared, stopping: Stopping) -> int:
             publish({"run_dir": str(directory)})
             return train_here(directory)
         return start_ranks(directory, prepared.ranks)
+
+
+def refuse_no_room(prepared: Prepared) -> None:
+    """RefusedError where the run's disk is too full for a checkpoint. Not part of `prepare`: `plan` may be asked on another machine."""
+    refuse_full_disk(prepared.config, prepared.composition.run_dir, prepared.sizes, prepared.data.plan.total_steps)
 
 
 def create(prepared: Prepared) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from xtuner_hydra.app import App
+from xtuner_hydra.app import App, directory
 from xtuner_hydra.compose.overrides import option_of
 from xtuner_hydra.compose.pretrained import fill_from_pretrained
 from xtuner_hydra.compose.readable_errors import readable_errors
@@ -42,7 +42,7 @@ def recompose(app: App, config: Config, typed: list[str], name: str, rerun_of: P
         where = functools.partial(app.where_set, task, dict(chosen))
         again = to_config(cfg, where)
         app.refuse_unsafe(again, where)
-        run_dir = Path(str(composed.hydra.run.dir)).resolve()
+        run_dir = directory("hydra.run.dir", composed.hydra.run.dir)
     return Composition(again, run_dir, _joined(typed, task), dict(chosen), lambda: app.defaults, rerun_of)
 
 

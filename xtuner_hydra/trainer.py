@@ -116,7 +116,8 @@ class Trainer:
         elif now > before:
             rate = learning_rate(self.config.scheduler, before, before, self.config.optimizer.lr)
             log.warning(
-                f"the run continues to step {now}, its schedule was made for {before}: the learning rate stays at its final value, {rate:.3g}"
+                f"the run continues to step {now}, its schedule was made for {before}: the learning rate stays at its final value, {rate:.3g}, "
+                "whatever optimizer.lr is"
             )
         elif now < before:
             log.warning(f"the run now ends at step {now}, its schedule was made for {before}: the learning rate decays sooner")

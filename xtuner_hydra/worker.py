@@ -113,10 +113,20 @@ def _was_interrupted(stopping: Stopping, error: Exception) -> bool:
 
 
 def _failed(run_dir: Path, rank: int, error: Exception, *, on_screen: bool) -> dict[str, Any]:
+    if _is_out_of_memory(error):
+        log.error(traceback.format_exc(), extra={"file_only": True})
+        error = TrainingError(
+            f"out of memory ({str(error).strip().splitlines()[-1]}). Shorter packs (data.pack_max_length), parallelism.recompute_ratio=1, more "
+            "ranks or a smaller model take less; `plan` says what weights, gradients and moments take"
+        )
     expected = isinstance(error, TrainingError)
     text = str(error) if expected else f"{type(error).__name__}: {error}"
     _report_failure(run_dir, rank, text, "" if expected else traceback.format_exc(), on_screen=on_screen)
     return {"state": "failed", "error": text}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _how_to_go_on(run_dir: Path) -> str:

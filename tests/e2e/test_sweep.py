@@ -259,6 +259,7 @@ def test_plan_lists_jobs_and_their_cost_and_creates_nothing(tmp_path):
         (["-m", "sweep.metric=eval/los", "optimizer.lr=1,2"], "Did you mean eval/loss"),
         (["-m", "sweep.metric=eval/loss", "data.eval_path=null", "optimizer.lr=1,2"], "data.eval_path"),
         (["-m", "sweep.early_stop=true", "sweep.search=bayes", "optimizer.lr=1,2"], "trainer.eval_interval=N"),
+        (["-m", "sweep.metric=throughput/tgs", "optimizer.lr=1,2"], "more of it is better; add sweep.direction=maximize"),
         (
             ["-m", "tracking.jsonl=false", "optimizer.lr=1,2"],
             "tracking.jsonl=false: a sweep follows and compares its jobs by metrics.jsonl",

@@ -3,7 +3,8 @@
 import pytest
 
 from xtuner_hydra.app import App
-from xtuner_hydra.config.strict import from_yaml, to_yaml
+from xtuner_hydra.config import elsewhere
+from xtuner_hydra.config.strict import from_yaml, known_keys, to_yaml
 from xtuner_hydra.errors import RefusedError
 
 
@@ -52,6 +53,22 @@ def test_unknown_key_is_refused_with_the_key_that_was_meant(prefix):
         ("debug=null", "leave it out. Options of debug: fast,"),
         ("hydra.run.dirr=x", "there is no such key. Did you mean hydra.run.dir"),
         ("optimizer.lr", "KEY=VALUE"),
+        ("data.path=~/x.jsonl", "Quote the value, and the quotes for the shell: 'data.path=\"~/x.jsonl\"'"),
+        ("data.path=run=1/x.jsonl", "'data.path=\"run=1/x.jsonl\"'"),
+        ("learning_rate=1", "That is optimizer.lr here."),
+        ("per-device-train-batch-size=1", "That is trainer.global_batch_size"),
+        ("trainer.gradient_accumulation_steps=1", "That is trainer.global_batch_size, the packs of a step over all ranks here."),
+        ("steps=10", "That is trainer.total_steps here."),
+        ("packing=true", "That is data.pack_strategy here."),
+        ("model=Qwen/Qwen3-0.6B", "Of your own, or from the Hub: model=hf model.pretrained=Qwen/Qwen3-0.6B."),
+        ("data=./chats.jsonl", "Of your own: data=openai data.path=./chats.jsonl"),
+        ("+model=qwen3_tiny", "an option is chosen without the +: model=qwen3_tiny"),
+        ("hydra.run.dir=null", "is empty; name a directory"),
+        ("hydra.run.dir=", "is empty; name a directory"),
+        ("data.cache_dir=", "is empty; give a value, or null"),
+        ("model.pretrained=", "is empty; give a value, or null"),
+        ("model.tokenizer=", "is empty; give a value, or null"),
+        ("data.path=s3://bucket/a.jsonl", "only local files are read"),
         ("hydra.sweeep.dir=x", "Did you mean hydra.sweep.dir"),
         ("data=openai", "data.path: needs a value"),
         ("model=hf", "model.pretrained"),
@@ -108,6 +125,43 @@ def test_a_mixture_takes_the_place_of_a_path_that_was_left_open():
         (["b", "c"], "text", 0.5),
     ]
     assert from_yaml(to_yaml(config)) == config
+
+
+def test_what_others_call_a_key_is_a_key_of_ours():
+    keys = known_keys()
+    for name in elsewhere._NAMES:
+        key = name.partition(",")[0]
+        assert key in keys or key == "hydra.run.dir", key
+    assert not {name for names in elsewhere._NAMES.values() for name in names} & {key.rpartition(".")[2] for key in keys}
+
+
+def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with App(['hydra.run.dir="~/runs/mine"']) as app:
+        assert app.compose(app.overrides).run_dir == tmp_path / "runs" / "mine"
+
+
+@pytest.mark.parametrize("idle", ["hydra.launcher.slots=2", "hydra.sweep.dir=x", "hydra/launcher=submitit_local"])
+def test_settings_of_a_sweep_are_refused_in_a_single_run(idle):
+    with pytest.raises(RefusedError, match="is a setting of a sweep, but this is a single run; add -m"), App([idle]) as app:
+        app.compose_run()
+
+
+def test_a_runs_directory_is_refused_in_a_sweep():
+    with pytest.raises(RefusedError, match=r"the directory of a sweep is hydra\.sweep\.dir"), App(["-m", "hydra.run.dir=x"]) as app:
+        app.sweep_config()
+
+
+@pytest.mark.parametrize("words", [["--lr", "1e-4"], ["--optimizer.lr=1e-4"]])
+def test_a_setting_written_as_an_option_is_refused_in_a_sentence(words):
+    with pytest.raises(RefusedError, match="Settings are written KEY=VALUE, without --"):
+        App(words)
+
+
+def test_an_experiment_that_forgets_its_package_is_told(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("trainer: {seed: 3}\n")
+    assert "begin it with the line `# @package _global_`" in refusal("--config-dir", str(tmp_path), "experiment=mine")
 
 
 def test_two_durations_are_refused():

@@ -86,13 +86,14 @@ def parts_used_by(part):
         ("compose", {"config", "errors", "model"}),
         ("app", {"compose", "config", "errors", "safe_text"}),
         ("recompose", {"app", "compose", "config"}),
-        ("forecast", {"config", "cost", "launch", "optim", "sweeps", "words"}),
+        ("forecast", {"config", "cost", "launch", "optim", "room", "sweeps", "words"}),
+        ("room", {"config", "cost", "errors", "machine", "words"}),
         ("run_dir", {"config", "errors", "files", "safe_text"}),
         (
             "launch",
             {
-                *("checkpoint", "config", "data", "errors", "files", "machine", "model", "parallel", "ranks"),
-                *("results", "run_dir", "stopping", "tracking"),
+                *("checkpoint", "config", "cost", "data", "errors", "files", "machine", "model", "parallel", "ranks"),
+                *("results", "room", "run_dir", "stopping", "tracking"),
             },
         ),
         (

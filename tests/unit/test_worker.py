@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from runs import evaluation, make_run, step
 
 from xtuner_hydra import worker
@@ -60,3 +61,14 @@ def test_a_rank_whose_error_cannot_be_written_says_it_itself(tmp_path, caplog):
 def test_only_layers_that_follow_each_other_are_a_range():
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (0, 5, 1, 2)]
     assert worker._ranges([*names, "lm_head.weight"]) == ["model.layers.[0-2,5].mlp.up_proj.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[x]\nDefaultCPUAllocator: can't allocate memory: 1 bytes")]
+)
+def test_memory_that_runs_out_is_a_sentence_with_what_takes_less(tmp_path, error):
+    (tmp_path / "logs").mkdir()
+    told = worker._failed(tmp_path, 0, error, on_screen=True)["error"]
+    assert told.startswith("out of memory (")
+    assert "data.pack_max_length" in told
+    assert worker._failed(tmp_path, 0, RuntimeError("another"), on_screen=True)["error"] == "RuntimeError: another"

@@ -34,9 +34,11 @@ def find(config: CheckpointConfig, run_dir: Path) -> Path | None:
                 f"{error.filename}: was set aside by an interrupted save and cannot be renamed back: {error.strerror}"
             ) from None
         return _newest(run_dir / "checkpoints")
-    path = Path(config.resume).resolve()
-    if not path.exists():
-        raise RefusedError(f"checkpoint.resume={config.resume}: no such file or directory")
+    path = Path(config.resume).expanduser().resolve()
+    if not config.resume.strip() or not path.exists():
+        raise RefusedError(
+            f"checkpoint.resume={config.resume}: no such file or directory; give auto, never, or the path of a run or a checkpoint"
+        )
     if has_step_name(path):
         if problem := damage(path, content=True):
             raise RefusedError(f"checkpoint.resume={config.resume}: not a complete checkpoint: {problem}")

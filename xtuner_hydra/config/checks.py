@@ -125,14 +125,18 @@ def idle(config: Config) -> list[str]:
         (scheduler.name != "wsd", "scheduler", scheduler, ("decay_ratio",), f"scheduler.name={scheduler.name}"),
         (scheduler.name == "constant", "scheduler", scheduler, ("lr_min",), "scheduler.name=constant"),
         (scheduler.warmup_steps is not None, "scheduler", scheduler, ("warmup_ratio",), f"scheduler.warmup_steps={scheduler.warmup_steps}"),
+        (config.data.eval_path is None and config.data.eval_ratio is None, "trainer", trainer, ("eval_interval",), "no held-out data"),
         (not trainer.sample_prompts, "trainer", trainer, ("sample_tokens",), "trainer.sample_prompts=[]"),
     ]
-    return [
+    unread_settings = [
         f"{prefix}.{name}={value} does nothing with {reason}"
         for unread, prefix, group, names, reason in rules
         for name, value in _changed(group)
         if unread and name in names
     ]
+    if scheduler.name != "constant" and scheduler.lr_min > optimizer.lr:
+        unread_settings.append(f"scheduler.lr_min={scheduler.lr_min:g} is above optimizer.lr={optimizer.lr:g}, where the rate stays")
+    return unread_settings
 
 
 def _changed(group: Any) -> list[tuple[str, Any]]:

@@ -171,6 +171,8 @@ class ModelConfig:
             raise ConfigError("model.qkv_bias", True, "model.attention_bias=true has these biases already; set one of the two")
         if self.adapter not in ("lora", None):
             raise ConfigError("model.adapter", self.adapter, "must be lora or null")
+        for name in ("pretrained", "tokenizer", "chat_template"):
+            _not_empty(f"model.{name}", getattr(self, name))
         if self.family == "hf" and self.pretrained is None:
             raise ConfigError("model.pretrained", None, "model=hf needs model.pretrained=DIR or a Hub id, a Hugging Face model")
 
@@ -238,6 +240,7 @@ class DataConfig:
         _one_of("data.bad_lines", self.bad_lines, ("error", "skip"))
         _one_of("data.pack_strategy", self.pack_strategy, ("best_fit", "soft", "hard", "none"))
         _positive("data.sample_ratio", self.sample_ratio)
+        _not_empty("data.cache_dir", self.cache_dir)
         _at_least(2, "data.pack_max_length", self.pack_max_length)
         if self.max_length is not None:
             _at_least(2, "data.max_length", self.max_length)
@@ -610,9 +613,17 @@ def _interval(key: str, value: int | None) -> None:
         _at_least(1, key, value, "a number of steps, -1 (at the end only) or null (never)")
 
 
+def _not_empty(key: str, value: str | None) -> None:
+    """As an unset variable of a shell leaves it; a path would then mean the working directory."""
+    if value is not None and not value.strip():
+        raise ConfigError(key, value, "is empty; give a value, or null")
+
+
 def _paths(key: str, value: Any, *, required: bool) -> None:
     paths = value if isinstance(value, list) else [value]
     if value is None and not required:
         return
     if not paths or not all(isinstance(path, str) and path for path in paths):
         raise ConfigError(key, value, "must be a file, a directory, a glob, or a list of these")
+    if remote := [path for path in paths if "://" in path]:
+        raise ConfigError(key, remote[0], "only local files are read; download it, and give its path")

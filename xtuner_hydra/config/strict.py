@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from xtuner_hydra.config.elsewhere import ours
 from xtuner_hydra.config.schema import Config, SourceConfig
 from xtuner_hydra.errors import ConfigError, RefusedError
 
@@ -68,7 +69,9 @@ def unknown_key(key: str, where: str = "") -> RefusedError:
     if key.rpartition(".")[2] == TARGET:
         return RefusedError(f"{key}: names code to call{f' (set in {where})' if where else ''}; a config holds values only")
     parent, keys = key.rpartition(".")[0], known_keys()
-    hint = did_you_mean(key, [known for known, is_group in keys.items() if not is_group])
+    if key.partition(".")[0] in ("debug", "experiment"):
+        return RefusedError(f"{key}: such a file sets keys of all groups; begin it with the line `# @package _global_`")
+    hint = ours(key) or did_you_mean(key, [known for known, is_group in keys.items() if not is_group])
     if not hint and keys.get(parent):
         siblings = [known for known in keys if known.rpartition(".")[0] == parent]
         hint = f" {parent} has {', '.join(known.rpartition('.')[2] for known in siblings)}."

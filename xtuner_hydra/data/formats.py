@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +133,16 @@ PARSERS: dict[str, Format] = {
     "prompt_completion": parse_prompt_completion,
     "text": parse_text,
 }
+
+
+def fitting(record: object) -> list[str]:
+    """The formats that read `record`."""
+    names = []
+    for name, parse in PARSERS.items():
+        with suppress(ValueError, RecursionError):
+            parse(record)
+            names.append(name)
+    return names
 
 
 def holds_nul(sample: Sample) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtuner_hydra.data.bad_lines import BadLine, Kind
-from xtuner_hydra.data.formats import EmptyRecord, Format, Sample, holds_nul
+from xtuner_hydra.data.formats import PARSERS, EmptyRecord, Format, Sample, fitting, holds_nul
 from xtuner_hydra.data.own_format import find_format
 from xtuner_hydra.data.processes import ProcessDied, map_in_processes
 from xtuner_hydra.data.readers import DECODER, Part, records, split
@@ -129,7 +129,10 @@ def _sample(record: Any, parse: Format) -> Sample:
             raise EmptyRecord("there is nothing in it")
         sample = parse(value)
     except (ValueError, RecursionError) as error:
-        raise _unusable(error) from None
+        bad = _unusable(error)
+        fits = [name for name in fitting(value) if parse is not PARSERS[name]]
+        hint = f"; data.format={fits[0]} reads such a record" if bad.kind == Kind.CONVERSATION and fits else ""
+        raise BadLine(bad.kind, bad.message + hint) from None
     if holds_nul(sample):
         raise BadLine(Kind.NUL, "the character U+0000 is in its text: bytes that some program took for text")
     return sample

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ def compare(runs: Sequence[Run], directory: Path) -> SweepResult:
     jobs = [_job(run, number, keys, directory) for number, run in enumerate(runs)]
     metric = "eval/loss" if evaluated else "train/loss"
     plan = SweepPlan([], "runs side by side", metric, "minimize", "all", keys, len(runs), jobs, state="")
+    plan.config_dir = next(filter(None, map(_config_dir, runs)), None)
     return SweepResult(directory.resolve(), plan, [JobResult.of(job, run, metric) for job, run in zip(jobs, runs, strict=True)])
 
 
@@ -43,6 +46,14 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def _job(run: Run, number: int, keys: Sequence[str], directory: Path) -> Job:
     overrides = [f"{key}={_text(run.values.get(key))}" for key in keys]
     return Job(number, os.path.relpath(run.directory, directory.resolve()), overrides, signature="", attempts=1)
+
+
+def _config_dir(run: Run) -> str | None:
+    """--config-dir of the command that started `run`, as an absolute path."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    known, _ = parser.parse_known_args(shlex.split(run.environment.get("command") or ""))
+    return os.path.join(run.environment.get("directory") or "", known.config_dir) if known.config_dir else None
 
 
 def _text(value: Any) -> str:

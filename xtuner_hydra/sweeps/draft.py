@@ -15,12 +15,12 @@ from xtuner_hydra.config.composition import Composition
 from xtuner_hydra.config.names import split_override
 from xtuner_hydra.config.schema import Config, DataConfig, SweepConfig
 from xtuner_hydra.config.strict import changed, did_you_mean
-from xtuner_hydra.cost import count_parameters, disk_bytes, memory_gb
+from xtuner_hydra.cost import disk_bytes, memory_gb
 from xtuner_hydra.errors import ConfigError, RefusedError
 from xtuner_hydra.results.sweep import Job
 from xtuner_hydra.sweeps import search, space, submitit
 from xtuner_hydra.sweeps.space import Parameter
-from xtuner_hydra.tracking.base import METRICS
+from xtuner_hydra.tracking.base import METRICS, MORE_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def _check(app: App, fixed: list[str], overrides: list[str], number: int, direct
     if same := [one.job.number for one in earlier if one.job.name == name and one.job.signature != sign]:
         raise RefusedError(f"hydra.sweep.subdir: {name} is also the directory of job {same[0]}; include ${{hydra.job.num}} in it")
     prepared = launch.prepare(continued(composition), elsewhere=app.launches_elsewhere)
-    config, plan = prepared.config, prepared.data.plan
-    sizes = count_parameters(config)
+    config, plan, sizes = prepared.config, prepared.data.plan, prepared.sizes
     return JobDraft(
         Job(number, name, overrides, sign),
         config,
@@ -164,6 +163,8 @@ def _metric(sweep: SweepConfig, jobs: Sequence[JobDraft]) -> str:
         raise ConfigError(
             "sweep.metric", metric, f"there is no such metric.{did_you_mean(metric, list(METRICS))} There are {', '.join(METRICS)}"
         )
+    if metric in MORE_IS_BETTER and sweep.direction == "minimize":
+        raise ConfigError("sweep.metric", metric, "more of it is better; add sweep.direction=maximize")
     if metric.startswith("eval/") and not evaluated:
         raise ConfigError(
             "sweep.metric", metric, "not every job evaluates; set data.eval_path, and trainer.eval_interval to -1 or a number of steps"

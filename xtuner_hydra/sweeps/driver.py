@@ -226,6 +226,7 @@ class Driver:
         try:
             composition = continued(replace(self.compose(job.number, job.overrides), run_dir=directory))
             prepared = launch.prepare(composition, progress=False, elsewhere=self.launcher.elsewhere)
+            launch.refuse_no_room(prepared)
             launch.create(prepared)
             self._save("running")
             process = self.launcher.start(directory)

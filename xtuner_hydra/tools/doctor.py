@@ -33,6 +33,9 @@ class Check:
 
 def main(argv: list[str]) -> int:
     """Print every check; 1 where one is `missing`."""
+    if argv in (["-h"], ["--help"]):
+        print("usage: xtuner-hydra doctor\n\nLook at this machine: what training needs, what would make it faster, and what is missing.")
+        return EXIT_DONE
     if argv:
         raise RefusedError(f"doctor: takes no arguments, got {' '.join(argv)}")
     failed = False

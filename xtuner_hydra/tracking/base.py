@@ -23,6 +23,8 @@ METRICS = (
 )
 """Every metric's name, in the order of a row."""
 
+MORE_IS_BETTER = ("throughput/tgs", "throughput/e2e_tgs", "throughput/mfu", "throughput/pack_utilization", "router/entropy")
+
 
 class Tracker(Protocol):
     """A place where metrics go."""

@@ -68,6 +68,9 @@ def test_fsdp_takes_one_pack_a_rank():
         (["optimizer.max_nonfinite=3"], ["optimizer.max_nonfinite"]),
         (["optimizer.max_nonfinite=3", "optimizer.nonfinite=skip"], []),
         (["trainer.sample_tokens=9"], ["trainer.sample_tokens"]),
+        (["data.eval_path=null", "trainer.eval_interval=1"], ["trainer.eval_interval"]),
+        (["data.eval_path=null", "data.eval_ratio=0.1", "trainer.eval_interval=1"], []),
+        (["scheduler.lr_min=1"], ["scheduler.lr_min"]),
     ],
 )
 def test_settings_that_nothing_reads_are_told(overrides, idle_keys):

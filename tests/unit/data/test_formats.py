@@ -10,6 +10,7 @@ from xtuner_hydra.data.formats import (
     PARSERS,
     Conversation,
     Text,
+    fitting,
     parse_alpaca,
     parse_openai,
     parse_prompt_completion,
@@ -296,3 +297,9 @@ def test_values_for_a_template_beside_the_messages_are_refused():
     with pytest.raises(ValueError, match="`chat_template_kwargs` is not read"):
         parse_openai({"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": False}})
     assert parse_openai({"messages": [USER, ANSWER], "chat_template_kwargs": None}).messages
+
+
+def test_formats_that_read_a_record_are_found():
+    assert fitting({"instruction": "a", "output": "b"}) == ["alpaca"]
+    assert fitting({"messages": [USER, ANSWER]}) == fitting([USER, ANSWER]) == ["openai"]
+    assert fitting({"nothing": 1}) == []

@@ -1,8 +1,11 @@
 """Runs side by side."""
 
-from pages import check
-from runs import finished, make_run, step
+import json
 
+from pages import check
+from runs import ENVIRONMENT, finished, make_run, step
+
+from xtuner_hydra.reports import commands
 from xtuner_hydra.reports.comparison import compare, differing, write_comparison
 from xtuner_hydra.reports.findings import Findings
 from xtuner_hydra.results.run import load_run
@@ -51,3 +54,12 @@ def test_the_page_links_to_runs_from_where_it_stands(tmp_path):
     read = check(page.read_text())
     assert "../runs%20and%20more/0" in read.links
     assert read.words.startswith("mine: lr 1e-4 leads")
+
+
+def test_commands_find_the_options_that_a_run_found(tmp_path):
+    directory = make_run(tmp_path / "0", **finished(2.0))
+    (directory / "environment.json").write_text(
+        json.dumps({**ENVIRONMENT, "command": "python -m xtuner_hydra --config-dir my_conf experiment=mine", "directory": "/home/me"})
+    )
+    (command, *_) = commands.repeat(result := compare([load_run(directory)], tmp_path), result.best_job).splitlines()
+    assert command.startswith("python -m xtuner_hydra --config-dir /home/me/my_conf")
