@@ -36,7 +36,7 @@ def of_run(prepared: Prepared) -> list[str]:
         _line("learning rate", _schedule(config, data.plan.total_steps)),
         _line("memory", f"{_gb(sizes.state_bytes / shards)} GB a rank for weights, gradients and moments, activations apart"),
         _line("disk", _disk(config, sizes, data.plan.total_steps)),
-        _line("free there", f"{_gb(free_bytes(prepared.composition.run_dir))} GB"),
+        _line("free there", f"{_gb(free_bytes(prepared.composition.run_dir) or 0)} GB"),
     ]
 
 

@@ -18,6 +18,8 @@ log = logging.getLogger("xtuner_hydra")
 def refuse_full_disk(config: Config, run_dir: Path, sizes: Sizes, total_steps: int) -> None:
     """RefusedError where not even one checkpoint fits; a warning where all that stands at the end may not."""
     free, checkpoints = free_bytes(run_dir), kept(config.checkpoint, total_steps)[0]
+    if free is None:
+        return
     if checkpoints and free < (one := checkpoint_bytes(sizes)):
         raise RefusedError(
             f"hydra.run.dir={run_dir}: a checkpoint takes {bytes_(one)}, and only {bytes_(free)} are free there; make room, choose another "
@@ -27,9 +29,10 @@ def refuse_full_disk(config: Config, run_dir: Path, sizes: Sizes, total_steps: i
         log.warning(f"{run_dir}: checkpoints and exports will take {bytes_(needed)} in all, and {bytes_(free)} are free there")
 
 
-def free_bytes(directory: Path) -> int:
-    """Bytes that can be written to a directory that may not exist yet."""
-    return shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+def free_bytes(directory: Path) -> int | None:
+    """Bytes that can be written to a directory that may not exist yet; None where its file system has no size, as /proc."""
+    usage = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists()))
+    return usage.free if usage.total else None
 
 
 def warn_of_memory(sizes: Sizes, shards: int, ranks_here: int) -> None:

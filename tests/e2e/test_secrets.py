@@ -51,7 +51,7 @@ def test_no_file_of_a_run_holds_a_key(cli):
     assert not [secret for secret in SECRETS if secret in str(vars(record))]
 
 
-@pytest.mark.parametrize("override", [f"tracking.wandb.tags=[{WANDB_KEY}]", f"data.path=https://me:{HF_TOKEN}@example.org/x.jsonl"])
+@pytest.mark.parametrize("override", [f"tracking.wandb.tags=[{WANDB_KEY}]", f"data.path=/data/me:{HF_TOKEN}/x.jsonl"])
 def test_a_key_in_the_config_is_refused_without_being_shown(cli, override):
     done = cli("debug=fast", "hydra.run.dir=refused", override)
     assert done.code == 2

@@ -22,7 +22,7 @@ def warnings(caplog):
 
 
 def free(monkeypatch, number):
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=number))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=number, total=10_000))
 
 
 def config(**checkpoint):
