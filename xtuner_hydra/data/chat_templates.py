@@ -200,6 +200,17 @@ class ChatTemplate:
         return fold(conversation, tools="tools" in lacks, thinking="thinking" in lacks) if lacks else conversation
 
     @cached_property
+    def learnt_header(self) -> str:
+        """What a template without marks writes before an answer, but not where it is asked for one, so that the model must write it."""
+        asked, answered = Conversation([user("a")]), Conversation([user("a"), assistant(_PLACE)])
+        try:
+            prompt, text = self._render(asked, ask=True)[0], self._render(answered)[0]
+        except ValueError:
+            return ""
+        is_header = text.startswith(prompt) and _PLACE in text and not is_marked(self.template)
+        return text[len(prompt) :].partition(_PLACE)[0].strip() if is_header else ""
+
+    @cached_property
     def _ignores_tools(self) -> bool:
         """Whether the template has a place for calls, but none for the tools that may be called."""
         chat = Conversation([user("a"), assistant("b")], [{"type": "function", "function": {"name": "f", "parameters": {}}}])

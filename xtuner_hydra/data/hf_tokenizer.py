@@ -270,6 +270,8 @@ def _described(template: ChatTemplate | None, ends: list[int] | None) -> str:
     if template is None:
         return "none"
     told = f", which has no place for {' and '.join(template.lacks)}: they are written into the text" if template.lacks else ""
+    if header := template.learnt_header:
+        told += f", which does not end a prompt with {header!r}: it is learnt as a part of every answer"
     return template.name + told + (", of which no token that ends a turn is learnt" if ends == [] else "")
 
 

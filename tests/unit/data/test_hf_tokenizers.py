@@ -431,6 +431,15 @@ def test_a_template_that_ends_every_text_with_an_eos_is_learnt_from(load, tmp_pa
     assert text.endswith(tokenizer.decode([tokenizer.eos_token_id]))
 
 
+def test_a_header_that_a_prompt_lacks_is_announced_as_learnt(load, tmp_path):
+    path = tmp_path / "unasked.jinja"
+    path.write_text(made.CHATML.partition("{% if add_generation_prompt %}")[0])
+    tokenizer = load("chatml", str(path))
+    assert supervised_text(tokenizer, chat("a")) == "<|im_start|>assistant\na<|im_end|>"
+    assert "does not end a prompt with '<|im_start|>assistant': it is learnt" in tokenizer.name
+    assert "is learnt" not in load("chatml").name
+
+
 def test_a_switch_for_thinking_in_the_prompt_is_no_place_for_it(load, tmp_path):
     path = tmp_path / "switch.jinja"
     path.write_text(made.CHATML_MARKED + "{% if enable_thinking is defined %}{% endif %}")
