@@ -42,6 +42,7 @@ class Fork:
     def __init__(self, function, *args, directory, output, environment, errors=None):
         serve()
         self.output = output
+        self.before = output.stat().st_size if output.exists() else 0
         self.started = time.monotonic()
         place = (str(directory), str(output), str(errors or output), environment)
         self.process = _forks.Process(target=_run, args=(function, args, *place), daemon=function is not _command)  # which starts others
@@ -50,6 +51,11 @@ class Fork:
     @property
     def text(self):
         return self.output.read_text()
+
+    @property
+    def news(self):
+        """What was added to the output since this process was started."""
+        return self.output.read_bytes()[self.before :].decode()
 
     @property
     def pid(self):

@@ -98,7 +98,7 @@ class KilledRun:
         """The exit code of one of the ranks. One whose peer has died before all had met waits for it; a launcher ends such a one."""
         rank.process.join(20)
         if rank.process.exitcode is None:
-            assert "resumed from" not in rank.text.rpartition("first sample")[2], rank.text
+            assert "resumed from" not in rank.news, rank.news
             rank.process.kill()
             self.counts["ended by the launcher"] += 1
         return rank.wait(10)
