@@ -139,7 +139,7 @@ def _read(checkpoint: Path, tensors: Tensors) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
             dcp.load(tensors, storage_reader=SafetensorsReader(checkpoint))
-    except (dcp.CheckpointException, ValueError, RuntimeError, OSError) as error:
+    except (dcp.CheckpointException, ValueError, OSError) as error:  # not a RuntimeError: that is a rank that has gone
         raise RefusedError(f"{checkpoint}: its tensors do not fit the model of config.yaml ({_last_line(error)})") from None
 
 
