@@ -41,9 +41,10 @@ def refine(result: SweepResult, best: JobResult, keys: Sequence[str]) -> tuple[s
     """A finer grid around `best` with the seeds of the sweep, and its number of jobs; None if no swept key is a number. keys: the swept ones, the
     most influential first; if the grid would exceed MOST_JOBS, the last keys stay at their best value, and then the last seeds are left out."""
     values = {key: around(best.swept[key], _seen(result, key)) for key in keys if key in best.swept}
+    values = {key: near for key, near in values.items() if len(near) > 1}  # numbers, so keys of the schema and not groups
     if best.run:
-        values = {key: [value for value in near if _is_allowed(best.run.config, key, value)] for key, near in values.items()}
-    values = {key: near for key, near in values.items() if len(near) > 1}
+        allowed = {key: [value for value in near if _is_allowed(best.run.config, key, value)] for key, near in values.items()}
+        values = {key: near for key, near in allowed.items() if len(near) > 1}
     seeds = sorted({job.swept[SEED] for job in result.jobs if SEED in job.swept})
     while len(values) > 1 and math.prod(map(len, values.values())) * max(1, len(seeds)) > MOST_JOBS:
         values.popitem()

@@ -9,7 +9,7 @@ from runs import finished, make_sweep, step
 from xtuner_hydra.reports import commands, tables
 from xtuner_hydra.reports.findings import Findings
 from xtuner_hydra.reports.sweep_page import sweep_page
-from xtuner_hydra.results.sweep import read_sweep
+from xtuner_hydra.results.sweep import SweepPlan, read_sweep
 
 LR, PACK, SEED = "optimizer.lr", "data.pack_max_length", "trainer.seed"
 
@@ -121,3 +121,17 @@ def test_a_refinement_stays_in_the_range_of_its_keys(tmp_path):
     (values,) = (word.partition("=")[2].split(",") for word in shlex.split(command) if word.startswith(momentum))
     assert all(0 <= float(value) < 1 for value in values)
     assert len(values) > 1
+
+
+def test_a_refinement_leaves_groups_as_they_are(tmp_path):
+    """Which are no keys of the config."""
+    rates = (0.1, 0.2, 0.1, 0.2)
+    sweep = make_sweep(tmp_path, [({LR: rate}, finished(rate)) for rate in rates])
+    plan = SweepPlan.load(sweep)
+    for job, name in zip(plan.jobs, "aabb", strict=True):
+        job.overrides = [f"experiment={name}", *job.overrides]
+    plan.swept = ["experiment", LR]
+    plan.save(sweep)
+    result = read_sweep(sweep)
+    command, _ = commands.refine(result, result.best_job, ["experiment", LR])
+    assert f"{LR}=0.05,0.1,0.14" in command
