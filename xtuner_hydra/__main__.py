@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -18,7 +17,7 @@ from xtuner_hydra.errors import EXIT_DONE, EXIT_INTERRUPTED, RefusedError, Stopp
 from xtuner_hydra.garbage import collect_seldom
 from xtuner_hydra.machine import own_rank, started_by_torchrun
 from xtuner_hydra.safe_text import LineFormatter, printable, redact
-from xtuner_hydra.signals import SIGNALS, end_at_once
+from xtuner_hydra.signals import PREEMPTIONS, end_at_once
 from xtuner_hydra.streams import make_lasting, open_closed
 
 
@@ -29,9 +28,7 @@ def command() -> NoReturn:
     open_closed()
     preload()
     make_lasting()
-    end_at_once(
-        [number for number in SIGNALS if number != signal.SIGINT]
-    )  # until a run or a sweep handles them; Ctrl-C is a KeyboardInterrupt
+    end_at_once(PREEMPTIONS)  # until a run or a sweep handles them; Ctrl-C is a KeyboardInterrupt
     collect_seldom()
     _log_to_stderr()
     leave(main(sys.argv[1:]))
