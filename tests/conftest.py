@@ -1,6 +1,7 @@
 """Shared by all tests: the real command line, in a directory, token cache and W&B of its own."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -113,3 +114,11 @@ def stop(process, number=signal.SIGINT, seconds=60):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The warnings that were logged so far, when it is called."""
+    logging.getLogger("xtuner_hydra").propagate = True  # a run in this process would have turned it off
+    caplog.set_level(logging.WARNING, "xtuner_hydra")
+    return lambda: [record.message for record in caplog.records]

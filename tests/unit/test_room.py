@@ -1,6 +1,5 @@
 """A run that does not fit is told of before it starts."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,6 @@ from xtuner_hydra.errors import RefusedError
 
 SIZES = Sizes(total=100, trainable=100, moments=200, exported=100)
 """Checkpoints of 1200 bytes, exports of 400; 1600 bytes in memory."""
-
-
-@pytest.fixture
-def warnings(caplog):
-    logging.getLogger("xtuner_hydra").propagate = True  # a run in this process would have turned it off
-    caplog.set_level(logging.WARNING, "xtuner_hydra")
-    return lambda: [record.message for record in caplog.records]
 
 
 def free(monkeypatch, number):

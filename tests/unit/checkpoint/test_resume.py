@@ -1,6 +1,5 @@
 """Where a run goes on: at the newest whole checkpoint, and only if what follows is the same run."""
 
-import logging
 from contextlib import nullcontext
 
 import pytest
@@ -18,13 +17,6 @@ def run(tmp_path):
     for step in (2, 4, 10):
         make_checkpoint(tmp_path / "run" / "checkpoints", step)
     return tmp_path / "run"
-
-
-@pytest.fixture
-def warnings(caplog):
-    logging.getLogger("xtuner_hydra").propagate = True  # a run in this process would have turned it off
-    caplog.set_level(logging.WARNING, "xtuner_hydra")
-    return lambda: [record.message for record in caplog.records]
 
 
 def find(resume_, run):
